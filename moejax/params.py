@@ -1,0 +1,90 @@
+"""Parameters: plain trees of arrays whose logical axis names are declared where they are made.
+
+Axis names come from one vocabulary, `AXES`; `moejax.parallel` maps them to mesh axes. They are recorded while a model is
+traced (`logical_axes`), so that parameter trees stay plain arrays with no boxes around them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+AXES = frozenset({"batch", "seq", "embed", "mlp", "heads", "kv", "expert", "layers", "vocab", "rank"})
+
+Initializer = Callable[..., Array]
+_recorder: ContextVar[dict[tuple[str, ...], tuple[str | None, ...]] | None] = ContextVar("axes_recorder", default=None)
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: Any = jnp.float32,
+) -> Array:
+    """Declares parameter `name` of `module` with one logical axis name (or None) per dimension."""
+    _record(module, name, shape, axes)
+    return module.param(name, init, shape, dtype)
+
+
+class Dense(nn.Dense):
+    """`nn.Dense` whose kernel `[in, out]` carries logical axis names."""
+
+    axes: tuple[str | None, str | None] = (None, None)
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        _record(self, "kernel", (inputs.shape[-1], self.features), self.axes)
+        if self.use_bias:
+            _record(self, "bias", (self.features,), self.axes[1:])
+        return super().__call__(inputs)
+
+
+def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Parameter path -> logical axis names, found by tracing `model.init(key, *args, **kwargs)` without computing it.
+
+    A parameter of a scanned layer has one more dimension than its names: its leading axis is `layers`.
+    """
+    with record_axes() as axes:
+        jax.eval_shape(lambda key: model.init(key, *args, **kwargs), jax.random.key(0))
+    return axes
+
+
+@contextlib.contextmanager
+def record_axes() -> Iterator[dict[tuple[str, ...], tuple[str | None, ...]]]:
+    """Collects the axis names of the parameters that are declared inside the `with` block."""
+    axes: dict[tuple[str, ...], tuple[str | None, ...]] = {}
+    token = _recorder.set(axes)
+    try:
+        yield axes
+    finally:
+        _recorder.reset(token)
+
+
+def per_expert(init: Initializer) -> Initializer:
+    """An initializer for `[e, ...]` that draws each expert from its own key, folded from the expert's index.
+
+    Expert i starts the same however many experts there are and however they are sharded, no two start alike, and fan-in is
+    that of one expert, not of the stack.
+    """
+
+    def stacked(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
+        return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
+
+    return stacked
+
+
+def _record(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+    recorder = _recorder.get()
+    if recorder is None:
+        return
+    if len(axes) != len(shape) or not {a for a in axes if a} <= AXES:
+        raise ValueError(f"axes {axes} of {'/'.join((*module.path, name))} do not fit shape {shape}; valid names: {sorted(AXES)}")
+    recorder[(*module.path, name)] = axes

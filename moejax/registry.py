@@ -1,0 +1,136 @@
+"""From a config's `kind` strings to classes: one registry per slot of a model, and errors with the nearest valid name.
+
+A class registers once and is then buildable from a mapping `{'kind': name, **fields}`. Its dataclass fields are the valid
+keys, so a new method needs no parsing code:
+
+    routers = Registry('router')
+
+    @routers.register('linear')
+    class Linear(nn.Module):
+        num_experts: int
+
+    routers.build({'kind': 'linear'}, where='model.ffn.router', num_experts=8)
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from moejax.errors import ConfigError, nearest
+
+# Fields that Flax adds to every module's dataclass; never keys of a config.
+_FLAX_FIELDS = frozenset({"parent", "name"})
+
+
+class Registry:
+    """Maps `kind` names to classes for one slot.
+
+    Fields that are themselves slots (a MoE's router, a block's norm) are declared in `slots`: field name -> registry. Such a
+    field may be a spec, which is built recursively, or an object, which is taken as it is. With `many=True` (see `slot_dict`)
+    the field is a mapping of kind -> fields, built into a tuple.
+    """
+
+    def __init__(self, slot: str):
+        self.slot = slot
+        self._classes: dict[str, type] = {}
+        self._slots: dict[str, dict[str, "Registry | Many"]] = {}
+
+    def register(self, kind: str, slots: Mapping[str, "Registry | Many"] | None = None) -> Callable[[type], type]:
+        """Class decorator: makes the class buildable as `kind`."""
+
+        def add(cls: type) -> type:
+            if kind in self._classes:
+                raise ValueError(f"{self.slot} kind '{kind}' is registered twice: {self._classes[kind]} and {cls}")
+            self._classes[kind] = cls
+            self._slots[kind] = dict(slots or {})
+            return cls
+
+        return add
+
+    def build(self, spec: Any, where: str, **context: Any) -> Any:
+        """The object that `spec` describes.
+
+        Args:
+          spec: mapping with a `kind` and fields, or a ready object, which is returned unchanged.
+          where: the dotted place of the spec in the user's config, for errors.
+          **context: values for fields that the class has and the spec leaves out (num_experts, dtype, ...). Passed on to
+            nested slots.
+
+        Raises:
+          ConfigError: unknown kind or key, or a required field left out; names the place and the nearest valid name.
+        """
+        if not isinstance(spec, Mapping) and not hasattr(spec, "items"):
+            if isinstance(spec, str):
+                raise ConfigError(f"{where}='{spec}' must be a mapping such as {{'kind': '{spec}'}}")
+            return spec
+        given = {k: v for k, v in spec.items() if k != "kind"}
+        if "kind" not in spec:
+            raise ConfigError(f"{where} has no 'kind'; valid {self.slot} kinds: {', '.join(self.kinds())}")
+        kind = spec["kind"]
+        if kind not in self._classes:
+            raise ConfigError(f"unknown {self.slot} kind '{kind}' in {where}.kind{nearest(kind, self._classes)}")
+        cls, slots = self._classes[kind], self._slots[kind]
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _FLAX_FIELDS}
+        for key in given:
+            if key not in fields:
+                raise ConfigError(f"unknown key '{key}' in {where} ({self.slot} '{kind}'){nearest(key, fields)}")
+        inherited = {k: v for k, v in context.items() if k in fields and k not in given}
+        # What the spec itself says (num_experts, say) is the context of its own parts.
+        inner = {**context, **{k: v for k, v in given.items() if k not in slots}}
+        built = {}
+        for key, value in given.items():
+            if key in slots and value is not None:
+                built[key] = slots[key].build(value, f"{where}.{key}", **inner)
+            else:
+                built[key] = _plain(value)
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in built and name not in inherited:
+                raise ConfigError(f"{where} ({self.slot} '{kind}') needs '{name}'")
+        try:
+            return cls(**inherited, **built)
+        except ConfigError as error:
+            if where in str(error):
+                raise
+            raise ConfigError(f"{error} (in {where})") from None
+
+    def kinds(self) -> list[str]:
+        """The registered names, sorted."""
+        return sorted(self._classes)
+
+    def items(self) -> Iterator[tuple[str, type]]:
+        """Pairs of name and class, sorted by name."""
+        return iter(sorted(self._classes.items()))
+
+    def __getitem__(self, kind: str) -> type:
+        if kind not in self._classes:
+            raise ConfigError(f"unknown {self.slot} kind '{kind}'{nearest(kind, self._classes)}")
+        return self._classes[kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """A slot that holds several items of a registry: a mapping of kind -> fields in a config, a tuple once built.
+
+    A mapping rather than a list, so that a single field can be overridden by name on the command line.
+    """
+
+    registry: Registry
+
+    def build(self, specs: Any, where: str, **context: Any) -> tuple[Any, ...]:
+        if isinstance(specs, (tuple, list)):
+            return tuple(self.registry.build(s, f"{where}[{i}]", **context) for i, s in enumerate(specs))
+        return tuple(
+            self.registry.build({"kind": kind, **dict(fields)}, f"{where}.{kind}", **context)
+            for kind, fields in specs.items()
+            if fields is not None
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Config containers as hashable Python values, which Flax modules need as fields."""
+    if hasattr(value, "items"):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    return value
