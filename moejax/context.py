@@ -1,7 +1,11 @@
 """What a layer may know about its tokens beyond their vectors: one pytree that flows through every block."""
 
+from collections.abc import Callable
+
 from flax import struct
 from jaxtyping import Array, Bool, Int
+
+_PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain")
 
 
 @struct.dataclass
@@ -27,3 +31,8 @@ class Context:
     step: Int[Array, ""] | None = None
     train: bool = struct.field(pytree_node=False, default=False)
     decode: bool = struct.field(pytree_node=False, default=False)
+
+    def map_tokens(self, f: Callable[[Array], Array]) -> "Context":
+        """The context of rearranged tokens: `f` takes every `[b, s]` array to its new arrangement."""
+        given = {name: getattr(self, name) for name in _PER_TOKEN}
+        return self.replace(**{name: f(value) for name, value in given.items() if value is not None})

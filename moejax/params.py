@@ -86,5 +86,7 @@ def _record(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
     if recorder is None:
         return
     if len(axes) != len(shape) or not {a for a in axes if a} <= AXES:
-        raise ValueError(f"axes {axes} of {'/'.join((*module.path, name))} do not fit shape {shape}; valid names: {sorted(AXES)}")
+        raise ValueError(
+            f"axes {axes} of {'/'.join((*module.path, name))} do not fit shape {shape}; valid names: {sorted(AXES)}"
+        )
     recorder[(*module.path, name)] = axes

@@ -98,6 +98,13 @@ class Registry:
         """The registered names, sorted."""
         return sorted(self._classes)
 
+    def kind_of(self, item: Any) -> str:
+        """The name under which an object's class is registered."""
+        for kind, cls in self._classes.items():
+            if type(item) is cls:
+                return kind
+        raise ConfigError(f"{type(item).__name__} is not a registered {self.slot}; valid kinds: {', '.join(self.kinds())}")
+
     def items(self) -> Iterator[tuple[str, type]]:
         """Pairs of name and class, sorted by name."""
         return iter(sorted(self._classes.items()))

@@ -1,0 +1,136 @@
+"""Backends: ways of executing a plan on a bank. All agree with `reference` in value and gradient.
+
+| backend   | what it does                                                  | cost beyond the active FLOPs              |
+|-----------|---------------------------------------------------------------|-------------------------------------------|
+| reference | every expert on every token: the oracle                        | e / k times the FLOPs                     |
+| einsum    | one-hot matrices move tokens to slots (GShard, V-MoE)          | 2 n e c d FLOPs per group; needs slots    |
+| capacity  | indices move tokens to slots, then a batched matmul            | empty slots; drops; needs slots           |
+| grouped   | rows sorted by expert, no slot and no drop                     | a sort of row indices, ragged tiles       |
+| gather    | every row gathers its own expert's parameters                  | reads one expert per row                  |
+| merged    | averages the experts' parameters per group, then runs one      | builds one expert per group               |
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.dispatch.layout import Batched, Grouped, Layout, Merged, PerToken
+from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
+from pallas_kernels.permute import permute, unpermute
+
+Bank: TypeAlias = Callable[[Array, Layout], Array]
+
+
+def reference(plan: Plan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+    """Every expert on every token (slot, merged expert), then the weighted sum that the plan defines."""
+    g, n, d = x.shape
+    if isinstance(plan, Merge):
+        # The definition: one group at a time, its own merged bank.
+        return jnp.concatenate([bank(x[i : i + 1], Merged(plan.weight[i : i + 1])) for i in range(g)])
+    if isinstance(plan, SoftSlots):
+        rows = jnp.stack([jnp.einsum("gns,gnd->gsd", plan.dispatch[:, :, i], x) for i in range(plan.num_experts)])
+        s = rows.shape[2]
+        y = bank(rows.reshape(plan.num_experts, g * s, d), Batched()).reshape(plan.num_experts, g, s, -1)
+        return sum(jnp.einsum("gns,gsf->gnf", plan.combine[:, :, i], y[i]) for i in range(plan.num_experts))
+    rows = jnp.broadcast_to(x.reshape(1, g * n, d), (plan.num_experts, g * n, d))
+    y = bank(rows, Batched()).reshape(plan.num_experts, g, n, -1)
+    return jnp.einsum("gne,egnf->gnf", plan.dense().astype(y.dtype), y)
+
+
+def einsum(plan: TokenChoice | ExpertChoice | SoftSlots, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+    """Matrices move tokens into slots and back: what SPMD partitioners like best, quadratic in the group size."""
+    if isinstance(plan, TokenChoice):
+        plan = plan.to_slots()
+    soft = plan if isinstance(plan, SoftSlots) else plan.to_soft()
+    g, n, e, s = soft.dispatch.shape
+    rows = jnp.einsum("gnes,gnd->egsd", soft.dispatch.astype(x.dtype), x)
+    y = bank(rows.reshape(e, g * s, -1), Batched()).reshape(e, g, s, -1)
+    return jnp.einsum("gnes,egsf->gnf", soft.combine.astype(y.dtype), y)
+
+
+def capacity(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+    """Indices move tokens into `[e, g * c]` slots and back."""
+    slots = plan.to_slots() if isinstance(plan, TokenChoice) else plan
+    g, e, c = slots.token.shape
+    rows = gather_tokens(slots, x).swapaxes(0, 1).reshape(e, g * c, -1)
+    y = bank(rows, Batched()).reshape(e, g, c, -1).swapaxes(0, 1)
+    return scatter_tokens(slots, y)
+
+
+def grouped(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+    """Rows sorted by expert; unused rows go last and are never multiplied."""
+    g, n, d = x.shape
+    entries = plan.entries()
+    key = jnp.where(entries.used, entries.expert, plan.num_experts)
+    order = jnp.argsort(key, stable=True)
+    group_sizes = jnp.zeros(plan.num_experts + 1, jnp.int32).at[key].add(1)[:-1]
+    layout = Grouped(group_sizes, num_rows=order.shape[0])
+    weight = jnp.where(entries.used, entries.weight, 0)
+    flat = x.reshape(g * n, d)
+    if isinstance(plan, TokenChoice):
+        k = plan.expert.shape[-1]
+        inverse = jnp.argsort(order)
+        y = unpermute(bank(permute(flat, order, inverse, k), layout), weight.reshape(g * n, k), order, inverse)
+    else:
+        y = _scatter_add(bank(flat[entries.token[order]], layout), entries.token[order], weight[order], g * n)
+    return y.reshape(g, n, -1)
+
+
+def gather(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+    """Each row with its own copy of its expert's parameters: fastest when rows or experts are tiny."""
+    g, n, d = x.shape
+    entries: Entries = plan.entries()
+    y = bank(x.reshape(g * n, d)[entries.token], PerToken(entries.expert))
+    weight = jnp.where(entries.used, entries.weight, 0)
+    if isinstance(plan, TokenChoice):
+        k = plan.expert.shape[-1]
+        y = jnp.einsum("tk,tkf->tf", weight.reshape(g * n, k).astype(y.dtype), y.reshape(g * n, k, -1))
+    else:
+        y = _scatter_add(y, entries.token, weight, g * n)
+    return y.reshape(g, n, -1)
+
+
+def merged(plan: Merge, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+    """One expert per group, with averaged parameters."""
+    return bank(x, Merged(plan.weight))
+
+
+def gather_tokens(plan: ExpertChoice, x: Float[Array, "g n *d"]) -> Float[Array, "g e c *d"]:
+    """The tokens that the experts chose; zeros in unused slots."""
+    rows = jax.vmap(lambda tokens, index: tokens[index])(x, plan.token)
+    return jnp.where(plan.used.reshape(*plan.used.shape, *(1,) * (x.ndim - 2)), rows, jnp.zeros((), x.dtype))
+
+
+def scatter_tokens(plan: ExpertChoice, y: Float[Array, "g e c f"]) -> Float[Array, "g n f"]:
+    """Sums slot outputs, weighted by the plan, back into their tokens. Unused slots count nothing, whatever they hold."""
+    weight = jnp.where(plan.used, plan.weight, 0).astype(y.dtype)
+    y = jnp.where(plan.used[..., None], y, 0) * weight[..., None]
+    g, _, _, f = y.shape
+    zeros = jnp.zeros((g, plan.num_tokens, f), y.dtype)
+    return jax.vmap(lambda z, index, rows: z.at[index].add(rows))(zeros, plan.token.reshape(g, -1), y.reshape(g, -1, f))
+
+
+def _scatter_add(rows: Float[Array, "m f"], token: Array, weight: Array, num_tokens: int) -> Float[Array, "t f"]:
+    zeros = jnp.zeros((num_tokens, rows.shape[-1]), rows.dtype)
+    return zeros.at[token].add(rows * weight[:, None].astype(rows.dtype))
+
+
+BACKENDS: dict[str, Callable[[Plan, Bank, Array], Array]] = {
+    "reference": reference,
+    "einsum": einsum,
+    "capacity": capacity,
+    "grouped": grouped,
+    "gather": gather,
+    "merged": merged,
+}
+ACCEPTS: dict[str, tuple[type, ...]] = {
+    "reference": (TokenChoice, ExpertChoice, SoftSlots, Merge),
+    "einsum": (TokenChoice, ExpertChoice, SoftSlots),
+    "capacity": (TokenChoice, ExpertChoice),
+    "grouped": (TokenChoice, ExpertChoice),
+    "gather": (TokenChoice, ExpertChoice),
+    "merged": (Merge,),
+}

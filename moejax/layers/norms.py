@@ -1,0 +1,34 @@
+"""Normalisation layers. Statistics are float32 whatever the model computes in."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.layers.registry import norms
+
+
+@norms.register("rms_norm")
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale (Zhang and Sennrich 2019); Flax's, in the model's dtype."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return nn.RMSNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
+
+
+@norms.register("layer_norm")
+class LayerNorm(nn.Module):
+    """Layer norm with learned scale and bias (Ba et al. 2016); Flax's, in the model's dtype."""
+
+    epsilon: float = 1e-6
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return nn.LayerNorm(epsilon=self.epsilon, use_bias=self.use_bias, dtype=self.dtype, name="norm")(x)

@@ -1,0 +1,95 @@
+"""The path of a token, once for all routed layers: logits -> plan -> dispatch, with losses and statistics sown on the way."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax import dispatch as dispatch_lib
+from moejax.context import Context
+from moejax.dispatch.backends import Bank
+from moejax.errors import ConfigError
+from moejax.routing.losses import Loss, Routing
+from moejax.routing.losses import losses as loss_registry
+from moejax.routing.plan import Plan, TokenChoice
+from moejax.routing.select import Select
+from moejax.routing.stats import routing_stats
+
+GROUPINGS = ("sequence", "batch", "position")
+
+
+def plan_tokens(
+    module: nn.Module,
+    logits: Float[Array, "g n o"],
+    select: Select,
+    valid: Bool[Array, "g n"] | None,
+    train: bool,
+    bias: Float[Array, "o"] | None = None,
+) -> tuple[Plan, Float[Array, "g n o"]]:
+    """The plan of `select`, after the interventions in the module's 'overrides' collection.
+
+    Overrides, each optional, for analysis and for changing routing at inference:
+      logit_bias [o] or [g, n, o]: added to the logits.
+      expert [g, n, k]: these experts instead of the selected ones; weights stay those of the router's scores for them
+        under the rule's own normalisation when the rule is a `TopK`.
+
+    Returns the plan and the logits it was made from.
+    """
+    if module.has_variable("overrides", "logit_bias"):
+        logits = logits + module.get_variable("overrides", "logit_bias")
+    plan = select(logits, valid, bias=bias, train=train)
+    if module.has_variable("overrides", "expert"):
+        if not isinstance(plan, TokenChoice):
+            raise ConfigError(f"overrides.expert in {'/'.join(module.path)} needs token choice, not {type(plan).__name__}")
+        plan = select.weigh(logits, module.get_variable("overrides", "expert"), valid)
+    return plan, logits
+
+
+def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], **extra: Array) -> None:
+    """Sows every loss, weighted, into 'losses', every statistic into 'stats', and logits and plan into 'routing'."""
+    for loss in losses:
+        sow(module, "losses", loss_registry.kind_of(loss), loss(routing))
+    for name, value in {**routing_stats(routing), **extra}.items():
+        sow(module, "stats", name, value)
+    sow(module, "routing", "logits", routing.logits)
+    sow(module, "routing", "plan", routing.plan)
+
+
+def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+    """Sows one value (not a tuple of values); a module called twice keeps the sum of losses and the last of the rest."""
+    add = collection == "losses"
+    module.sow(
+        collection,
+        name,
+        value,
+        reduce_fn=(lambda old, new: new if old is None else old + new) if add else (lambda _, new: new),
+        init_fn=lambda: None,
+    )
+
+
+def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float[Array, "g n d"], Context]:
+    """Tokens and context in the groups that compete for capacity: one 'sequence', the whole 'batch', or each 'position'.
+
+    With 'position', tokens compete only with those of other sequences at the same position, so that rules which select over
+    tokens (expert choice) do not see the future of their own sequence.
+    """
+    if by == "batch":
+        return x.reshape(1, -1, x.shape[-1]), ctx.map_tokens(lambda a: a.reshape(1, -1))
+    if by == "position":
+        return x.swapaxes(0, 1), ctx.map_tokens(lambda a: a.swapaxes(0, 1))
+    return x, ctx
+
+
+def ungroup_tokens(y: Float[Array, "g n f"], b: int, s: int, by: str) -> Float[Array, "b s f"]:
+    """The inverse of `group_tokens`."""
+    if by == "position":
+        return y.swapaxes(0, 1)
+    return y.reshape(b, s, y.shape[-1])
+
+
+def run_plan(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str) -> tuple[Float[Array, "g n f"], Int[Array, ""]]:
+    """Dispatch, and the index of the backend that ran."""
+    name = dispatch_lib.choose(plan) if backend == "auto" else backend
+    y = dispatch_lib.dispatch(plan, bank, x, name)
+    return y, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)

@@ -1,0 +1,127 @@
+"""Routers: tokens -> logits, always in float32.
+
+Router precision changes who is chosen: with 64 experts, bfloat16 logits change the chosen set of 2 % of the tokens. So inputs,
+weights and products are float32 at the highest matmul precision whatever the model computes in.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.context import Context
+from moejax.errors import ConfigError
+from moejax.params import param
+from moejax.registry import Registry
+
+routers = Registry("router")
+
+
+@runtime_checkable
+class Router(Protocol):
+    """`router(x[g, n, d], ctx) -> logits[g, n, o]` with o = num_experts * outputs_per_expert; ctx is regrouped like x."""
+
+    num_experts: int
+    outputs_per_expert: int
+
+    def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]: ...
+
+
+@routers.register("linear")
+class Linear(nn.Module):
+    """`logits = x W`, the router of nearly every paper.
+
+    Attributes:
+      num_experts: e.
+      outputs_per_expert: logits per expert, more than one only for soft slots.
+      init_scale: scale of the truncated-normal, fan-in initialisation; 0.1 as in Switch (Fedus et al. 2021, table 3).
+      jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, 1e-2).
+      noise_std: in training, Gaussian noise of this standard deviation is added to the logits (V-MoE: 1 / num_experts).
+      use_bias: adds a learned bias to the logits.
+    """
+
+    num_experts: int
+    outputs_per_expert: int = 1
+    init_scale: float = 0.1
+    jitter: float = 0.0
+    noise_std: float = 0.0
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
+        o = self.num_experts * self.outputs_per_expert
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+        w = param(self, "w", init, (x.shape[-1], o), ("embed", None))
+        x = x.astype(jnp.float32)
+        if ctx.train and self.jitter:
+            x = x * jax.random.uniform(self.make_rng("router"), x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+        logits = _dot(x, w)
+        if self.use_bias:
+            logits = logits + param(self, "b", nn.initializers.zeros, (o,), (None,))
+        if ctx.train and self.noise_std:
+            logits = logits + self.noise_std * jax.random.normal(self.make_rng("router"), logits.shape)
+        return logits
+
+
+@routers.register("cosine")
+class Cosine(nn.Module):
+    """`logits = scale * <x / |x|, w_o / |w_o|>` with a learned scale: X-MoE's cosine router and the router of Soft MoE.
+
+    Attributes:
+      num_experts: e.
+      outputs_per_expert: logits per expert (slots of Soft MoE).
+      projection: width of a linear projection of x before the comparison (X-MoE); None compares x itself (Soft MoE).
+      scale_init: initial scale; 1 in Soft MoE, 1 / temperature elsewhere.
+      normalise: False drops both norms (Soft MoE's ablation), leaving `scale * <x, w_o>`.
+    """
+
+    num_experts: int
+    outputs_per_expert: int = 1
+    projection: int | None = None
+    scale_init: float = 1.0
+    normalise: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
+        o = self.num_experts * self.outputs_per_expert
+        x = x.astype(jnp.float32)
+        if self.projection is not None:
+            into = param(self, "projection", nn.initializers.lecun_normal(), (x.shape[-1], self.projection), ("embed", None))
+            x = _dot(x, into)
+        w = param(self, "w", nn.initializers.lecun_normal(), (x.shape[-1], o), ("embed", None))
+        scale = param(self, "scale", nn.initializers.constant(self.scale_init), (), ())
+        if self.normalise:
+            x = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-6)
+            w = w * jax.lax.rsqrt(jnp.sum(jnp.square(w), 0, keepdims=True) + 1e-6)
+        return _dot(x, w * scale)
+
+
+@routers.register("random")
+class Random(nn.Module):
+    """Gaussian logits that do not look at the token: the control of what learning to route is worth.
+
+    Outside training the draw is fixed by `eval_seed`, so that evaluation is repeatable.
+    """
+
+    num_experts: int
+    outputs_per_expert: int = 1
+    std: float = 1.0
+    eval_seed: int = 0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
+        key = self.make_rng("router") if ctx.train else jax.random.key(self.eval_seed)
+        return self.std * jax.random.normal(key, (*x.shape[:2], self.num_experts * self.outputs_per_expert))
+
+
+def check_num_experts(router: Any, bank: Any) -> None:
+    """A router and a bank must agree on the number of experts."""
+    ours, theirs = getattr(router, "num_experts", None), getattr(bank, "num_experts", None)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ConfigError(f"router.num_experts={ours} but bank.num_experts={theirs}; give both the same number")
+
+
+def _dot(x: Float[Array, "g n d"], w: Float[Array, "d o"]) -> Float[Array, "g n o"]:
+    return jnp.einsum("gnd,do->gno", x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

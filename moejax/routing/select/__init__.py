@@ -1,0 +1,8 @@
+"""Select rules: logits -> plan."""
+
+from moejax.routing.select.base import Select, selects
+from moejax.routing.select.expert_choice import ExpertTopK
+from moejax.routing.select.soft_slots import SoftTopAll
+from moejax.routing.select.top_k import TopK
+
+__all__ = ["ExpertTopK", "Select", "SoftTopAll", "TopK", "selects"]

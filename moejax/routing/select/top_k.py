@@ -1,0 +1,130 @@
+"""Top-k token choice: Shazeer et al. 2017, GShard, Switch, V-MoE, Mixtral, DeepSeek."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.errors import ConfigError
+from moejax.routing.capacity import PRIORITIES, Priority, drop_over_capacity
+from moejax.routing.plan import TokenChoice
+from moejax.routing.select.base import all_valid, check_scores, probabilities, selects
+
+SCORES = ("softmax", "softmax_selected", "sigmoid", "logit")
+
+
+@selects.register("top_k")
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Each token takes the k experts with the largest logits; ties go to the lowest index.
+
+    Attributes:
+      k: experts per token.
+      score: what the weights are made of. `softmax` over all experts before selection (Switch, V-MoE, OLMoE);
+        `softmax_selected` over the k selected logits only (Shazeer et al. 2017, Mixtral), the same numbers as `softmax` with
+        `normalise`; `sigmoid` of each logit by itself (DeepSeek-V3, Llama 4); `logit` the raw logit.
+      normalise: divide the weights by their sum over the selected experts. Before drops, so a token that loses a choice gets a
+        smaller output (Zoph et al. 2022), never a rescaled one.
+      capacity_factor: see `capacity.compute_capacity`; None is dropless.
+      eval_capacity_factor: the factor outside training; 'same' by default, since another one changes the function.
+      priority: who is served first when experts fill up; see `capacity.drop_over_capacity`.
+      scale: multiplies the weights (DeepSeek's routed scaling factor).
+      constant_gate: with k=1, weights normalised over the selection are the constant 1 and the router gets no task gradient.
+        That is refused unless asked for here.
+    """
+
+    k: int = 1
+    score: Literal["softmax", "softmax_selected", "sigmoid", "logit"] = "softmax"
+    normalise: bool = False
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None | Literal["same"] = "same"
+    priority: Priority = "token"
+    scale: float = 1.0
+    constant_gate: bool = False
+    num_outputs_per_expert: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_scores(self.score, SCORES)
+        if self.k < 1:
+            raise ConfigError(f"k={self.k} must be at least 1")
+        if self.priority not in PRIORITIES:
+            raise ConfigError(f"priority='{self.priority}' is unknown; valid names: {', '.join(PRIORITIES)}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value not in (None, "same") and value <= 0:
+                raise ConfigError(f"{name}={value} must be positive, or None for dropless routing")
+        if self.k == 1 and (self.normalise or self.score == "softmax_selected") and not self.constant_gate:
+            raise ConfigError(
+                "k=1 with weights normalised over the selection makes every weight 1 and gives the router no task gradient; "
+                "use score='softmax' with normalise=False, or set constant_gate=True if this is intended"
+            )
+
+    @property
+    def causal(self) -> bool:
+        return (
+            all(f is None for f in self._factors()) or self.priority == "token" or (self.priority == "choice" and self.k == 1)
+        )
+
+    @property
+    def per_token(self) -> bool:
+        return self._factor(train=False) is None
+
+    def __call__(
+        self,
+        logits: Float[Array, "g n e"],
+        valid: Bool[Array, "g n"] | None = None,
+        *,
+        bias: Float[Array, "e"] | None = None,
+        train: bool = False,
+    ) -> TokenChoice:
+        """The plan; see `Select`. Raises ConfigError when k exceeds the number of experts."""
+        e = logits.shape[-1]
+        if self.k > e:
+            raise ConfigError(f"k={self.k} exceeds num_experts={e}; lower k or add experts")
+        # Logits rather than scores where possible: a saturated softmax rounds different logits to equal scores.
+        _, expert = jax.lax.top_k(logits if bias is None else self._scores(logits) + bias, self.k)
+        return self.weigh(logits, expert, valid, train=train)
+
+    def weigh(
+        self,
+        logits: Float[Array, "g n e"],
+        expert: Int[Array, "g n k"],
+        valid: Bool[Array, "g n"] | None = None,
+        *,
+        train: bool = False,
+    ) -> TokenChoice:
+        """The plan in which each token takes the given experts, with the weights and drops that this rule gives them."""
+        scores = self._scores(logits)
+        weight = jnp.take_along_axis(scores, expert, axis=-1)
+        if self.score == "softmax_selected":
+            weight = jax.nn.softmax(weight, axis=-1)
+        if self.normalise:
+            weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
+        used = jnp.broadcast_to((all_valid(logits) if valid is None else valid)[..., None], expert.shape)
+        plan = TokenChoice(
+            expert.astype(jnp.int32), weight * self.scale, used, jnp.zeros_like(used), num_experts=logits.shape[-1]
+        )
+        factor = self._factor(train)
+        if factor is None:
+            return plan
+        return drop_over_capacity(plan, valid, factor, self.priority, score=scores.max(-1))
+
+    def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
+        return probabilities(logits, self.score)
+
+    def mean_experts(self, num_experts: int) -> float:
+        """Experts per token."""
+        return self.k
+
+    def _scores(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
+        if self.score == "softmax":
+            return jax.nn.softmax(logits, axis=-1)
+        return jax.nn.sigmoid(logits) if self.score == "sigmoid" else logits
+
+    def _factor(self, train: bool) -> float | None:
+        return self.capacity_factor if train or self.eval_capacity_factor == "same" else self.eval_capacity_factor
+
+    def _factors(self) -> tuple[float | None, float | None]:
+        return self._factor(True), self._factor(False)

@@ -1,0 +1,45 @@
+"""Statistics that every routed layer reports, whatever its router: load, importance, drops, entropy, z."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.routing.losses import Routing, masked_mean
+from moejax.routing.plan import TokenChoice
+
+
+def routing_stats(routing: Routing) -> dict[str, Array]:
+    """Scalars and per-expert vectors that describe a layer's routing of one batch; padding counts nowhere.
+
+    - load[e]: share of all executed token-expert pairs that went to each expert (for soft plans: share of combine weight).
+    - importance[e]: mean probability of each expert.
+    - drop_rate: share of wanted pairs that were refused for capacity.
+    - unrouted: share of tokens that no expert processes.
+    - experts_per_token: mean number of experts that process a token (for soft plans: 1).
+    - entropy: mean entropy of a token's distribution, in nats.
+    - z: mean squared log-partition of the logits.
+    - max_violation: largest load relative to the mean, minus 1 (0 is perfect balance).
+    - capacity: slots per expert and group, or -1 for a dropless plan.
+    """
+    plan, valid = routing.plan, routing.valid
+    tokens = jnp.maximum(valid.sum(), 1)
+    mask = valid[..., None]
+    assigned = jax.lax.stop_gradient(plan.assigned()) * mask
+    wanted = jax.lax.stop_gradient(plan.wanted()) * mask
+    per_expert = assigned.sum((0, 1))
+    load = per_expert / jnp.maximum(per_expert.sum(), 1e-9)
+    probs = jax.lax.stop_gradient(routing.probs)
+    entropy = -(probs * jnp.log(probs + 1e-20)).sum(-1)
+    z = jnp.square(jax.nn.logsumexp(jax.lax.stop_gradient(routing.logits), axis=-1))
+    capacity = plan.capacity if isinstance(plan, TokenChoice) else getattr(getattr(plan, "token", None), "shape", (-1,))[-1]
+    return {
+        "load": load,
+        "importance": masked_mean(probs, valid, (0, 1)),
+        "drop_rate": (wanted.sum() - assigned.sum()) / jnp.maximum(wanted.sum(), 1e-9),
+        "unrouted": ((assigned.sum(-1) == 0) & valid).sum() / tokens,
+        "experts_per_token": assigned.sum() / tokens,
+        "entropy": masked_mean(entropy, valid, (0, 1)),
+        "z": masked_mean(z, valid, (0, 1)),
+        "max_violation": load.max() * load.shape[0] - 1,
+        "capacity": jnp.asarray(-1 if capacity is None else capacity, jnp.float32),
+    }
