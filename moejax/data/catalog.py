@@ -1,0 +1,75 @@
+"""The data sets by name: which kind each is, which of its features are used, and what its splits are called in TFDS."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moejax.data.builders.sources import TEXT_DOMAINS
+
+
+@dataclass(frozen=True)
+class TextDataset:
+    """A corpus of documents.
+
+    Attributes:
+      text: the feature that holds a document's text.
+      domains: names of the domains, in the order of the `domain` feature; a corpus without that feature is one domain.
+      splits: our split names -> TFDS split expressions.
+      version: default TFDS config, such as the `en` of `c4/en`.
+      embedded: made from installed packages by `moejax.data`, rather than prepared by the user with TFDS.
+    """
+
+    text: str = "text"
+    domains: tuple[str, ...] = ()
+    splits: Mapping[str, str] = field(default_factory=lambda: _plain("train", "validation", "test"))
+    version: str = ""
+    embedded: bool = False
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Labelled images.
+
+    Attributes:
+      white: the grey level that becomes 1.0.
+      splits, version, embedded: as in `TextDataset`.
+    """
+
+    image: str = "image"
+    label: str = "label"
+    white: float = 255.0
+    splits: Mapping[str, str] = field(default_factory=lambda: _held_out(2))
+    version: str = ""
+    embedded: bool = False
+
+
+def _plain(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _held_out(percent: int, **others: str) -> dict[str, str]:
+    """Splits of a data set that has no validation split: the last `percent` of its training data, which then does not train."""
+    cut = 100 - percent
+    return {"train": f"train[:{cut}%]", "validation": f"train[{cut}%:]", **(others or {"test": "test"})}
+
+
+DATASETS: Mapping[str, TextDataset | ImageDataset] = {
+    # From installed packages.
+    "embedded_text": TextDataset(domains=TEXT_DOMAINS, embedded=True),
+    "embedded_digits": ImageDataset(white=16.0, splits=_plain("train", "validation", "test"), embedded=True),
+    "embedded_mnist": ImageDataset(splits=_plain("train", "validation", "test"), embedded=True),
+    # Prepared by the user.
+    "c4": TextDataset(splits=_plain("train", "validation"), version="en"),
+    "lm1b": TextDataset(splits=_held_out(1)),
+    "pg19": TextDataset(text="book_text"),
+    "tiny_shakespeare": TextDataset(),
+    "wiki40b": TextDataset(version="en"),
+    "wikipedia": TextDataset(splits={"train": "train[:99%]", "validation": "train[99%:]"}, version="20230601.en"),
+    "cifar10": ImageDataset(),
+    "cifar100": ImageDataset(),
+    "fashion_mnist": ImageDataset(),
+    # The labels of its test split are secret, so the field tests on `validation`.
+    "imagenet2012": ImageDataset(splits=_held_out(1, test="validation")),
+    "kmnist": ImageDataset(),
+    "mnist": ImageDataset(),
+    "svhn_cropped": ImageDataset(),
+}
