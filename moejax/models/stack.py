@@ -1,0 +1,175 @@
+"""The body of a network: a pattern of named blocks, repeated.
+
+    pattern=('dense', 'moe'), num_layers=6   ->   dense moe dense moe dense moe
+
+The repeats are one `nn.scan`, so compile time does not grow with depth; parameters, caches, losses, stats, router state and
+overrides of the scanned body carry a leading layers axis (one entry a repeat). `scan=False` unrolls them under names of
+their own; `to_scanned` and `to_unrolled` move any such tree from one layout to the other.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.context import Context
+from moejax.errors import ConfigError, nearest
+from moejax.models.registries import blocks
+from moejax.registry import Many
+
+SCANNED = "repeats"
+UNROLLED = "repeat_"
+
+# What the backward pass may keep of a block's forward pass; the rest is computed again.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedBlock:
+    """A block of a config: its name, its place, and the module of which every layer makes its own copy.
+
+    Flax does not look into it, so the module gets parameters only through its copies.
+    """
+
+    name: str
+    where: str
+    module: nn.Module
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTable(Many):
+    """The slot `blocks` of a model: a mapping of name -> block spec, built into a tuple of `NamedBlock`.
+
+    `defaults` are what the model knows about its blocks (causal, say); a spec may say otherwise.
+    """
+
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    def build(self, specs: Any, where: str, **context: Any) -> tuple[NamedBlock, ...]:
+        if isinstance(specs, tuple):
+            return specs
+        context = {**dict(self.defaults), **context}
+        return tuple(
+            NamedBlock(name, f"{where}.{name}", self.registry.build(spec, f"{where}.{name}", **context))
+            for name, spec in specs.items()
+            if spec is not None
+        )
+
+
+def block_table(**defaults: Any) -> BlockTable:
+    """The slot `blocks` of a model whose blocks are built with `defaults`."""
+    return BlockTable(blocks, tuple(defaults.items()))
+
+
+class Stack(nn.Module):
+    """`num_layers` blocks: the pattern, repeated.
+
+    Attributes:
+      blocks: the blocks that the pattern may name.
+      pattern: names of `blocks`, in order.
+      num_layers: a multiple of the pattern's length.
+      scan: one scan over the repeats, or a Python loop.
+      remat: what the backward pass recomputes, block by block: 'none', 'full', or 'dots' (everything but the results of
+        matrix products with weights).
+    """
+
+    blocks: tuple[NamedBlock, ...]
+    pattern: tuple[str, ...]
+    num_layers: int
+    scan: bool = True
+    remat: str = "none"
+
+    def __post_init__(self):
+        pattern_blocks(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
+        parts = pattern_blocks(self)
+        repeats = self.num_layers // len(parts)
+        if not self.scan:
+            for i in range(repeats):
+                x, _ = Repeat(parts, self.remat, prevent_cse=True, name=f"{UNROLLED}{i}")(x, ctx)
+            return x
+        # True: whatever collection a block uses, known to this file or not, gets a layers axis; none is lost.
+        scanned = nn.scan(Repeat, variable_axes={True: 0}, split_rngs={True: True}, in_axes=(nn.broadcast,), length=repeats)
+        # Inside a scan the compiler cannot merge recomputation with the forward pass, and the guard only costs.
+        x, _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(x, ctx)
+        return x
+
+
+class Repeat(nn.Module):
+    """The pattern once: its blocks in order, named by index and name (`0_dense`, `1_moe`)."""
+
+    parts: tuple[NamedBlock, ...]
+    remat: str
+    prevent_cse: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> tuple[Float[Array, "b s d"], None]:
+        call = _call
+        if self.remat != "none":
+            call = nn.remat(_call, policy=REMAT[self.remat], prevent_cse=self.prevent_cse)
+        for i, part in enumerate(self.parts):
+            x = call(part.module.copy(name=block_name(i, part.name)), x, ctx)
+        return x, None
+
+
+def pattern_blocks(net: Any) -> tuple[NamedBlock, ...]:
+    """The blocks of one repeat of a network with the fields of a `Stack`; models check theirs with it when they are made.
+
+    Raises:
+      ConfigError: the pattern is empty, names a block that is not there, or does not divide `num_layers`; unknown `remat`.
+    """
+    by_name = {block.name: block for block in net.blocks}
+    pattern = tuple(net.pattern)
+    for name in pattern:
+        if name not in by_name:
+            raise ConfigError(f"pattern={pattern} names block '{name}', not in blocks{nearest(name, by_name)}")
+    if not pattern or net.num_layers % len(pattern) or net.num_layers < 1:
+        raise ConfigError(
+            f"num_layers={net.num_layers} is not a positive multiple of the {len(pattern)} blocks of pattern={pattern}"
+        )
+    if net.remat not in REMAT:
+        raise ConfigError(f"unknown remat='{net.remat}'{nearest(net.remat, REMAT)}")
+    return tuple(by_name[name] for name in pattern)
+
+
+def block_name(index: int, name: str) -> str:
+    """The parameter name of block `index` of the pattern."""
+    return f"{index}_{name}"
+
+
+def to_scanned(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Any tree of an unrolled model's variables in the layout of the scanned model: repeats stacked on a leading axis."""
+    repeats = {key: value for key, value in tree.items() if key.startswith(UNROLLED)}
+    out = {key: to_scanned(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    if repeats:
+        out = {key: value for key, value in out.items() if key not in repeats}
+        ordered = [repeats[f"{UNROLLED}{i}"] for i in range(len(repeats))]
+        out[SCANNED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+    return out
+
+
+def to_unrolled(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Any tree of a scanned model's variables in the layout of the unrolled model; the inverse of `to_scanned`."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key == SCANNED:
+            length = jax.tree.leaves(value)[0].shape[0]
+            out |= {f"{UNROLLED}{i}": jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in range(length)}
+        else:
+            out[key] = to_unrolled(value) if isinstance(value, Mapping) else value
+    return out
+
+
+def _call(block: nn.Module, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
+    return block(x, ctx)

@@ -1,0 +1,131 @@
+"""The vision transformer (Dosovitskiy et al. 2021): patches, a bidirectional stack, pooling, a linear head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from moejax.context import Context
+from moejax.errors import ConfigError, nearest
+from moejax.layers import norms
+from moejax.models.registries import models
+from moejax.models.stack import NamedBlock, Stack, block_table, pattern_blocks
+from moejax.params import Dense, param
+
+POSITIONS = ("learned", "sincos2d")
+POOLINGS = ("mean", "cls")
+
+
+@models.register("vit", slots={"blocks": block_table(causal=False, rope_base=None), "norm": norms})
+class ViT(nn.Module):
+    """Image classifier.
+
+    Attributes:
+      image_size: side of the square image, pixels; a multiple of `patch_size`.
+      channels: colour channels.
+      patch_size: side of a patch, pixels.
+      num_classes: classes.
+      d_model, num_layers, pattern, blocks, scan, remat, dtype: as in the decoder.
+      norm: the final norm; 'layer_norm' if left out.
+      positions: 'learned' vectors, or fixed sines and cosines of the two coordinates ('sincos2d', Beyer et al. 2022).
+      pooling: 'mean' over the valid patches, or a learned extra token 'cls', put first.
+
+    Raises:
+      ConfigError: sizes do not fit, or an option is unknown.
+    """
+
+    image_size: int
+    channels: int
+    patch_size: int
+    num_classes: int
+    d_model: int
+    num_layers: int
+    pattern: tuple[str, ...]
+    blocks: tuple[NamedBlock, ...]
+    norm: nn.Module | None = None
+    positions: str = "learned"
+    pooling: str = "mean"
+    scan: bool = True
+    remat: str = "none"
+    dtype: Any = "float32"
+
+    def __post_init__(self):
+        pattern_blocks(self)
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+        if self.positions not in POSITIONS:
+            raise ConfigError(f"unknown positions='{self.positions}'{nearest(self.positions, POSITIONS)}")
+        if self.positions == "sincos2d" and self.d_model % 4:
+            raise ConfigError(f"d_model={self.d_model} must be a multiple of 4 for positions='sincos2d'")
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"unknown pooling='{self.pooling}'{nearest(self.pooling, POOLINGS)}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w ch"], ctx: Context | None = None) -> Float[Array, "b classes"]:
+        """Class scores of `images`. Fields of `ctx` are per patch `[b, n]`, or per image `[b, 1]`."""
+        if images.shape[1:] != (self.image_size, self.image_size, self.channels):
+            expected = (self.image_size, self.image_size, self.channels)
+            raise ConfigError(f"images of shape {images.shape[1:]} given to a ViT for {expected}; change its config")
+        x = patches(images, self.patch_size)
+        b, n, _ = x.shape
+        x = Dense(self.d_model, dtype=self.dtype, axes=(None, "embed"), name="patch")(x)
+        x = x + self._position_table(n).astype(x.dtype)
+        ctx = _per_patch(Context() if ctx is None else ctx, b, n)
+        if self.pooling == "cls":
+            cls = param(self, "cls", nn.initializers.normal(0.02), (self.d_model,), ("embed",)).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.d_model)), x], axis=1)
+            ctx = _with_cls(ctx)
+
+        x = Stack(self.blocks, self.pattern, self.num_layers, self.scan, self.remat, name="stack")(x, ctx)
+        norm = norms["layer_norm"](dtype=self.dtype, parent=None) if self.norm is None else self.norm
+        x = norm.copy(name="final_norm")(x)
+
+        x = x[:, 0] if self.pooling == "cls" else _mean(x.astype(jnp.float32), ctx.valid)
+        # A head of zeros: every class is equally likely at the start, whatever the features.
+        head = Dense(self.num_classes, kernel_init=nn.initializers.zeros, axes=("embed", "vocab"), name="head")
+        return head(x.astype(jnp.float32))
+
+    def _position_table(self, n: int) -> Float[Array, "n d"]:
+        if self.positions == "sincos2d":
+            return jnp.asarray(sincos2d(self.image_size // self.patch_size, self.d_model))
+        return param(self, "position", nn.initializers.normal(0.02), (n, self.d_model), (None, "embed"))
+
+
+def patches(images: Float[Array, "b h w ch"], size: int) -> Float[Array, "b n px"]:
+    """Square patches in reading order, each flattened (row, column, channel)."""
+    b, h, w, ch = images.shape
+    x = images.reshape(b, h // size, size, w // size, size, ch)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * ch)
+
+
+def sincos2d(side: int, d: int, base: float = 10_000.0) -> Float[np.ndarray, "n d"]:
+    """Fixed position vectors of a `side` x `side` grid: d/4 sines and cosines of the row, then as many of the column."""
+    frequency = base ** (-np.arange(d // 4) / (d // 4))
+    row, column = np.divmod(np.arange(side * side), side)
+    angles = [row[:, None] * frequency, column[:, None] * frequency]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def _per_patch(ctx: Context, b: int, n: int) -> Context:
+    ctx = ctx.map_tokens(lambda field: jnp.broadcast_to(field, (b, n)))
+    if ctx.positions is None:
+        ctx = ctx.replace(positions=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n)))
+    return ctx
+
+
+def _with_cls(ctx: Context) -> Context:
+    """The context with an entry for the class token: valid where any patch is, at position 0, otherwise like patch 0."""
+    wider = ctx.map_tokens(lambda field: jnp.concatenate([field[:, :1], field], axis=1))
+    if ctx.valid is not None:
+        wider = wider.replace(valid=wider.valid.at[:, 0].set(ctx.valid.any(axis=1)))
+    return wider.replace(positions=jnp.pad(ctx.positions + 1, ((0, 0), (1, 0))))
+
+
+def _mean(x: Float[Array, "b n d"], valid: Bool[Array, "b n"] | None) -> Float[Array, "b d"]:
+    if valid is None:
+        return x.mean(axis=1)
+    weight = valid.astype(x.dtype)[:, :, None]
+    return (x * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
