@@ -1,0 +1,288 @@
+"""Checkpoints that are checked: written by Orbax in the background, read back only if every byte is what was written.
+
+    checkpoints/300/variables/  state/  data/  meta/  checksums.json
+
+`variables` is what a model needs (parameters and collections), `state` what only training does (optimizer, key).
+
+`checksums.json` holds the SHA-256 of every file of the four items. It is written before Orbax's atomic rename, so a step
+folder that carries its final name is complete, and a process killed at any moment leaves either a whole checkpoint or none.
+A checkpoint that fails the check is moved aside to `<step>.corrupt` with a warning, and the one before it is used.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moejax.errors import ConfigError
+from moejax.train.metrics import write_atomically
+from moejax.train.step import TrainState
+
+MANIFEST = "checksums.json"
+ITEMS = ("variables", "state", "data", "meta")
+
+Meta = dict[str, Any]
+
+
+class CorruptCheckpoint(UserWarning):
+    """A checkpoint was damaged on disk and has been moved aside."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read: the training state, the data iterator's state, and what was noted beside them."""
+
+    state: TrainState
+    data_state: Any
+    meta: Meta
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Opening moves damaged checkpoints aside, from the newest down to the first good one, which is `newest`, and removes what
+    saves that were cut off left behind.
+
+    Args:
+      directory: folder of the step folders; made if need be.
+      keep: newest checkpoints that stay.
+      asynchronous: `save` returns once the values are copied off the device.
+    """
+
+    def __init__(self, directory: Path, keep: int, asynchronous: bool):
+        self.directory = directory.resolve()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.newest = newest_good(self.directory)
+        self._asynchronous = asynchronous
+        self._saving: int | None = None
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers=_handlers(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._sign),
+            ),
+        )
+
+    def path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def save(self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any]) -> None:
+        """Saves a step. The state may be donated afterwards; only checkpoints past `keep` are deleted, once this one is whole."""
+        self._manager.wait_until_finished()
+        self._saving = step
+        variables, rest = _split(state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(variables),
+                state=ocp.args.StandardSave(rest),
+                data=ocp.args.JsonSave(_encoded(data_state)),
+                meta=ocp.args.JsonSave({**meta, "step": step, "shapes": shapes(state)}),
+            ),
+            force=True,
+        )
+        self.newest = step
+        if not self._asynchronous:
+            self._manager.wait_until_finished()
+
+    def meta(self, step: int) -> Meta:
+        """What was noted beside the state at `step`."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, step: int, like: TrainState) -> Restored:
+        """Reads the checkpoint of `step`.
+
+        Args:
+          step: a step that is there.
+          like: state of arrays or of shapes. What has no sharding goes to the default device.
+
+        Raises:
+          ConfigError: the checkpoint belongs to another config; names the first parameter that differs.
+        """
+        meta = self.meta(step)
+        _check_shapes(meta["shapes"], shapes(like), self.path(step))
+        variables, rest = _split(_placed(like))
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardRestore(variables),
+                state=ocp.args.StandardRestore(rest),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        collections = dict(items.variables)
+        state = TrainState(params=collections.pop("params"), collections=collections, **items.state)
+        return Restored(state, _decoded(items.data), meta)
+
+    def wait(self) -> None:
+        """Waits for a save in progress, and raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _sign(self) -> None:
+        # Called by Orbax in its own thread when all items are final, before the folder gets its final name.
+        (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        files = {file.relative_to(folder).as_posix(): _digest(file) for file in _files(folder)}
+        write_atomically(folder / MANIFEST, json.dumps(files, indent=0, sort_keys=True))
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], Meta]:
+    """A checkpoint of a run as `(config, variables, meta)`, without building its model.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None takes the newest. A damaged one is refused, and nothing is moved.
+
+    Returns:
+      the plain config; `{'params': ..., 'router_state': ..., ...}` as nested dicts of arrays; and meta (seed, step, ...).
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: it is damaged.
+    """
+    directory = Path(workdir).resolve() / "checkpoints"
+    steps = _steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(f"no checkpoint {'' if step is None else step} in {directory}; there are {steps}")
+    path = directory / str(max(steps) if step is None else step)
+    if damage := find_damage(path):
+        raise ValueError(f"checkpoint {path} is damaged: {damage}")
+    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers()))) as checkpointer:
+        # The saved shardings may name devices that this machine lacks.
+        saved = checkpointer.metadata(path).item_metadata["variables"]
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(saved))
+        args = ocp.args.Composite(variables=ocp.args.StandardRestore(_placed(like)), meta=ocp.args.JsonRestore())
+        items = checkpointer.restore(path, args=args)
+    return items.meta["config"], items.variables, items.meta
+
+
+def newest_good(directory: Path) -> int | None:
+    """The newest step whose files are what was written, or None. Damaged ones on the way are moved aside with a warning."""
+    for step in sorted(_steps(directory), reverse=True):
+        path = directory / str(step)
+        damage = find_damage(path)
+        if damage is None:
+            return step
+        aside = _free_name(path)
+        path.rename(aside)
+        warnings.warn(f"checkpoint {path} is damaged ({damage}); moved to {aside}", CorruptCheckpoint, stacklevel=2)
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None.
+
+    Covers every file that is restored. Orbax's own two notes at the top of the folder (time stamps, written at the rename)
+    are neither read nor checked.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except ValueError:
+        return f"{MANIFEST} is not readable"
+    if not isinstance(manifest, dict) or not set(ITEMS) <= {name.split("/")[0] for name in manifest}:
+        return f"{MANIFEST} is incomplete"
+    for name, digest in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _digest(file) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def shapes(state: TrainState) -> dict[str, str]:
+    """Path -> dtype and shape of every array of a state, such as 'params/dense/kernel' -> 'float32[3,4]'."""
+    tree = vars(state)
+    ordered = {name: tree[name] for name in ("params", *(n for n in tree if n != "params"))}
+    return {
+        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/"): _shape(leaf)
+        for name, part in ordered.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part)
+    }
+
+
+def _placed(tree: Any) -> Any:
+    """Shapes with shardings: left out, Orbax would ask for the devices that wrote the checkpoint."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+
+    return jax.tree.map(placed, tree)
+
+
+def _handlers() -> dict[str, Any]:
+    # One of each per user: Orbax's handlers hold state.
+    return {
+        "variables": ocp.StandardCheckpointHandler(),
+        "state": ocp.StandardCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+
+
+def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    rest = dict(vars(state))
+    return {"params": rest.pop("params"), **rest.pop("collections")}, rest
+
+
+def _shape(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _check_shapes(saved: Mapping[str, str], wanted: Mapping[str, str], path: Path) -> None:
+    for name in (*wanted, *(n for n in saved if n not in wanted)):
+        if saved.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"checkpoint {path} is of another config: {name} is {saved.get(name, 'absent')} there and "
+                f"{wanted.get(name, 'absent')} here; take another workdir, or the config that wrote it"
+            )
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.glob("*") if path.is_dir() and path.name.isdigit())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for item in ITEMS:
+        yield from (file for file in sorted((folder / item).rglob("*")) if file.is_file())
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.corrupt{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(name for name in names if not name.exists())
+
+
+def _encoded(data_state: Any) -> dict[str, Any]:
+    """A data iterator's state as JSON. Grain gives bytes or nested dicts, depending on the kind of pipeline."""
+    if isinstance(data_state, bytes):
+        return {"base64": base64.b64encode(data_state).decode()}
+    # Dumped here and not by Orbax: numpy integers become numbers, and key order is kept.
+    return {"json": json.dumps(data_state, default=lambda value: value.tolist())}
+
+
+def _decoded(data: Mapping[str, Any]) -> Any:
+    if "base64" in data:
+        return base64.b64decode(data["base64"])
+    return json.loads(data["json"])

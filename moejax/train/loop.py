@@ -1,0 +1,295 @@
+"""`fit`: from a config and a seed to a trained model, across kills, signals and damaged disks.
+
+    result = fit(config, seed=0, workdir='runs/x')
+
+The same call goes on where an earlier process stopped. What it writes to metrics.jsonl, and the parameters it ends with, are
+the same bits whether it was stopped or not: both depend on (config, seed) alone.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from moejax import data
+from moejax.errors import ConfigError
+from moejax.train.checkpoints import Checkpoints, load
+from moejax.train.metrics import Line, MetricLog, expand, numbers, read_lines, write_atomically
+from moejax.train.program import Program, get_program
+from moejax.train.results import Progress, ProgressCallback, RunResult, Speed
+from moejax.train.settings import (
+    CheckpointSettings,
+    EvalSettings,
+    TrainSettings,
+    check_same_run,
+    normalized,
+    plain,
+    section,
+)
+from moejax.train.step import TrainState
+from moejax.train.stops import Interrupted, NonFiniteLoss, RecentBatches, Signals
+
+MakeIterator = Callable[..., Any]
+
+
+def fit(
+    config: Mapping[str, Any] | ConfigDict,
+    seed: int,
+    workdir: str | Path,
+    progress: ProgressCallback | None = None,
+    label: str = "",
+    *,
+    model: nn.Module | None = None,
+    make_iterator: MakeIterator | None = None,
+    info: Any = None,
+) -> RunResult:
+    """Trains one model on this process's default device.
+
+    Args:
+      config: sections model, data, task, optimizer, train, and optionally eval and checkpoint; see `settings.py`.
+      seed: of parameters, data order and all noise.
+      workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
+        end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated.
+      progress: called with a `Progress` whenever a phase begins and whenever metrics are logged.
+      label: name of the run in progress reports.
+      model: takes the place of `config.model`.
+      make_iterator: takes the place of `moejax.data.make_iterator`.
+      info: takes the place of `moejax.data.info(config.data)`.
+
+    Raises:
+      ConfigError: the config is wrong, or `workdir` holds a run with another config or seed.
+      NonFiniteLoss: training has diverged; no state from after that step is saved.
+      Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved. A `SystemExit` with code 143 or 130.
+    """
+    started = time.perf_counter()
+    config = normalized(config)
+    run = _Run(config, seed, Path(workdir), progress or (lambda report: None), label, started)
+    with contextlib.closing(run), Signals() as signals:
+        finished = run.finished()
+        if finished is not None:
+            return finished
+        run.open(
+            model,
+            make_iterator or data.make_iterator,
+            info if info is not None or make_iterator is not None else data.info(config.data),
+        )
+        return run.train(signals)
+
+
+class _Run:
+    """One call of `fit`: the state, the iterator and the open files."""
+
+    def __init__(self, config: ConfigDict, seed: int, workdir: Path, progress: ProgressCallback, label: str, started: float):
+        self.config, self.plain = config, plain(config)
+        self.seed, self.workdir, self.label, self.started = seed, workdir, label, started
+        self.training = section(TrainSettings, config, "train")
+        self.evaluation = section(EvalSettings, config, "eval")
+        self.saving = section(CheckpointSettings, config, "checkpoint")
+        self._progress = progress
+        self.step = 0
+        self._loss: float | None = None
+        self._speed: Speed | None = None
+        self._earlier_seconds = 0.0
+        self._files = contextlib.ExitStack()
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", self.saving.keep, self.saving.asynchronous)
+        self._files.callback(self.checkpoints.close)
+
+    def finished(self) -> RunResult | None:
+        """The result of a run that has ended already, or None."""
+        step, path = self.checkpoints.newest, self.workdir / "result.json"
+        if step is None or not path.exists():
+            return None
+        meta = self.checkpoints.meta(step)
+        if step != self.training.steps or self._differs(meta):
+            return None
+        _, variables, _ = load(self.workdir, step)
+        return RunResult(
+            **json.loads(path.read_text()), history=read_lines(self.workdir / "metrics.jsonl"), variables=variables
+        )
+
+    def open(self, model: nn.Module | None, make_iterator: MakeIterator, info: Any) -> None:
+        """Data, programs and state, from the newest checkpoint if there is one."""
+        self._report("data")
+        self._make_iterator = make_iterator
+        self.batches = make_iterator(self.config.data, split="train", seed=self.seed)
+        fresh = self.batches.get_state()
+        first = _on_device(next(self.batches))
+        self.batches.set_state(fresh)
+        context = {"domains": tuple(getattr(info, "domains", ())), "bytes_per_token": getattr(info, "bytes_per_token", 1.0)}
+        self.program: Program = get_program(self.plain, self.training, first, context, model)
+        self.state: TrainState
+        if self.checkpoints.newest is None:
+            self.state = self.program.init(jax.random.key(self.seed))
+        else:
+            self._resume(self.checkpoints.newest)
+        write_atomically(self.workdir / "config.json", json.dumps(self.plain, indent=2, sort_keys=True) + "\n")
+        self.log = MetricLog(self.workdir, self.step)
+        self._files.callback(self.log.close)
+
+    def train(self, signals: Signals) -> RunResult:
+        """Runs to the last step and evaluates."""
+        settings = self.training
+        self._report("compile")
+        train_step = self.program.train if self.step < settings.steps else None
+        tokens = self.program.task.size(self.program.batch)
+        recent = RecentBatches(settings.log_every)
+        first_step_seconds = None
+        self._report("train")
+        while self.step < settings.steps:
+            batch = next(self.batches)
+            self.state, metrics = train_step(self.state, _on_device(batch))
+            self.step += 1
+            recent.add(self.step, np.asarray(batch.get("example_id", ())))
+            if first_step_seconds is None:
+                jax.block_until_ready(metrics)
+                first_step_seconds = time.perf_counter() - self.started
+                self._speed = Speed(self.step, time.perf_counter())
+
+            line: Line = {}
+            last = self.step == settings.steps
+            if last or self._due(settings.log_every):
+                self._check_finite(recent)
+                line |= self._train_line(metrics, tokens)
+            if last or self._due(self.evaluation.every):
+                self._check_finite(recent)
+                line |= self._evaluate()
+            if line:
+                self.log.write(self.step, numbers(line))
+            if last or signals.received or self._due(self.saving.every):
+                self._check_finite(recent)
+                self._save()
+            if signals.received and not last:
+                self._leave(signals.received)
+        result = self._result(first_step_seconds or time.perf_counter() - self.started)
+        if signals.received:
+            self._leave(signals.received)
+        return result
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _resume(self, step: int) -> None:
+        restored = self.checkpoints.restore(step, self.program.state)
+        if difference := self._differs(restored.meta):
+            raise difference
+        if step > self.training.steps:
+            raise ConfigError(
+                f"train.steps={self.training.steps} is less than the {step} steps of {self.checkpoints.path(step)}; "
+                "raise it, or take another workdir"
+            )
+        self.state, self.step = restored.state, step
+        self.batches.set_state(restored.data_state)
+        self._earlier_seconds = restored.meta["seconds"]
+
+    def _differs(self, meta: Mapping[str, Any]) -> ConfigError | None:
+        """The error to raise if the checkpoint is of another run."""
+        if meta["seed"] != self.seed:
+            return ConfigError(
+                f"{self.workdir} holds a run with seed={meta['seed']}, not {self.seed}; take another workdir for each seed"
+            )
+        try:
+            check_same_run(meta["config"], self.plain, str(self.workdir))
+        except ConfigError as error:
+            return error
+        return None
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _train_line(self, metrics: Mapping[str, Any], tokens: int) -> Line:
+        metrics = dict(jax.device_get(metrics))
+        sums = metrics.pop("sums")
+        scores = {f"train/{name}": value for name, value in self.program.task.metrics(sums).items()}
+        self._loss = scores["train/loss"]
+        rate = self._speed.update(self.step, time.perf_counter())
+        self.log.write_timing(self.step, {"seconds": self._seconds(), "tokens_per_second": rate * tokens})
+        self._report("train", tokens * rate, (self.training.steps - self.step) / rate if rate else None)
+        return {**expand(metrics), **scores}
+
+    def _evaluate(self) -> Line:
+        """Means over the evaluation batches, which are the same for every seed and step."""
+        self._report("eval")
+        self._speed.update(self.step, time.perf_counter())
+        evaluate = self.program.evaluate
+        totals: dict[str, Any] = defaultdict(float)
+        stat_totals: dict[str, Any] = defaultdict(float)
+        for batch in self._eval_batches():
+            sums, stats = jax.device_get(evaluate(self.state, _on_device(batch)))
+            # In float64: a float32 sum of a large split would depend on how it is cut into batches.
+            for name, value in sums.items():
+                totals[name] += np.asarray(value, np.float64)
+            for name, value in stats.items():
+                stat_totals[name] += np.asarray(value, np.float64)
+        if not totals.get("count"):
+            raise ConfigError(f"eval.split='{self.evaluation.split}' has no batch with a valid target; take another split")
+        stats = expand({name: value / totals["count"] for name, value in stat_totals.items()})
+        line = {**self.program.task.metrics(totals), **stats}
+        self._speed.skip(time.perf_counter())
+        return {f"eval/{name}": value for name, value in line.items()}
+
+    def _eval_batches(self) -> Iterator[Mapping[str, Any]]:
+        batches = self._make_iterator(self.config.data, split=self.evaluation.split, seed=0, num_epochs=1)
+        for i, batch in enumerate(batches):
+            if self.evaluation.batches and i == self.evaluation.batches:
+                return
+            yield batch
+
+    def _check_finite(self, recent: RecentBatches) -> None:
+        bad = int(self.state.first_bad_step)
+        if bad >= 0:
+            newest = self.checkpoints.newest
+            raise NonFiniteLoss(bad, recent.ids(bad), None if newest is None else self.checkpoints.path(newest))
+
+    def _save(self) -> None:
+        self.log.sync()
+        meta = {"config": self.plain, "seed": self.seed, "seconds": self._seconds()}
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta)
+
+    def _leave(self, signum: int) -> None:
+        self.close()
+        print(
+            f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; "
+            f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise Interrupted(signum, self.step)
+
+    def _report(self, phase: str, tokens_per_second: float = 0.0, seconds_left: float | None = None) -> None:
+        self._progress(Progress(self.label, self.step, self.training.steps, phase, tokens_per_second, self._loss, seconds_left))
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self.started
+
+    def _result(self, first_step_seconds: float) -> RunResult:
+        self.checkpoints.wait()
+        history = self.log.history()
+        final = next(line for line in reversed(history) if any(key.startswith("eval/") for key in line))
+        result = RunResult(
+            metrics={k: v for k, v in final.items() if k.startswith("eval/") and not isinstance(v, list)},
+            history=history,
+            steps=self.step,
+            seconds=self._seconds(),
+            first_step_seconds=first_step_seconds,
+            params=self.program.params,
+            active_params=self.program.active_params,
+            flops_per_step=self.program.flops,
+            variables={"params": self.state.params, **self.state.collections},
+        )
+        result.write(self.workdir)
+        return result
+
+
+def _on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step is given: example ids are 64 bits wide and stay on the host."""
+    return {name: value for name, value in batch.items() if name != "example_id"}

@@ -1,0 +1,88 @@
+"""What a run tells while it runs, and what it leaves."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moejax.train.metrics import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """One report of a run.
+
+    Attributes:
+      label: the run's name.
+      step, steps: updates done, updates in all.
+      phase: 'data', 'compile', 'train' or 'eval'.
+      tokens_per_second: smoothed; 0 before the first measurement. Examples rather than tokens for image tasks.
+      loss: last logged task loss in nats, or None.
+      seconds_left: for the rest of the training, or None.
+    """
+
+    label: str
+    step: int
+    steps: int
+    phase: str
+    tokens_per_second: float = 0.0
+    loss: float | None = None
+    seconds_left: float | None = None
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+      metrics: numbers of the final evaluation, named 'eval/...'.
+      history: the lines of metrics.jsonl.
+      steps: updates done.
+      seconds: wall-clock time of training, over all processes that took part.
+      first_step_seconds: from the call of `fit` to the end of its first step: data, start-up and compilation.
+      params: number of parameters.
+      active_params: number of parameters one token uses.
+      flops_per_step: floating point operations of the matrix products of one train step.
+      variables: the final variables (`{'params': ..., 'router_state': ...}`).
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    first_step_seconds: float
+    params: int
+    active_params: int
+    flops_per_step: float
+    variables: dict[str, Any] = dataclasses.field(repr=False)
+
+    def write(self, workdir: Path) -> None:
+        """Writes result.json: everything but the history and the variables, which lie beside it."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("history", "variables")}
+        write_atomically(workdir / "result.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+class Speed:
+    """Smoothed throughput. `halving` reports old are worth half a new one."""
+
+    def __init__(self, step: int, now: float, halving: float = 2.0):
+        self._step, self._now = step, now
+        self._keep = 0.5 ** (1.0 / halving)
+        self.steps_per_second = 0.0
+
+    def update(self, step: int, now: float) -> float:
+        """Steps per second after reaching `step` at time `now` in seconds."""
+        if step > self._step and now > self._now:
+            latest = (step - self._step) / (now - self._now)
+            old = self.steps_per_second or latest
+            self.steps_per_second = self._keep * old + (1.0 - self._keep) * latest
+            self._step, self._now = step, now
+        return self.steps_per_second
+
+    def skip(self, now: float) -> None:
+        """The time since the last update went into something else than steps."""
+        self._now = now

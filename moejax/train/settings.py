@@ -1,0 +1,151 @@
+"""The sections of a run's config, and what of it makes two runs the same run."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from moejax.errors import ConfigError, nearest
+
+REQUIRED = ("model", "data", "task", "optimizer", "train")
+OPTIONAL = ("eval", "checkpoint", "parallel")
+# What defines a run. The other sections say how long it goes on and what is written down.
+IDENTITY = ("model", "data", "task", "optimizer")
+
+Section = TypeVar("Section")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """`config.train`.
+
+    Attributes:
+      steps: optimizer updates in all.
+      accumulation: microbatches a batch is split into; must divide the batch size.
+      log_every: steps between two lines of metrics. A step that is not logged never waits for the device.
+    """
+
+    steps: int
+    accumulation: int = 1
+    log_every: int = 20
+
+    def __post_init__(self):
+        _at_least(self, "train", steps=1, accumulation=1, log_every=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """`config.eval`.
+
+    Attributes:
+      every: steps between two evaluations; 0 evaluates at the end only. The end is always evaluated.
+      batches: batches of one evaluation; 0 means the whole split.
+      split: name of the data's split.
+    """
+
+    every: int = 0
+    batches: int = 0
+    split: str = "validation"
+
+    def __post_init__(self):
+        _at_least(self, "eval", every=0, batches=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """`config.checkpoint`.
+
+    Attributes:
+      every: steps between two checkpoints; 0 saves at the end (and on a signal) only.
+      keep: newest checkpoints that stay. With 1, a damaged one has no elder to fall back to.
+      asynchronous: training goes on while a checkpoint is written.
+    """
+
+    every: int = 0
+    keep: int = 2
+    asynchronous: bool = True
+
+    def __post_init__(self):
+        _at_least(self, "checkpoint", every=0, keep=1)
+
+
+def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """The config as a `ConfigDict`, with its sections checked.
+
+    Raises:
+      ConfigError: a section is missing or unknown.
+    """
+    config = ConfigDict(config if isinstance(config, ConfigDict) else dict(config))
+    for name in config:
+        if name not in REQUIRED + OPTIONAL:
+            raise ConfigError(f"unknown section '{name}' in the config{nearest(name, REQUIRED + OPTIONAL)}")
+    for name in REQUIRED:
+        if name not in config:
+            raise ConfigError(f"the config has no section '{name}'; a run needs {', '.join(REQUIRED)}")
+    return config
+
+
+def section(cls: type[Section], config: ConfigDict, name: str) -> Section:
+    """Section `name` of the config as an object of settings; what it leaves out keeps its default.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, or a value out of range.
+    """
+    given = dict(config.get(name) or {})
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in given:
+        if key not in fields:
+            raise ConfigError(f"unknown key '{key}' in {name}{nearest(key, fields)}")
+    for key, field in fields.items():
+        if field.default is dataclasses.MISSING and key not in given:
+            raise ConfigError(f"{name} needs '{key}'")
+    return cls(**given)
+
+
+def plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """The config as nested dicts and lists, exactly as it reads back from JSON.
+
+    Raises:
+      ConfigError: it holds something that JSON has no word for.
+    """
+    tree = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    try:
+        return json.loads(json.dumps(tree, sort_keys=True))
+    except TypeError as error:
+        raise ConfigError(f"the config must be made of mappings, lists, strings and numbers: {error}") from None
+
+
+def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], place: str) -> None:
+    """Refuses to go on from the checkpoint of a run that was defined otherwise.
+
+    Args:
+      saved: plain config in the checkpoint.
+      config: plain config of this run.
+      place: the work folder, for the error.
+
+    Raises:
+      ConfigError: naming the first setting that differs.
+    """
+    for name in IDENTITY:
+        before, now = _flat(saved.get(name), name), _flat(config.get(name), name)
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise ConfigError(
+                    f"{place} holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}; "
+                    "take another workdir, or remove this one to start anew"
+                )
+
+
+def _flat(tree: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
+
+
+def _at_least(settings: Any, name: str, **lowest: int) -> None:
+    for key, low in lowest.items():
+        value = getattr(settings, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{name}.{key}={value!r} must be a whole number of at least {low}")
