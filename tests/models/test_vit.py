@@ -105,7 +105,7 @@ def test_invalid_patches_and_images_are_inert(pooling):
 
 
 def test_head_starts_at_zero_and_learns():
-    model = build({**SPEC, "positions": "sincos2d", "dtype": "bfloat16"})
+    model = build({**SPEC, "pattern": ("a",), "positions": "sincos2d", "dtype": "bfloat16"})
     variables = jax.jit(model.init)(jax.random.key(0), images())
     assert "position" not in variables["params"]
     logits = run(model, variables["params"], images())
