@@ -69,4 +69,4 @@ class SoftTopAll:
 
     def mean_experts(self, num_experts: int) -> float:
         """Every token uses every expert."""
-        return num_experts
+        return float(num_experts)

@@ -116,7 +116,7 @@ class TopK:
 
     def mean_experts(self, num_experts: int) -> float:
         """Experts per token."""
-        return self.k
+        return float(self.k)
 
     def _scores(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
         if self.score == "softmax":
