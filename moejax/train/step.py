@@ -20,8 +20,8 @@ from moejax.train.tasks import Batch, Sums, Task
 
 # Streams that layers may draw from while training.
 STREAMS = ("router", "dropout")
-# Collections that live for one call. Every other collection a model makes (router_state, ...) is kept from step to step.
-TRANSIENT = frozenset({"params", "losses", "stats", "intermediates", "cache", "overrides"})
+# Collections that are kept from step to step. Whatever else a model makes lives for one call.
+STATE = ("router_state",)
 
 Tree = Any
 Metrics = dict[str, Any]
@@ -56,15 +56,17 @@ def init_state(model: nn.Module, task: Task, optimizer: Optimizer, batch: Batch,
 
     Initialises in evaluation mode, so that no state is updated by a batch that is not data.
     """
-    inputs, ctx = task.inputs(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch), jnp.int32(0), train=False)
+    # Behind a barrier, or XLA folds the whole forward pass of these constants at compile time, for half a minute.
+    zeros = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch))
+    inputs, ctx = task.inputs(zeros, jnp.int32(0), train=False)
     init_key, run_key = jax.random.split(key)
-    variables = model.init({"params": init_key, **_streams(init_key)}, inputs, ctx)
+    variables = model.init({"params": init_key, **_streams(init_key)}, inputs, ctx, mutable=["params", *STATE])
     params = variables["params"]
     return TrainState(
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.transform().init(params),
-        collections={name: tree for name, tree in variables.items() if name not in TRANSIENT},
+        collections={name: tree for name, tree in variables.items() if name != "params"},
         key=run_key,
         first_bad_step=jnp.int32(-1),
     )

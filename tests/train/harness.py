@@ -48,6 +48,7 @@ class TinyMoE(nn.Module):
         self.sow("losses", "balance", self.balance * jnp.square(per_sequence).sum(-1).mean())
         self.sow("stats", "load", load)
         self.sow("stats", "drop_rate", 1.0 - valid.mean())
+        self.sow("routing", "probs", probs)
         running = self.variable("router_state", "load", jnp.zeros, (EXPERTS,))
         if ctx.train and self.is_mutable_collection("router_state"):
             running.value = 0.9 * running.value + 0.1 * load

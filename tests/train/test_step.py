@@ -109,6 +109,7 @@ def test_noise_depends_on_seed_and_step_only():
 
 def test_router_state_is_updated_once_a_step_and_is_exact_for_running_means():
     assert not np.asarray(start().collections["router_state"]["layer_0"]["load"]).any(), "initialised without an update"
+    assert set(start().collections) == {"router_state"}, "what a model shows of one call is not state"
     new, metrics = train_step()(start(), BATCH)
     load = new.collections["router_state"]["layer_0"]["load"]
     np.testing.assert_allclose(load, 0.1 * np.asarray(metrics["stats/layer_0/load"]), rtol=1e-6)
