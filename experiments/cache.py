@@ -1,0 +1,213 @@
+"""Finished trainings, found again by what was trained: arms that studies share are trained once.
+
+A run lives in `<runs>/trained/<key>/`, where the key hashes the resolved config without what cannot change a number
+(`COSMETIC`, blocks that the model does not use), the seed and `NUMERICS_VERSION`. `run.json` is written last: a directory
+without it is an interrupted training, which `fit` resumes.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import environment
+from moejax.errors import ConfigError
+
+# Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
+# `canary.py` notices when this was forgotten.
+NUMERICS_VERSION = 1
+COSMETIC = ("checkpoint", "train.log_every")
+RESULT_FIELDS = ("params", "active_params", "flops_per_step", "steps", "seconds", "first_step_seconds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training.
+
+    Attributes:
+      metrics: name -> final value: those of the last evaluation, of the last logged step, and sizes and times.
+      history: the logged lines, in order of step.
+      meta: commit, versions, device, date.
+      cached: it was trained before this command.
+      diverged: why the training stopped early, where its numbers were no longer finite; empty otherwise.
+    """
+
+    arm: str
+    seed: int
+    metrics: Mapping[str, float]
+    history: Sequence[Mapping[str, Any]] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    cached: bool = False
+    diverged: str = ""
+
+    def matching(self, metric: str) -> list[float]:
+        """The values of the metrics that `metric` names: one, or several where it has a `*`."""
+        if metric in self.metrics:
+            return [float(self.metrics[metric])]
+        return [float(v) for k, v in sorted(self.metrics.items()) if fnmatch.fnmatchcase(k, metric)]
+
+    def value(self, metric: str) -> float:
+        """The mean of `matching(metric)`; nan if there are none."""
+        found = self.matching(metric)
+        return sum(found) / len(found) if found else math.nan
+
+    def curve(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of `metric` over the training."""
+        points = [(int(row["step"]), float(row[metric])) for row in self.history if row.get(metric) is not None]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    def last(self, pattern: str) -> dict[str, Any]:
+        """The newest logged value of each metric that matches `pattern`, lists included."""
+        names = sorted({k for row in self.history for k in row if fnmatch.fnmatchcase(k, pattern)})
+        return {k: next(row[k] for row in reversed(self.history) if k in row) for k in names}
+
+
+class Cache:
+    """The runs under one directory."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def path(self, config: ConfigDict, seed: int) -> Path:
+        """Where the run of `config` with `seed` lives, finished or not."""
+        return self.root / "trained" / key(config, seed)
+
+    def load(self, config: ConfigDict, seed: int, arm: str) -> Run | None:
+        """The finished run, or None."""
+        return read_run(self.path(config, seed), arm, seed, cached=True)
+
+    def train(self, config: ConfigDict, seed: int, arm: str, fit: Callable[..., Any], progress: Callable[..., None]) -> Run:
+        """Trains what is not finished yet, or goes on with it, and returns the run."""
+        path = self.path(config, seed)
+        with _claimed(path):
+            # Another process may have finished it while this one was busy with other arms.
+            return read_run(path, arm, seed, cached=True) or train_in(path, config, seed, arm, fit, progress)
+
+    def forget(self, config: ConfigDict, seed: int) -> None:
+        """Deletes a finished run, so that it is trained again. An interrupted one stays, for the same command to go on with."""
+        path = self.path(config, seed)
+        with _claimed(path):
+            if (path / "run.json").exists():
+                shutil.rmtree(path)
+
+
+def train_in(
+    path: Path, config: ConfigDict, seed: int, arm: str, fit: Callable[..., Any], progress: Callable[..., None]
+) -> Run:
+    """Calls `fit` in directory `path` and writes `run.json` when it has ended.
+
+    A training whose numbers are no longer finite has ended too: that an arm diverges is a result.
+    """
+    from moejax.train import NonFiniteLoss
+
+    diverged, metrics = "", {}
+    try:
+        result = fit(config, seed=seed, workdir=str(path), progress=progress, label=f"{arm} seed {seed}")
+    except NonFiniteLoss as error:
+        diverged = str(error)
+    else:
+        metrics = {name: float(getattr(result, name)) for name in RESULT_FIELDS} | dict(result.metrics)
+    speeds = [row["tokens_per_second"] for row in _lines(path / "timings.jsonl") if row.get("tokens_per_second")]
+    if speeds:
+        metrics["tokens_per_second"] = statistics.median(speeds)
+    record = {
+        "arm": arm,
+        "seed": seed,
+        "numerics": NUMERICS_VERSION,
+        "diverged": diverged,
+        "metrics": {**_last_scalars(_lines(path / "metrics.jsonl")), **metrics},
+        "meta": environment.describe(),
+    }
+    write_json(path / "run.json", record)
+    return read_run(path, arm, seed, cached=False)
+
+
+def read_run(path: Path, arm: str, seed: int, cached: bool) -> Run | None:
+    """The finished run in `path`, or None if it has not finished."""
+    if not (path / "run.json").exists():
+        return None
+    record = json.loads((path / "run.json").read_text())
+    history = _lines(path / "metrics.jsonl")
+    return Run(arm, seed, record["metrics"], history, record["meta"], path, cached, record["diverged"])
+
+
+def key(config: ConfigDict, seed: int) -> str:
+    """Names a training by everything that can change its numbers."""
+    what = {"config": essence(config), "seed": seed, "numerics": NUMERICS_VERSION}
+    text = json.dumps(what, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def essence(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain values, without what is cosmetic and without blocks that nothing in the model names."""
+    plain = config.copy_and_resolve_references().to_dict()
+    for dotted in COSMETIC:
+        *path, name = dotted.split(".")
+        node = plain
+        for part in path:
+            node = node.get(part, {})
+        node.pop(name, None)
+    model = plain.get("model", {})
+    blocks = model.get("blocks", {})
+    rest = {k: v for k, v in model.items() if k != "blocks"}
+    if blocks and "pattern" in rest:
+        # A block that is named anywhere else in the model, whatever by, stays.
+        unused = {name for name in blocks if name not in _strings([rest, *(b for n, b in blocks.items() if n != name)])}
+        plain["model"] = {**rest, "blocks": {name: block for name, block in blocks.items() if name not in unused}}
+    return plain
+
+
+def write_json(path: Path, data: Any, indent: int | None = None) -> None:
+    """Writes a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data, indent=indent) + "\n")
+    os.replace(partial, path)
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file that the trainer wrote; none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _last_scalars(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    last: dict[str, float] = {}
+    for row in history:
+        last |= {k: float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+    return last
+
+
+def _strings(value: Any) -> set[str]:
+    match value:
+        case str():
+            return {value}
+        case Mapping():
+            return _strings(list(value.values()))
+        case list() | tuple():
+            return set().union(*map(_strings, value))
+    return set()
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Refuses to train where another process of this machine is training; the claim ends with the process."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is training in {path}; wait for it, or choose another --runs=DIR") from None
+        yield

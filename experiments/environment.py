@@ -1,0 +1,74 @@
+"""Where a run was made: commit, versions, device, date. Written into every run, so that a ledger entry can name them."""
+
+import datetime
+import functools
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCES = ("moejax", "pallas_kernels", "experiments", "configs")
+
+
+def describe() -> dict[str, str]:
+    """Commit, jax version, Python version, device and UTC date, as short strings."""
+    import jax
+
+    return {
+        "commit": commit(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": device(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash of the checkout, with `+changes` if the sources differ from it; 'unknown' outside a checkout."""
+    head = _git("rev-parse", "--short", "HEAD")
+    if not head:
+        return "unknown"
+    changed = _git("status", "--porcelain", "--", *SOURCES, ":!experiments/ledger", ":!experiments/catalog.toml")
+    return f"{head}+changes" if changed else head
+
+
+@functools.cache
+def device() -> str:
+    """What computes: `2 x NVIDIA H100`, or the CPU's model and its cores."""
+    import jax
+
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return f"{cpu()}, {os.cpu_count()} cores"
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def cpu() -> str:
+    """The CPU's model name, or its architecture where the system does not tell."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Architecture and vector units: what XLA compiles CPU code for, and so what may change a sum's last bits."""
+    units = set((_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split())
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
+    return " ".join([platform.machine(), *(unit for unit in known if unit in units)])
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's fields in Linux's `/proc/cpuinfo`; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    first = info.read_text().split("\n\n")[0] if info.exists() else ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,197 @@
+"""Training the arms of a study, or one config, through the cache and under live progress."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from experiments import canary, record, report, tables
+from experiments.cache import Cache, Run, train_in
+from experiments.progress import Board, Line
+from experiments.record import Outcome
+from experiments.study import Study, resolve
+from experiments.terminal import make_console, say, short, show
+from moejax.errors import ConfigError
+
+Fit = Callable[..., Any]
+
+
+def execute(
+    study: Study,
+    preset: str,
+    *,
+    runs: Path,
+    ablation: str = "",
+    arms: Sequence[str] = (),
+    seeds: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+    accept_numerics: bool = False,
+    fit: Fit | None = None,
+    console: Console | None = None,
+) -> Outcome:
+    """Trains what is not in the cache and returns the outcome.
+
+    Args:
+      runs: the cache's directory.
+      arms: names of the arms to run; all of the study (and the ablation) if empty.
+      seeds: runs of each arm; what the preset declares if None.
+      overrides: dotted key -> value, for every arm.
+      fresh: train again what is finished.
+      accept_numerics: record the canary's numbers, whatever they were.
+      fit: takes the place of `moejax.train.fit`; the models and the canary are then not checked.
+
+    Raises:
+      ConfigError: a name or a config that cannot be used; names and models are checked before anything is trained.
+    """
+    console = console or make_console()
+    configs = {arm: resolve(study, preset, arm, overrides) for arm in choose(study, ablation, arms)}
+    # Seed by seed, so that an interrupted study has compared all arms on the seeds it has.
+    todo = [(arm, seed) for seed in range(seeds or study.preset(preset).seeds) for arm in configs]
+    cache = Cache(runs)
+    fit = fit or _checked_fit(configs, cache, todo, preset in record.LEDGER_PRESETS, accept_numerics, console)
+    return Outcome(study, preset, ablation, _train_all(todo, configs, cache, fit, fresh, console), configs, overrides or {})
+
+
+def execute_config(
+    name: str,
+    config: ConfigDict,
+    *,
+    runs: Path,
+    workdir: Path | None = None,
+    seeds: int = 1,
+    fresh: bool = False,
+    accept_numerics: bool = False,
+    fit: Fit | None = None,
+    console: Console | None = None,
+) -> dict[int, Run]:
+    """Trains one config with each seed, in the cache or in `workdir` (one folder a seed if there are several)."""
+    console = console or make_console()
+    configs, todo, cache = {name: config}, [(name, seed) for seed in range(seeds)], Cache(runs)
+    fit = fit or _checked_fit(configs, cache, todo, False, accept_numerics, console)
+    if workdir is None:
+        return _train_all(todo, configs, cache, fit, fresh, console)[name]
+
+    def train(arm: str, seed: int, line: Line) -> Run:
+        return train_in(workdir / f"seed{seed}" if seeds > 1 else workdir, config, seed, arm, fit, line)
+
+    return _with_board(todo, configs, train, console)[name]
+
+
+def finished(study: Study, preset: str, ablation: str, runs: Path) -> Outcome | None:
+    """The outcome of what is in the cache already; None if no arm of this study (or of this ablation) is."""
+    cache, found, configs = Cache(runs), {}, {}
+    for arm in study.group(ablation):
+        config = resolve(study, preset, arm.name)
+        cached = {s: run for s in range(study.preset(preset).seeds) if (run := cache.load(config, s, arm.name))}
+        if cached:
+            found[arm.name], configs[arm.name] = cached, config
+    wanted = study.ablations[ablation] if ablation else study.arms
+    return Outcome(study, preset, ablation, found, configs) if any(arm.name in found for arm in wanted) else None
+
+
+def finish(outcome: Outcome, runs: Path, ledger: Path, console: Console) -> int:
+    """Prints the tables, writes everything and says where; the exit status is 1 if a smoke run diverged."""
+    console.print()
+    show(console, tables.arms(outcome))
+    if outcome.verdicts:
+        show(console, tables.claims(outcome))
+    for claim in outcome.unjudged:
+        absent = ", ".join(arm for arm in claim.arms if arm not in outcome.runs)
+        say(console, f"not judged: {claim.sentence} (needs {absent})")
+    diverged = [(arm, run) for arm, group in outcome.runs.items() for run in group.values() if run.diverged]
+    for arm, run in diverged:
+        say(console, f"diverged: {arm} seed {run.seed}: {run.diverged}")
+    written = report.write(outcome, runs)
+    paths = [*written.plots, written.results, written.html]
+    if not outcome.missing:
+        paths.append(record.write_entry(outcome, ledger))
+    say(console, "wrote")
+    for path in paths:
+        say(console, f"  {short(path)}")
+    if outcome.missing:
+        say(console, f"no ledger entry: {outcome.missing}")
+    say(console, f"curves of every run: tensorboard --logdir={short(written.tensorboard)}")
+    return 1 if outcome.preset == "smoke" and diverged else 0
+
+
+def choose(study: Study, ablation: str, arms: Sequence[str]) -> list[str]:
+    """Names of the arms to run, in the study's order; all of them if `arms` is empty.
+
+    Raises:
+      ConfigError: an unknown arm or ablation, or an arm of an ablation that is not asked for.
+    """
+    names = [arm.name for arm in study.group(ablation)]
+    for name in arms:
+        study.arm(name)
+        if name not in names:
+            home = next(group for group, found in study.ablations.items() if name in {arm.name for arm in found})
+            raise ConfigError(f"arm '{name}' belongs to ablation '{home}' of study '{study.slug}'; add --ablation={home}")
+    return [name for name in names if not arms or name in arms]
+
+
+def _checked_fit(
+    configs: Mapping[str, ConfigDict],
+    cache: Cache,
+    todo: Sequence[tuple[str, int]],
+    kept: bool,
+    accept: bool,
+    console: Console,
+) -> Fit:
+    """`moejax.train.fit`, after building every model once: a wrong spec is found now and not after the first arms.
+
+    The canary is asked where numbers of this run will stand beside others: in the ledger (`kept`), or beside cached runs.
+    """
+    import jax
+
+    from moejax import models
+    from moejax.train import fit
+
+    for arm, config in configs.items():
+        try:
+            models.build(config.model)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (arm '{arm}')") from None
+    if jax.config.jax_compilation_cache_dir is None:
+        # Compiling is most of a small run's time, and the same programs come again: further presets, --fresh, resumption.
+        jax.config.update("jax_compilation_cache_dir", str(cache.root.absolute() / "compiled"))
+    if kept or accept or any(cache.load(configs[arm], seed, arm) for arm, seed in todo):
+        record_file = record.ledger_folder(cache.root) / "canary.json"
+        canary.check(cache.root, record_file, fit, accept, lambda text: say(console, text))
+    return fit
+
+
+def _train_all(
+    todo: Sequence[tuple[str, int]],
+    configs: Mapping[str, ConfigDict],
+    cache: Cache,
+    fit: Fit,
+    fresh: bool,
+    console: Console,
+) -> dict[str, dict[int, Run]]:
+    if fresh:
+        for arm, seed in todo:
+            cache.forget(configs[arm], seed)
+
+    def train(arm: str, seed: int, line: Line) -> Run:
+        return cache.load(configs[arm], seed, arm) or cache.train(configs[arm], seed, arm, fit, line)
+
+    return _with_board(todo, configs, train, console)
+
+
+def _with_board(
+    todo: Sequence[tuple[str, int]],
+    configs: Mapping[str, ConfigDict],
+    train: Callable[[str, int, Line], Run],
+    console: Console,
+) -> dict[str, dict[int, Run]]:
+    """Runs `train(arm, seed, line)` for each item; returns `[arm][seed]`, arms in the order of `configs`."""
+    found: dict[str, dict[int, Run]] = {arm: {} for arm in configs}
+    with Board(console, max(map(len, configs))) as board:
+        lines = {(arm, seed): board.line(arm, seed, int(configs[arm].train.steps)) for arm, seed in todo}
+        for arm, seed in todo:
+            found[arm][seed] = train(arm, seed, lines[arm, seed])
+            lines[arm, seed].finish(tables.ending(found[arm][seed]))
+    return found

@@ -1,0 +1,165 @@
+"""The command line of `experiments.run`, checked as a whole before anything heavy is imported."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moejax.errors import ConfigError, nearest
+
+DEFAULT_STUDY = "first_mixture"
+DEFAULT_PRESET = "cpu"
+
+# Flag -> the modes in which it means something.
+MODES = {
+    "study": ("study", "list", "report"),
+    "preset": ("study", "report"),
+    "ablation": ("study", "report"),
+    "arms": ("study",),
+    "seeds": ("study", "config"),
+    "fresh": ("study", "config"),
+    "accept_numerics": ("study", "config"),
+    "overrides": ("study", "config"),
+    "family": ("list",),
+    "workdir": ("config",),
+    "runs": ("study", "config", "report"),
+}
+
+EPILOG = """examples:
+  python -m experiments.run                                   the default study at its CPU scale
+  python -m experiments.run --list --family=token-choice      methods and what exists of them
+  python -m experiments.run --study=switch --preset=smoke     one study, in seconds
+  python -m experiments.run --study=switch --ablation=capacity
+  python -m experiments.run --config=configs/base_lm.py --config.train.steps=50
+  python -m experiments.run --report                          rebuild reports and index from finished runs
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked command line. Empty strings and None mean: not given."""
+
+    mode: str
+    study: str = ""
+    preset: str = ""
+    ablation: str = ""
+    arms: tuple[str, ...] = ()
+    seeds: int | None = None
+    config: str = ""
+    overrides: dict[str, str] = field(default_factory=dict)
+    family: str = ""
+    runs: str = ""
+    workdir: str = ""
+    fresh: bool = False
+    accept_numerics: bool = False
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options in `argv`.
+
+    Raises:
+      ConfigError: an unknown flag, a value of the wrong type, or flags that do not go together.
+    """
+    rest, overrides = _take_overrides(argv)
+    parser = _parser()
+    given, unknown = parser.parse_known_args(rest)
+    if unknown:
+        names = [action.option_strings[-1] for action in parser._actions if action.option_strings]
+        raise ConfigError(f"unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], names)}")
+    values: dict[str, Any] = {**vars(given), "overrides": overrides}
+    wanted = [name for name in ("list", "report", "config") if values[name]]
+    if len(wanted) > 1:
+        raise ConfigError(f"--{wanted[0]} does not go with --{wanted[1]}; give one of them")
+    mode = wanted[0] if wanted else "study"
+    for name, modes in MODES.items():
+        if values[name] and mode not in modes:
+            raise ConfigError(f"{_flag(name, values[name])} does not go with --{mode}; it belongs to {_owners(modes)}")
+    if values["seeds"] is not None and values["seeds"] < 1:
+        raise ConfigError(f"--seeds={values['seeds']} is not a number of runs; give 1 or more")
+    arms = tuple(name.strip() for name in values["arms"].split(",") if name.strip())
+    values |= {"arms": arms, "mode": mode}
+    return Options(**{name: values[name] for name in Options.__dataclass_fields__})
+
+
+def load_config(place: str) -> tuple[str, Any]:
+    """Name and config of `--config=FILE.py` or `FILE.py:ARG`, which is passed to the file's `get_config`.
+
+    Raises:
+      ConfigError: there is no such file, or it has no `get_config` that gives a ConfigDict.
+    """
+    import runpy
+
+    from ml_collections import ConfigDict
+
+    file, _, argument = place.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        siblings = [p.as_posix() for p in path.parent.glob("*.py") if p.stem != "__init__"] or ["configs/base_lm.py"]
+        raise ConfigError(f"--config={place}: no file '{file}'{nearest(file, siblings)}")
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"--config={place}: '{file}' defines no get_config()")
+    config = get_config(argument) if argument else get_config()
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={place}: get_config() gave {type(config).__name__}, not a ConfigDict")
+    return path.stem, config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.replace("argument ", "", 1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m experiments.run",
+        description="Runs a study: trains its arms, judges its claims and writes tables, plots, a report and the ledger.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--study", default="", metavar="NAME", help=f"study to run (default {DEFAULT_STUDY})")
+    add("--preset", default="", metavar="smoke|cpu|paper", help=f"its scale (default {DEFAULT_PRESET})")
+    add("--ablation", default="", metavar="NAME", help="also run this group of arms")
+    add("--arms", default="", metavar="A,B", help="run these arms only (no ledger entry)")
+    add("--seeds", type=int, default=None, metavar="N", help="runs of each arm (a ledger entry needs the declared number)")
+    add("--config", default="", metavar="FILE.py[:ARG]", help="train one config instead of a study")
+    add("--list", action="store_true", help="print the catalogue; with --study, one study in detail")
+    add("--family", default="", metavar="NAME", help="with --list: methods of this family")
+    add("--report", action="store_true", help="rebuild reports and index from finished runs")
+    add("--runs", default="", metavar="DIR", help="where runs are cached (default $MOEJAX_RUNS or runs/)")
+    add("--workdir", default="", metavar="DIR", help="with --config: train here instead of in the cache")
+    add("--fresh", action="store_true", help="train again what is finished")
+    add("--accept_numerics", action="store_true", help="record the canary's new numbers")
+    # Shown in the help; taken out of the command line by `_take_overrides`.
+    add("--config.KEY", default=None, metavar="VALUE", help="override a config value, in every arm: --config.train.steps=50")
+    return parser
+
+
+def _take_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    rest, overrides = [], {}
+    for item in argv:
+        if not item.startswith("--config."):
+            rest.append(item)
+            continue
+        key, equals, value = item.removeprefix("--config.").partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{item}' has no value; write --config.{key or 'KEY'}=VALUE")
+        overrides[key] = value
+    return rest, overrides
+
+
+def _flag(name: str, value: Any) -> str:
+    match name, value:
+        case "overrides", dict():
+            key, text = next(iter(value.items()))
+            return f"--config.{key}={text}"
+        case _, True:
+            return f"--{name}"
+    return f"--{name}={value}"
+
+
+def _owners(modes: tuple[str, ...]) -> str:
+    return " or ".join(f"--{mode}" for mode in modes)

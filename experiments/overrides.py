@@ -1,0 +1,147 @@
+"""Dotted overrides of a config: applied from studies, parsed from the command line, and refused with the nearest name.
+
+A key must exist in the config, so that a typing error cannot start a training. The exception is a model's blocks, whose
+fields are optional (`model.blocks.moe.ffn.router.jitter`): there the last part of a key may be new, and building the model
+checks it against the fields of the class.
+"""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moejax.errors import ConfigError, nearest
+
+FREE = ("model", "blocks")
+
+
+def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
+    """Sets each dotted key of `overrides` in `config`, in order; a mapping as value replaces the whole sub-dict.
+
+    Args:
+      where: who asks, for errors (`arm 'switch'`).
+
+    Raises:
+      ConfigError: a key that the config lacks, or a value of another type than the config's.
+    """
+    for key, value in overrides.items():
+        parent, name = _locate(config, key, where)
+        if name not in parent and len(key.split(".")) == len(FREE) + 1 and not isinstance(value, Mapping | ConfigDict):
+            raise ConfigError(
+                f"{key}={value!r} in {where} adds a block, which must be a mapping such as {{'kind': 'transformer'}}"
+            )
+        if isinstance(value, Mapping):
+            value = ConfigDict(dict(value))
+        try:
+            with config.unlocked():
+                parent[name] = value
+        except (TypeError, ValueError):
+            old = parent[name]
+            raise ConfigError(
+                f"{key}={value!r} in {where} is {_a(type(value))}, but the config holds {_a(type(old))}: {_short(old)}"
+            ) from None
+
+
+def parse(config: ConfigDict, key: str, text: str, where: str) -> Any:
+    """The value that `text` gives to dotted `key`, in the type that the config holds there.
+
+    Numbers, `true`/`false`, strings; tuples as `a,b` or `('a', 'b')`; a sub-dict as a Python literal.
+
+    Raises:
+      ConfigError: the key is unknown or the text is not of its type.
+    """
+    parent, name = _locate(config, key, where)
+    old = parent.get(name)
+    try:
+        return _convert(text, old)
+    except (ValueError, SyntaxError):
+        raise ConfigError(f"{key}='{text}' in {where} is not {_a(type(old))}; the config holds {_short(old)}") from None
+
+
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | Mapping) and len(value):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _locate(config: ConfigDict, key: str, where: str) -> tuple[ConfigDict, str]:
+    """The sub-dict that holds dotted `key`, and the key's last part."""
+    *path, name = key.split(".")
+    node, seen = config, []
+    for part in [*path, None]:
+        if not isinstance(node, ConfigDict):
+            raise ConfigError(f"'{key}' in {where} goes below '{'.'.join(seen)}', which is {_short(node)} and has no keys")
+        if part is None:
+            break
+        if part not in node:
+            raise ConfigError(f"unknown key '{part}' in {_place(seen)} ('{key}' in {where}){nearest(part, node.keys())}")
+        node = node[part]
+        seen.append(part)
+    if name not in node and tuple(path[: len(FREE)]) != FREE:
+        raise ConfigError(f"unknown key '{name}' in {_place(seen)} ('{key}' in {where}){nearest(name, node.keys())}")
+    return node, name
+
+
+def _convert(text: str, old: Any) -> Any:
+    match old:
+        case bool():
+            return _bool(text)
+        case int():
+            return int(text)
+        case float():
+            return float(text)
+        case str():
+            return text
+        case tuple() | list():
+            return _sequence(text, old)
+        case ConfigDict():
+            value = ast.literal_eval(text)
+            if not isinstance(value, dict):
+                raise ValueError(text)
+            return value
+    try:
+        return _bool(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None if text.lower() == "none" else text
+
+
+def _bool(text: str) -> bool:
+    words = {"true": True, "false": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def _sequence(text: str, old: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:
+    """`(1, 2)` or `1,2`; the items take the type of the first item there was."""
+    if text.strip()[:1] in ("(", "["):
+        items = list(ast.literal_eval(text))
+    else:
+        items = [_convert(item.strip(), old[0] if len(old) else None) for item in text.split(",") if item.strip()]
+    if len(old) and not all(isinstance(item, type(old[0])) for item in items):
+        raise ValueError(text)
+    return type(old)(items)
+
+
+def _place(parts: list[str]) -> str:
+    return ".".join(["config", *parts])
+
+
+def _a(kind: type) -> str:
+    names = {ConfigDict: "a mapping", type(None): "None", int: "an int", bool: "true or false"}
+    return names.get(kind, f"a {kind.__name__}")
+
+
+def _short(value: Any) -> str:
+    text = repr(dict(value)) if isinstance(value, ConfigDict) else repr(value)
+    return " ".join(text.split()) if len(text) <= 60 else " ".join(text[:57].split()) + "..."

@@ -1,0 +1,179 @@
+"""The two pictures of a study: how its arms learnt, and how evenly its experts were used."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from experiments.cache import Run
+from experiments.record import Outcome
+
+# Okabe and Ito's palette without its yellow, which is too pale for a line; told apart by colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Past the last colour they begin again, with another stroke that also stands before the name.
+STROKES = (("-", ""), ("--", "╌ "), (":", "┈ "))
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.labelcolor": "#444444",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+}
+LOADS = ("eval/stats/*/load", "stats/*/load")
+MAX_LAYERS = 12  # rows of a heat map; a deeper model shows layers spread over its depth
+
+
+def curves(outcome: Outcome, path: Path) -> Path | None:
+    """Training loss and the headline's metric over steps: a line per arm (mean over seeds), a band from least to most.
+
+    Returns:
+      `path`, or None if nothing was logged often enough to draw a line.
+    """
+    wanted = ("train/loss", outcome.study.headline.metric, "eval/bits_per_byte", "eval/accuracy")
+    metrics = [m for m in dict.fromkeys(wanted) if any(len(run.curve(m)[0]) > 1 for run in _runs(outcome))][:2]
+    if not metrics:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4 * len(metrics), 4.4), layout="constrained")
+        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            _curve_panel(axes, outcome, metric)
+        return _save(figure, path)
+
+
+def loads(outcome: Outcome, path: Path) -> Path | None:
+    """A heat map per arm with experts: rows are its MoE layers, columns its experts from most to least used.
+
+    Experts have no order between seeds, so each layer is sorted before the mean over seeds is taken. 1 is an even share.
+
+    Returns:
+      `path`, or None if no arm reports load.
+    """
+    maps = {arm: found for arm, seeds in outcome.runs.items() if (found := load_map(list(seeds.values())))}
+    if not maps:
+        return None
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        heights = [0.34 * len(rows) + 0.75 for rows in maps.values()]
+        figure = Figure(figsize=(9.5, sum(heights) + 0.5), layout="constrained")
+        panels = figure.subplots(len(maps), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+        for axes, (arm, rows) in zip(panels, maps.items(), strict=True):
+            image = _load_panel(axes, arm, rows)
+        panels[-1].set_xlabel("experts of a layer, most used first")
+        bar = figure.colorbar(image, ax=list(panels), shrink=min(1.0, 2.5 / sum(heights)), aspect=14, pad=0.02)
+        bar.set_label("load / even share")
+        bar.set_ticks([0, 0.5, 1, 2, 3], labels=["0", "½", "1", "2", "3+"])
+        bar.outline.set_visible(False)
+        return _save(figure, path)
+
+
+def load_map(runs: Sequence[Run]) -> dict[str, np.ndarray]:
+    """Layer -> load over an even share `[e]`, sorted within each run and averaged over runs."""
+    per_layer: dict[str, list[np.ndarray]] = {}
+    for run in runs:
+        found = next((f for pattern in LOADS if (f := run.last(pattern))), {})
+        for name, load in found.items():
+            load = np.asarray(load, float)
+            if load.ndim == 1 and load.sum() > 0:
+                layer = name.removeprefix("eval/").removeprefix("stats/").removesuffix("/load")
+                per_layer.setdefault(layer, []).append(np.sort(load / load.mean())[::-1])
+    return {layer: np.mean(found, 0) for layer, found in per_layer.items()}
+
+
+def _curve_panel(axes: Axes, outcome: Outcome, metric: str) -> None:
+    ends, shown = [], []
+    for i, (arm, seeds) in enumerate(outcome.runs.items()):
+        steps, low, mean, high = _band([run.curve(metric) for run in seeds.values()])
+        if not len(steps):
+            continue
+        colour, (stroke, mark) = COLOURS[i % len(COLOURS)], STROKES[i // len(COLOURS) % len(STROKES)]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(steps, mean, stroke, color=colour, linewidth=1.8)
+        ends.append((float(mean[-1]), mark + arm, colour))
+        # The first tenth falls so steeply that it would flatten the rest.
+        late = steps >= steps[0] + 0.1 * (steps[-1] - steps[0])
+        shown += [np.nanmin(low[late]), np.nanmax(high[late])]
+    shown = [v for v in shown if math.isfinite(v)]
+    if shown:
+        margin = 0.06 * (max(shown) - min(shown)) or 0.1 * abs(shown[0]) or 1.0
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    _label_ends(axes, ends)
+    axes.set_title(metric)
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Names each line at its right end; labels that would overlap move apart evenly."""
+    gap = 0.062
+    bottom, top = axes.get_ylim()
+    ends = sorted(end for end in ends if math.isfinite(end[0]))
+    places = [min(max((value - bottom) / (top - bottom), 0.0), 1.0) for value, _, _ in ends]
+    for _ in range(200):
+        for i in range(len(places) - 1):
+            overlap = gap - (places[i + 1] - places[i])
+            if overlap > 0:
+                places[i] -= overlap / 2
+                places[i + 1] += overlap / 2
+    # What was pushed out below comes back in, and lifts what is above it.
+    for i in range(len(places)):
+        places[i] = max(places[i], places[i - 1] + gap if i else 0.0)
+    for (_, arm, colour), place in zip(ends, places, strict=True):
+        axes.annotate(
+            arm, (1.0, place), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points", va="center", color=colour
+        )
+
+
+def _load_panel(axes: Axes, arm: str, rows: dict[str, np.ndarray]) -> matplotlib.image.AxesImage:
+    names = list(rows)
+    if len(names) > MAX_LAYERS:
+        names = [names[i] for i in np.linspace(0, len(names) - 1, MAX_LAYERS).round().astype(int)]
+    width = max(len(rows[name]) for name in names)
+    grid = np.full((len(names), width), np.nan)
+    for i, name in enumerate(names):
+        grid[i, : len(rows[name])] = rows[name]
+    image = axes.imshow(grid, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, 3.0), interpolation="nearest")
+    if width <= 16:
+        for (i, j), value in np.ndenumerate(grid):
+            if math.isfinite(value):
+                dark = value > 2.2 or value < 0.25
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if dark else "#333333")
+    axes.set_title(arm)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_xticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+    return image
+
+
+def _band(found: list[tuple[list[int], list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that every seed logged, and least, mean and most over the seeds there."""
+    tables = [dict(zip(steps, values, strict=True)) for steps, values in found]
+    steps = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
+    values = np.asarray([[t[s] for s in steps] for t in tables], float).reshape(len(tables), len(steps))
+    return np.asarray(steps), values.min(0), values.mean(0), values.max(0)
+
+
+def _runs(outcome: Outcome) -> list[Run]:
+    return [run for seeds in outcome.runs.values() for run in seeds.values()]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150)
+    return path

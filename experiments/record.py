@@ -1,0 +1,187 @@
+"""The outcome of a study and what is written of it: all results, and the small ledger entry that is kept in the repository.
+
+A ledger entry is written by the runner, and only of a run that is complete: a preset of scale, every arm, exactly the
+declared number of seeds, nothing overridden. It depends on the finished runs alone, so that writing it twice changes nothing.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.cache import RESULT_FIELDS, Run, write_json
+from experiments.study import Claim, Study
+from experiments.verdict import Verdict, judge, summary
+
+LEDGER = Path(__file__).parent / "ledger"
+LEDGER_PRESETS = ("cpu", "paper")
+# Shown and kept for every study that measures them, whatever its claims name.
+ALWAYS = ("eval/bits_per_byte", "eval/accuracy", "eval/loss")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study's run gave: `runs[arm][seed]` and `configs[arm]`, in the order of the arms.
+
+    `overrides` are those of the command line, dotted key -> value.
+    """
+
+    study: Study
+    preset: str
+    ablation: str
+    runs: Mapping[str, Mapping[int, Run]]
+    configs: Mapping[str, ConfigDict]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The verdict on every claim whose arms have run."""
+        return tuple(judge(claim, self.runs, self.preset) for claim in self.study.claims if set(claim.arms) <= set(self.runs))
+
+    @property
+    def unjudged(self) -> tuple[Claim, ...]:
+        """Claims whose arms have not all run."""
+        return tuple(claim for claim in self.study.claims if not set(claim.arms) <= set(self.runs))
+
+    @property
+    def missing(self) -> str:
+        """Why this is no complete run of its preset; empty if it is one."""
+        declared = self.study.preset(self.preset).seeds
+        absent = [arm.name for arm in self.study.group(self.ablation) if arm.name not in self.runs]
+        if self.preset not in LEDGER_PRESETS:
+            return f"preset '{self.preset}' checks the machinery, not the claims"
+        if self.overrides:
+            return f"--config.{next(iter(self.overrides))} changes the study"
+        if absent:
+            return f"without arm {', '.join(absent)}"
+        if any(sorted(seeds) != list(range(declared)) for seeds in self.runs.values()):
+            return f"the preset declares {declared} seeds"
+        return ""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Arms of the study that this run left out: those of other ablations."""
+        return tuple(name for name in self.study.every_arm if name not in self.runs)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that matter: the study's, its claims', and the usual ones, as far as they were measured."""
+        named = (*self.study.metrics, *(claim.metric for claim in self.study.claims), *ALWAYS)
+        found = [run for seeds in self.runs.values() for run in seeds.values()]
+        return tuple(m for m in dict.fromkeys(named) if any(run.matching(m) for run in found))
+
+    @property
+    def name(self) -> str:
+        """`cpu`, or `cpu-capacity` with an ablation: a part of file names."""
+        return f"{self.preset}-{self.ablation}" if self.ablation else self.preset
+
+
+def results(outcome: Outcome) -> dict[str, Any]:
+    """Everything that was measured, per arm and seed, and the verdicts."""
+    arms = {
+        arm: {str(seed): {"metrics": dict(run.metrics), "path": str(run.path), **run.meta} for seed, run in seeds.items()}
+        for arm, seeds in outcome.runs.items()
+    }
+    return plain({**_head(outcome), "overrides": dict(outcome.overrides), "arms": arms, "claims": _claims(outcome)})
+
+
+def entry(outcome: Outcome) -> dict[str, Any]:
+    """The ledger entry: verdicts, and per arm the mean, standard deviation and values of the metrics that matter."""
+    names = dict.fromkeys((*outcome.metrics, "stats/drop_rate", *RESULT_FIELDS[:4]))
+    arms: dict[str, dict[str, Any]] = {}
+    for arm, seeds in outcome.runs.items():
+        arms[arm] = {}
+        for name in names:
+            values = tuple(run.value(name) for run in seeds.values() if run.matching(name))
+            if values:
+                mean, std, _ = summary(values)
+                arms[arm][name] = {"mean": mean, "std": std, "values": list(values)}
+    return plain({**_head(outcome), "skipped_arms": list(outcome.skipped), "claims": _claims(outcome), "arms": arms})
+
+
+def write_entry(outcome: Outcome, folder: Path) -> Path:
+    """Writes the ledger entry of a complete outcome and returns its path.
+
+    Raises:
+      ValueError: the outcome is not complete.
+    """
+    if outcome.missing:
+        raise ValueError(f"no ledger entry for {outcome.study.slug}: {outcome.missing}")
+    path = folder / entry_name(outcome.study.slug, outcome.preset, outcome.ablation)
+    write_json(path, entry(outcome), indent=1)
+    return path
+
+
+def entry_name(slug: str, preset: str, ablation: str) -> str:
+    """`switch.json`; the paper's scale and ablations have files of their own beside it."""
+    parts = [slug, *([preset] if preset != "cpu" else []), *([ablation] if ablation else [])]
+    return ".".join([*parts, "json"])
+
+
+def entries(folder: Path = LEDGER) -> list[dict[str, Any]]:
+    """Every ledger entry, sorted by study and preset."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.name != "canary.json"]
+    return sorted(found, key=lambda e: (e["slug"], e["preset"], e["ablation"]))
+
+
+def ledger_folder(runs: Path) -> Path:
+    """The repository's ledger, or one beside the runs where the package is not writable."""
+    return LEDGER if os.access(LEDGER.parent, os.W_OK) else runs / "ledger"
+
+
+def plain(value: Any) -> Any:
+    """The value as strict JSON can hold it: a number that is not finite becomes null."""
+    match value:
+        case Mapping():
+            return {k: plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [plain(v) for v in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
+
+
+def _head(outcome: Outcome) -> dict[str, Any]:
+    study = outcome.study
+    runs = [run for seeds in outcome.runs.values() for run in seeds.values()]
+
+    def seen(name: str) -> list[str]:
+        return sorted({run.meta[name] for run in runs if name in run.meta})
+
+    return {
+        "slug": study.slug,
+        "title": study.title,
+        "arxiv": study.arxiv,
+        "preset": outcome.preset,
+        "ablation": outcome.ablation,
+        # Runs come from the cache too, so there may be several of each.
+        "commit": ", ".join(seen("commit")),
+        "device": ", ".join(seen("device")),
+        "jax": ", ".join(seen("jax")),
+        "date": max(seen("date"), default=""),
+        "seeds": max((len(seeds) for seeds in outcome.runs.values()), default=0),
+        "steps": {arm: int(outcome.configs[arm].train.steps) for arm in outcome.runs},
+    }
+
+
+def _claims(outcome: Outcome) -> list[dict[str, Any]]:
+    return [
+        {
+            "claim": v.claim.sentence,
+            "statement": f"{v.claim.quantity} {v.claim.bounds}",
+            "headline": v.claim.headline,
+            "verdict": v.word,
+            "reason": v.reason,
+            "mean": v.mean,
+            "std": v.std,
+            "interval": list(v.interval),
+            "values": list(v.values),
+        }
+        for v in outcome.verdicts
+    ]

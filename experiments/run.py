@@ -1,0 +1,164 @@
+"""The command: trains a study's arms, judges its claims, and writes tables, plots, a report and the ledger.
+
+    python -m experiments.run --study=switch --preset=cpu
+
+See `--help` for the flags and examples. Nothing heavy is imported before a command line is known to be right.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments import flags
+from experiments.flags import Options
+from experiments.terminal import make_console, say, short, show
+from moejax.errors import ConfigError, nearest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status. A mistake in it is one line on stderr and status 2."""
+    try:
+        options = flags.parse(sys.argv[1:] if argv is None else argv)
+        return _MODES[options.mode](options, make_console())
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
+
+
+def _run_study(options: Options, console: Console) -> int:
+    """Trains, judges and reports one study."""
+    from experiments import study as studies
+
+    study = studies.load(options.study or flags.DEFAULT_STUDY)
+    preset = options.preset or flags.DEFAULT_PRESET
+    ablation = options.ablation
+
+    from experiments.execute import choose, execute, finish
+    from experiments.record import ledger_folder
+
+    first = choose(study, ablation, options.arms)[0]
+    runs = _runs_folder(options)
+    outcome = execute(
+        study,
+        preset,
+        runs=runs,
+        ablation=ablation,
+        arms=options.arms,
+        seeds=options.seeds,
+        overrides=_overrides(studies.resolve(study, preset, first), options),
+        fresh=options.fresh,
+        accept_numerics=options.accept_numerics,
+        console=console,
+    )
+    return finish(outcome, runs, ledger_folder(runs), console)
+
+
+def _run_config(options: Options, console: Console) -> int:
+    """Trains one config, with each seed, and prints a summary."""
+    if options.workdir and options.fresh:
+        raise ConfigError(f"--fresh does not go with --workdir={options.workdir}; remove that folder or choose another")
+    if options.workdir and options.runs:
+        raise ConfigError(f"--runs={options.runs} does not go with --workdir={options.workdir}; give one of them")
+    name, config = flags.load_config(options.config)
+
+    from experiments import overrides, tables
+    from experiments.execute import execute_config
+
+    overrides.apply(config, _overrides(config, options), "the command line")
+    found = execute_config(
+        name,
+        config,
+        runs=_runs_folder(options),
+        workdir=Path(options.workdir) if options.workdir else None,
+        seeds=options.seeds or 1,
+        fresh=options.fresh,
+        accept_numerics=options.accept_numerics,
+        console=console,
+    )
+    console.print()
+    show(console, tables.summary_of(name, found))
+    for seed, run in found.items():
+        say(console, f"seed {seed}: {short(run.path)}" + (f"  diverged: {run.diverged}" if run.diverged else ""))
+    say(console, f"curves: tensorboard --logdir={short(found[0].path)}")
+    return 0
+
+
+def _run_list(options: Options, console: Console) -> int:
+    """The catalogue, or one study in detail."""
+    from experiments import tables
+
+    if options.study:
+        from experiments import study as studies
+
+        study = studies.load(options.study)
+        say(console, f"{study.title}  arXiv {study.arxiv}\n")
+        for table in tables.describe(study):
+            show(console, table)
+        return 0
+
+    from experiments import catalog, record
+
+    rows, entries = catalog.load(), record.entries()
+    if options.family and options.family not in catalog.families(rows):
+        raise ConfigError(f"unknown family '{options.family}'{nearest(options.family, catalog.families(rows))}")
+    show(console, tables.methods([row for row in rows.values() if options.family in ("", row.family)], entries))
+    if not options.family:
+        for slug, path in catalog.extra_studies(rows).items():
+            verdicts = tables.count_verdicts([entry for entry in entries if entry["slug"] == slug])
+            say(console, f"study beside the papers: {slug} (experiments/{path.parent.name}/{path.name})  {verdicts}".rstrip())
+    say(console, f"{catalog.count(rows)}; run a study with --study=NAME, see it with --list --study=NAME")
+    return 0
+
+
+def _run_report(options: Options, console: Console) -> int:
+    """Rebuilds the reports of all that is finished, and the index; trains nothing and leaves the ledger alone."""
+    from experiments import record, report
+    from experiments import study as studies
+    from experiments.execute import finished
+
+    runs, found = _runs_folder(options), 0
+    if not options.study and (options.preset or options.ablation):
+        raise ConfigError("--preset and --ablation choose within one study; add --study=NAME to --report")
+    for slug in [options.study] if options.study else sorted(studies.study_files()):
+        study = studies.load(slug)
+        presets = {options.preset: study.preset(options.preset)} if options.preset else study.presets
+        study.group(options.ablation)
+        for preset in presets:
+            for ablation in [options.ablation] if options.ablation else ["", *study.ablations]:
+                outcome = finished(study, preset, ablation, runs)
+                if outcome:
+                    found += 1
+                    say(console, f"wrote {short(report.write(outcome, runs).html)}")
+    if not found:
+        say(console, f"no finished runs of {options.study or 'any study'} under {short(runs)}")
+    say(console, f"wrote {short(report.write_index(record.ledger_folder(runs), runs))}")
+    return 0
+
+
+def _overrides(config: Any, options: Options) -> dict[str, Any]:
+    from experiments import overrides
+
+    return {key: overrides.parse(config, key, text, "the command line") for key, text in options.overrides.items()}
+
+
+def _runs_folder(options: Options) -> Path:
+    return Path(options.runs or os.environ.get("MOEJAX_RUNS") or "runs")
+
+
+_MODES: dict[str, Callable[[Options, Console], int]] = {
+    "study": _run_study,
+    "config": _run_config,
+    "list": _run_list,
+    "report": _run_report,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

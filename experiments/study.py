@@ -1,0 +1,299 @@
+"""What a study is: a base config, arms that change it, and claims that the paper makes, as checked statements.
+
+    STUDY = Study(
+        slug='switch', title='Switch Transformers', arxiv='2101.03961', base=base_lm.get_config(),
+        arms=(Arm('dense', {'model.pattern': ('dense',)}), Arm('switch')),
+        claims=(lower('eval/bits_per_byte', 'switch', 'dense', text='better at equal compute', headline=True),),
+        presets={'smoke': Preset({'train.steps': 4}), 'cpu': Preset({'train.steps': 300}, seeds=3), 'paper': Preset({...})},
+    )
+
+Everything is checked on construction, so that `--list --study=NAME` finds a mistake in a second and not after an hour.
+"""
+
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from ml_collections import ConfigDict
+
+from experiments import overrides
+from moejax.errors import ConfigError, nearest
+
+ROOT = Path(__file__).parent
+PRESETS = ("smoke", "cpu", "paper")
+CPU_SEEDS = 3
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One compared configuration: the base config with `overrides` (dotted key -> value; a mapping replaces a sub-dict)."""
+
+    name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A scale at which a study runs. `seeds` runs of every arm, fixed before looking at a result.
+
+    Attributes:
+      overrides: applied to the base before the arms' own.
+      arms: arm name -> overrides applied last, for arms that must be scaled in their own way.
+    """
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 1
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that a quantity, measured once per seed, lies strictly between `low` and `high`.
+
+    The quantity is `measure` of `metric`: 'value' of `arm`; 'difference' `arm - than`; or 'speedup', how many times fewer
+    steps `arm` needs than `than` to reach the same value. A metric with `*` is the mean over the matching metrics.
+
+    Attributes:
+      text: the claim in the paper's sense; a plain sentence is made of the rest where it is empty.
+      headline: the study's main claim; exactly one is.
+      needs: why only the paper preset can decide it ("paper scale because ..."); elsewhere it is out of reach.
+    """
+
+    metric: str
+    arm: str
+    than: str = ""
+    measure: str = "difference"
+    low: float = -math.inf
+    high: float = math.inf
+    text: str = ""
+    headline: bool = False
+    needs: str = ""
+
+    def __post_init__(self) -> None:
+        if self.measure not in ("value", "difference", "speedup"):
+            raise ConfigError(f"claim measure '{self.measure}'{nearest(self.measure, ('value', 'difference', 'speedup'))}")
+        if (self.measure == "value") == bool(self.than):
+            raise ConfigError(f"claim on '{self.metric}': measure '{self.measure}' and than='{self.than}' do not fit")
+        if not self.low < self.high:
+            raise ConfigError(f"claim on '{self.metric}' of '{self.arm}': no number lies between {self.low} and {self.high}")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that must have run before the claim can be judged."""
+        return (self.arm, self.than) if self.than else (self.arm,)
+
+    @property
+    def sentence(self) -> str:
+        """The claim in words."""
+        return self.text or f"{self.quantity} {self.bounds}"
+
+    @property
+    def quantity(self) -> str:
+        """What is measured, in words."""
+        match self.measure:
+            case "value":
+                return f"{self.metric} of {self.arm}"
+            case "speedup":
+                return f"steps of {self.than} / steps of {self.arm} to equal {self.metric}"
+        return f"{self.metric} of {self.arm} - {self.than}"
+
+    @property
+    def bounds(self) -> str:
+        """Where the quantity is claimed to lie."""
+        if math.isinf(self.low):
+            return f"< {self.high:g}"
+        if math.isinf(self.high):
+            return f"> {self.low:g}"
+        return f"between {self.low:g} and {self.high:g}"
+
+
+class About(TypedDict, total=False):
+    """What every claim may say besides its numbers."""
+
+    text: str
+    headline: bool
+    needs: str
+
+
+def lower(metric: str, arm: str, than: str, by: float = 0.0, **about: Unpack[About]) -> Claim:
+    """`metric` of `arm` is lower than that of `than`, by more than `by`."""
+    return Claim(metric, arm, than, high=0.0 - by, **about)
+
+
+def higher(metric: str, arm: str, than: str, by: float = 0.0, **about: Unpack[About]) -> Claim:
+    """`metric` of `arm` is higher than that of `than`, by more than `by`."""
+    return Claim(metric, arm, than, low=by, **about)
+
+
+def within(metric: str, arm: str, than: str, tolerance: float, **about: Unpack[About]) -> Claim:
+    """`metric` of the two arms differs by less than `tolerance`: equivalence, which more seeds make easier to show."""
+    return Claim(metric, arm, than, low=-tolerance, high=tolerance, **about)
+
+
+def above(metric: str, arm: str, value: float, **about: Unpack[About]) -> Claim:
+    """`metric` of `arm` is above `value`."""
+    return Claim(metric, arm, measure="value", low=value, **about)
+
+
+def below(metric: str, arm: str, value: float, **about: Unpack[About]) -> Claim:
+    """`metric` of `arm` is below `value`."""
+    return Claim(metric, arm, measure="value", high=value, **about)
+
+
+def faster(metric: str, arm: str, than: str, by: float = 1.0, **about: Unpack[About]) -> Claim:
+    """`arm` needs more than `by` times fewer steps than `than` to reach the same `metric`."""
+    return Claim(metric, arm, than, measure="speedup", low=by, **about)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One paper's experiment.
+
+    Attributes:
+      slug: the file's name and the catalogue's row.
+      base: the config that arms change.
+      ablations: the paper's ablations, each a named group of further arms (`--ablation=NAME`). Claims may name them.
+      metrics: columns of the result table, besides those that the claims name.
+      notes: doubts and departures from the paper, shown in the report.
+
+    Raises:
+      ConfigError: an arm, key, preset or claim that does not fit; names the study and the nearest valid name.
+    """
+
+    slug: str
+    title: str
+    arxiv: str
+    base: ConfigDict
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+    presets: Mapping[str, Preset]
+    ablations: Mapping[str, tuple[Arm, ...]] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"study '{self.slug}'"
+        if not isinstance(self.base, ConfigDict):
+            raise ConfigError(f"base of {where} is {type(self.base).__name__}, not a ConfigDict; call get_config()")
+        _check_arms(self, where)
+        _check_claims(self, where)
+        _check_presets(self, where)
+
+    @cached_property
+    def every_arm(self) -> dict[str, Arm]:
+        """Name -> arm, those of the ablations included."""
+        return {arm.name: arm for group in (self.arms, *self.ablations.values()) for arm in group}
+
+    @property
+    def headline(self) -> Claim:
+        """The main claim."""
+        return next(claim for claim in self.claims if claim.headline)
+
+    def group(self, ablation: str = "") -> tuple[Arm, ...]:
+        """The arms to run: the study's own, then those of `ablation` if one is named."""
+        if not ablation:
+            return self.arms
+        if ablation not in self.ablations:
+            raise ConfigError(f"unknown ablation '{ablation}' of study '{self.slug}'{nearest(ablation, self.ablations)}")
+        return (*self.arms, *self.ablations[ablation])
+
+    def preset(self, name: str) -> Preset:
+        """The preset called `name`."""
+        if name not in self.presets:
+            raise ConfigError(f"unknown preset '{name}' of study '{self.slug}'{nearest(name, self.presets)}")
+        return self.presets[name]
+
+    def arm(self, name: str) -> Arm:
+        """The arm called `name`, of the study or of an ablation."""
+        if name not in self.every_arm:
+            raise ConfigError(f"unknown arm '{name}' of study '{self.slug}'{nearest(name, self.every_arm)}")
+        return self.every_arm[name]
+
+
+def resolve(study: Study, preset: str, arm: str, extra: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config that an arm trains: base, then the preset's overrides, the arm's, the preset's for this arm, `extra`."""
+    scale, chosen = study.preset(preset), study.arm(arm)
+    config = study.base.copy_and_resolve_references()
+    where = f"arm '{arm}' of study '{study.slug}'"
+    overrides.apply(config, scale.overrides, f"preset '{preset}' of study '{study.slug}'")
+    overrides.apply(config, chosen.overrides, where)
+    overrides.apply(config, scale.arms.get(arm, {}), f"preset '{preset}', {where}")
+    overrides.apply(config, extra or {}, f"the command line for {where}")
+    return config.lock()
+
+
+def study_files() -> dict[str, Path]:
+    """Slug -> file of every study, found by name without importing any."""
+    files = sorted(ROOT.glob("*/*.py"))
+    return {f.stem: f for f in files if not f.stem.startswith("_") and f.parent.name not in ("bench", "ledger")}
+
+
+def load(slug: str) -> Study:
+    """Imports the one study called `slug` from `experiments/<family>/<slug>.py`.
+
+    Raises:
+      ConfigError: no such study, or its file declares another slug or no STUDY.
+    """
+    files = study_files()
+    if slug not in files:
+        raise ConfigError(f"unknown study '{slug}' in experiments/{nearest(slug, files)}")
+    path = files[slug]
+    name = f"experiments.{path.parent.name}.{slug}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise ConfigError(f"{path.parent.name}/{path.name} holds no STUDY; it must declare STUDY = Study(...)")
+    if study.slug != slug:
+        raise ConfigError(f"slug '{study.slug}' in {path.parent.name}/{path.name} differs from the file's name '{slug}'")
+    return study
+
+
+def _check_arms(study: Study, where: str) -> None:
+    names = [arm.name for group in (study.arms, *study.ablations.values()) for arm in group]
+    if not study.arms:
+        raise ConfigError(f"{where} has no arms; declare at least one Arm")
+    for name in (*names, *study.ablations):
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"name '{name}' in {where} may only have letters, digits and _ . + -")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{where} has {names.count(name)} arms called '{name}'; arm names must be unique")
+
+
+def _check_claims(study: Study, where: str) -> None:
+    for i, claim in enumerate(study.claims):
+        for name in claim.arms:
+            if name not in study.every_arm:
+                raise ConfigError(f"claims[{i}] of {where} names unknown arm '{name}'{nearest(name, study.every_arm)}")
+    headlines = [claim for claim in study.claims if claim.headline]
+    if len(headlines) != 1:
+        raise ConfigError(f"{where} has {len(headlines)} headline claims; exactly one claim needs headline=True")
+    if not set(headlines[0].arms) <= {arm.name for arm in study.arms}:
+        raise ConfigError(f"the headline claim of {where} names an ablation's arm; it must compare the study's own arms")
+
+
+def _check_presets(study: Study, where: str) -> None:
+    if "smoke" not in study.presets:
+        raise ConfigError(f"{where} has no 'smoke' preset; every study needs one that runs in seconds")
+    for name, preset in study.presets.items():
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset '{name}' in {where}{nearest(name, PRESETS)}")
+        if preset.seeds < (CPU_SEEDS if name == "cpu" else 1):
+            raise ConfigError(
+                f"seeds={preset.seeds} in preset '{name}' of {where}; at least {CPU_SEEDS if name == 'cpu' else 1}"
+            )
+        for arm in preset.arms:
+            study.arm(arm)
+        for arm in study.every_arm:
+            resolve(study, name, arm)

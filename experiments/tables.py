@@ -1,0 +1,170 @@
+"""The tables of a study's outcome, as rows of text that the terminal and the HTML report both show."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.cache import Run
+from experiments.catalog import Row
+from experiments.record import ALWAYS, Outcome
+from experiments.study import Claim, Study, resolve
+from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, WORDS, summary
+
+COLOURS = {REPRODUCED: "green", NOT_REPRODUCED: "red", INCONCLUSIVE: "yellow", OUT_OF_REACH: "dim"}
+SIZES = (("params", "params"), ("active", "active_params"), ("steps", "steps"), ("tokens/s", "tokens_per_second"))
+DROPS = "stats/drop_rate"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column names and rows of text; `styles` has a colour name per row, or ''."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    styles: tuple[str, ...] = ()
+
+
+def arms(outcome: Outcome) -> Table:
+    """One row an arm: the metrics that matter as mean ± standard deviation over seeds, sizes, speed, drops."""
+    metrics = [m for m in outcome.metrics if m not in {name for _, name in SIZES} | {DROPS}]
+    drops = any(run.matching(DROPS) for seeds in outcome.runs.values() for run in seeds.values())
+    rows = []
+    for arm, seeds in outcome.runs.items():
+        cached = sum(run.cached for run in seeds.values())
+        rows.append(
+            (
+                arm,
+                f"{len(seeds)}" + (f" ({cached} cached)" if cached else ""),
+                *(spread(_values(seeds, metric)) for metric in metrics),
+                *(quantity(_mean(seeds, metric)) for _, metric in SIZES),
+                *([percent(_mean(seeds, DROPS))] if drops else []),
+            )
+        )
+    columns = ("arm", "seeds", *metrics, *(title for title, _ in SIZES), *(["drop rate"] if drops else []))
+    return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows))
+
+
+def claims(outcome: Outcome) -> Table:
+    """One row a claim that could be judged: effect, interval, seeds, verdict."""
+    rows, styles = [], []
+    for verdict in outcome.verdicts:
+        claim = verdict.claim
+        low, high = verdict.interval
+        rows.append(
+            (
+                _starred(claim),
+                f"{claim.quantity} {claim.bounds}" if claim.text else "",
+                number(verdict.mean),
+                "-" if math.isnan(low) else f"[{number(low)}, {number(high)}]",
+                str(len(verdict.seeds)),
+                verdict.word + (f": {verdict.reason}" if verdict.reason else ""),
+            )
+        )
+        styles.append(COLOURS[verdict.word])
+    columns = ("claim (★ headline)", "statement", "measured", "95 % interval", "seeds", "verdict")
+    return Table("Claims", columns, tuple(rows), tuple(styles))
+
+
+def summary_of(name: str, runs: Mapping[int, Run]) -> Table:
+    """The evaluation, sizes and speed of one config, over its seeds."""
+    first = next(iter(runs.values()))
+    scores = [m for m in first.metrics if m == "train/loss" or (m.startswith("eval/") and "stats/" not in m)]
+    rows = [(metric, spread(_values(runs, metric))) for metric in scores]
+    rows += [(title, quantity(_mean(runs, metric))) for title, metric in SIZES]
+    rows += [("drop rate", percent(_mean(runs, DROPS)))] if first.matching(DROPS) else []
+    rows += [("time", duration(_mean(runs, "seconds"))), ("time to first step", duration(_mean(runs, "first_step_seconds")))]
+    return Table(f"{name}, {len(runs)} seed{'' if len(runs) == 1 else 's'}", ("metric", "value"), tuple(rows))
+
+
+def methods(rows: Sequence[Row], entries: Sequence[Mapping[str, Any]]) -> Table:
+    """The catalogue's rows, with the verdicts that the ledger's entries hold."""
+    cells = []
+    for row in rows:
+        verdicts = count_verdicts([entry for entry in entries if entry["slug"] == row.slug])
+        cells.append((row.slug, row.title, row.family, str(row.year), verdicts, row.status))
+    styles = tuple("dim" if row.status == "card" else "green" for row in rows)
+    return Table("", ("method", "title", "family", "year", "verdicts", "status"), tuple(cells), styles)
+
+
+def describe(study: Study) -> tuple[Table, Table, Table]:
+    """A study's arms, claims and presets."""
+    groups = [("", study.arms), *study.ablations.items()]
+    arms = tuple(
+        (arm.name, group, arm.note, ", ".join(arm.overrides) or "the base") for group, found in groups for arm in found
+    )
+    claims = tuple((_starred(c), f"{c.quantity} {c.bounds}", c.needs) for c in study.claims)
+    first = study.arms[0].name
+    presets = tuple((name, str(p.seeds), str(resolve(study, name, first).train.steps)) for name, p in study.presets.items())
+    return (
+        Table("Arms", ("arm", "ablation", "note", "changes"), arms),
+        Table("Claims", ("claim (★ headline)", "statement", "needs"), claims),
+        Table("Presets", ("preset", "seeds", f"steps of {first}"), presets),
+    )
+
+
+def count_verdicts(entries: Sequence[Mapping[str, Any]]) -> str:
+    """`3 reproduced, 1 inconclusive` over all claims of some ledger entries."""
+    words = [claim["verdict"] for entry in entries for claim in entry["claims"]]
+    return ", ".join(f"{words.count(word)} {word}" for word in WORDS if word in words)
+
+
+def ending(run: Run) -> str:
+    """How a run ended, for its line of progress: its first evaluation metric, time and speed."""
+    score = next((f"{m} {run.value(m):.4f}" for m in ALWAYS if run.matching(m)), "")
+    speed = f"{run.value('tokens_per_second'):,.0f} tokens/s" if run.matching("tokens_per_second") else ""
+    time = duration(run.value("seconds")) if run.matching("seconds") else ""
+    state = "diverged" if run.diverged else "cached" if run.cached else "done"
+    return "  ".join(filter(None, (score, speed, time, state)))
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def spread(values: tuple[float, ...]) -> str:
+    """`1.846 ± 0.012`, with as many decimals as the spread supports."""
+    mean, std, _ = summary(values)
+    if not math.isfinite(mean):
+        return "-" if math.isnan(mean) else f"{mean}"
+    if math.isnan(std) or std == 0:
+        return f"{mean:.4g}" + ("" if math.isnan(std) else " ± 0")
+    decimals = min(max(1 - math.floor(math.log10(std)), 0), 6)
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def quantity(value: float) -> str:
+    """1234567 -> '1.23M'; small whole numbers as they are."""
+    if math.isnan(value):
+        return "-"
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 10 or (abs(value) >= size and size > 1e3):
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def percent(value: float) -> str:
+    """0.0123 -> '1.2 %'."""
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """45 -> '45 s', 125 -> '2 min 05 s', 7500 -> '2 h 05 min'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _values(seeds: Mapping[int, Run], metric: str) -> tuple[float, ...]:
+    return tuple(run.value(metric) for run in seeds.values())
+
+
+def _mean(seeds: Mapping[int, Run], metric: str) -> float:
+    return summary(_values(seeds, metric))[0]
+
+
+def _starred(claim: Claim) -> str:
+    return ("★ " if claim.headline else "") + claim.sentence

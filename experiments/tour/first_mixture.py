@@ -1,0 +1,76 @@
+"""A first mixture: what experts buy at equal compute, on a laptop, in minutes.
+
+Byte language models on three domains of real text (Python code, reference prose, literary prose). A token computes the same in
+`dense`, `switch8` and, up to its second expert, in `top2`; `wide` is a dense model that computes as much as `top2`.
+
+    make demo        or        python -m experiments.run
+"""
+
+from configs import base_lm
+from experiments.study import Arm, Preset, Study, above, lower
+
+MOE = "model.blocks.moe.ffn"
+
+
+def base():
+    """The base language model at half its width and a quarter of its context."""
+    config = base_lm.get_config()
+    config.model.d_model = 64
+    config.model.blocks.dense.ffn.hidden = 128
+    config.model.blocks.moe.ffn.bank.hidden = 128
+    config.data.seq_len = 128
+    config.optimizer.learning_rate = 5e-3
+    config.train = {"steps": 250, "accumulation": 1, "log_every": 10}
+    config.eval = {"every": 125, "batches": 8, "split": "validation"}
+    config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
+    return config
+
+
+WIDE = {**base().model.blocks.dense.to_dict(), "ffn": {"kind": "glu", "hidden": 256}}
+
+STUDY = Study(
+    slug="first_mixture",
+    title="A first mixture: dense, Switch, dropless top-2 and a wider dense model",
+    arxiv="2101.03961",
+    base=base(),
+    arms=(
+        Arm("dense", {"model.pattern": ("dense", "dense")}, note="the same compute per token as switch8"),
+        Arm("switch8", note="8 experts, top-1, capacity factor 1.25"),
+        Arm(
+            "top2",
+            {f"{MOE}.select": {"kind": "top_k", "k": 2, "normalise": True}},
+            note="8 experts, top-2, dropless: computes as much as wide",
+        ),
+        Arm(
+            "wide",
+            {"model.pattern": ("dense", "wide"), "model.blocks.wide": WIDE},
+            note="dense, with every other feed-forward layer twice as wide",
+        ),
+    ),
+    claims=(
+        lower(
+            "eval/bits_per_byte",
+            "switch8",
+            "dense",
+            headline=True,
+            text="8 experts, one per token, beat the dense model of equal compute",
+        ),
+        lower("eval/bits_per_byte", "top2", "wide", text="two dropless experts beat the dense model of equal compute"),
+        lower("eval/bits_per_byte", "top2", "switch8", text="two experts per token beat one (and cost more)"),
+        above("stats/*/entropy", "switch8", 0.0, text="the router of switch8 has not collapsed to one certain choice"),
+    ),
+    presets={
+        "smoke": Preset({"train.steps": 4, "train.log_every": 2, "eval.batches": 1, "eval.every": 0, "data.batch_size": 4}),
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 768,
+                "model.num_layers": 12,
+                "model.blocks.dense.mixer.num_heads": 12,
+                "data.seq_len": 1024,
+                "train.steps": 50_000,
+            }
+        ),
+    },
+    metrics=("eval/code/bits_per_byte", "eval/reference/bits_per_byte", "eval/literature/bits_per_byte"),
+)

@@ -1,0 +1,225 @@
+"""The command line: one clear line for every mistake, and what a right one writes."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toy_studies import SOURCE, FakeFit, make_study
+
+from experiments import execute as executing
+from experiments import record, report, study
+from experiments.run import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A folder of studies with one toy in it, a ledger and a runs folder; training is made up. Gives the trainer."""
+    (tmp_path / "studies" / "family").mkdir(parents=True)
+    (tmp_path / "studies" / "family" / "toy.py").write_text(SOURCE.format(slug="toy"))
+    monkeypatch.setattr(study, "ROOT", tmp_path / "studies")
+    monkeypatch.setattr(record, "LEDGER", tmp_path / "ledger")
+    monkeypatch.setenv("MOEJAX_RUNS", str(tmp_path / "runs"))
+    fit = FakeFit()
+    monkeypatch.setattr(executing, "_checked_fit", lambda *args: fit)
+    return fit
+
+
+WRONG = {
+    "unknown study": (["--study=tooy"], r"unknown study 'tooy' .*did you mean 'toy'"),
+    "unknown preset": (["--study=toy", "--preset=cup"], r"unknown preset 'cup' of study 'toy'; did you mean 'cpu'"),
+    "unknown ablation": (["--study=toy", "--ablation=capacty"], r"unknown ablation 'capacty' .*did you mean 'capacity'"),
+    "unknown arm": (["--study=toy", "--arms=dense,swich"], r"unknown arm 'swich' .*did you mean 'switch'"),
+    "an ablation's arm": (
+        ["--study=toy", "--arms=roomy"],
+        r"arm 'roomy' belongs to ablation 'capacity' .*add --ablation=capacity",
+    ),
+    "seeds in words": (["--study=toy", "--seeds=three"], r"--seeds: invalid int value: 'three'"),
+    "no seeds": (["--study=toy", "--seeds=0"], r"--seeds=0 is not a number of runs"),
+    "unknown flag": (["--studdy=toy"], r"unknown argument '--studdy=toy'; did you mean '--study'"),
+    "stray word": (["toy"], r"unknown argument 'toy'"),
+    "unknown key": (["--study=toy", "--config.train.step=3"], r"unknown key 'step' in config\.train .*did you mean 'steps'"),
+    "wrong type": (["--study=toy", "--config.train.steps=many"], r"train\.steps='many' in the command line is not an int"),
+    "no value": (["--study=toy", "--config.train.steps"], r"'--config\.train\.steps' has no value; write"),
+    "list and report": (["--list", "--report"], r"--list does not go with --report"),
+    "family without list": (["--study=toy", "--family=soft"], r"--family=soft does not go with --study; it belongs to --list"),
+    "arms of a config": (["--config=x.py", "--arms=a"], r"--arms=a does not go with --config"),
+    "study and config": (["--config=x.py", "--study=toy"], r"--study=toy does not go with --config"),
+    "workdir of a study": (["--study=toy", "--workdir=x"], r"--workdir=x does not go with --study; it belongs to --config"),
+    "unknown family": (["--list", "--family=sofd"], r"unknown family 'sofd'; did you mean 'soft'"),
+    "no such config": (["--config=configs/base_ml.py"], r"no file 'configs/base_ml\.py'; did you mean 'configs/base_lm\.py'"),
+    "config without get_config": (["--config=configs/__init__.py"], r"defines no get_config\(\)"),
+    "key of a config": (
+        ["--config=configs/base_lm.py", "--config.data.seqlen=3"],
+        r"unknown key 'seqlen' .*did you mean 'seq_len'",
+    ),
+    "fresh workdir": (["--config=configs/base_lm.py", "--workdir=x", "--fresh"], r"--fresh does not go with --workdir=x"),
+    "preset of all reports": (["--report", "--preset=cpu"], r"add --study=NAME to --report"),
+}
+
+
+@pytest.mark.parametrize(("argv", "words"), WRONG.values(), ids=WRONG)
+def test_a_mistake_is_one_line_and_status_2(toy, capsys, monkeypatch, argv, words):
+    monkeypatch.chdir(REPOSITORY)
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(rf"error: .*{words}.*\n", err)
+    assert "Traceback" not in err
+    assert out == ""
+    assert toy.calls == []
+
+
+@pytest.mark.parametrize("argv", [["--study=nothing_like_it"], ["--preset=cpu", "--config=configs/base_lm.py"]])
+def test_a_mistake_in_a_real_process_is_one_line_and_imports_no_jax(argv):
+    code = f"import sys; from experiments.run import main; status = main({argv}); assert 'jax' not in sys.modules; sys.exit(status)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_wrong_model_spec_is_found_before_anything_is_trained(toy, capsys, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    config = str(REPOSITORY / "configs" / "base_lm.py")
+    assert main([f"--config={config}", f"--runs={tmp_path}", "--config.model.blocks.moe.ffn.select.kk=2"]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: unknown key 'kk' in model\.blocks\.moe\.ffn\.select .*\(arm 'base_lm'\)\n", err)
+
+
+def test_a_study_prints_tables_and_verdicts_and_writes_what_it_says(toy, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--study=toy"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"dense\s+3\s+2\.0083 ± 0\.0017", out)
+    assert re.search(r"★ Switch beats dense at equal compute .*reproduced", out)
+    assert "not judged: drops cost quality (needs roomy)" in out
+    assert "tensorboard --logdir=runs/reports/toy/cpu/tensorboard" in out
+    for name in ("curves.png", "load.png", "results.json", "report.html"):
+        assert f"runs/reports/toy/cpu/{name}" in out
+        assert (tmp_path / "runs" / "reports" / "toy" / "cpu" / name).stat().st_size > 500
+    assert "ledger/toy.json" in out
+    assert json.loads((tmp_path / "ledger" / "toy.json").read_text())["slug"] == "toy"
+    assert (tmp_path / "runs/reports/toy/cpu/tensorboard/dense-seed2/metrics.jsonl").exists()
+    assert len(toy.calls) == 9
+
+    assert main(["--study=toy"]) == 0
+    assert re.search(r"dense\s+3 \(3 cached\)", capsys.readouterr().out)
+    assert len(toy.calls) == 9
+
+
+def test_a_smoke_run_leaves_the_ledger_alone(toy, capsys, tmp_path):
+    assert main(["--study=toy", "--preset=smoke", "--config.train.steps=2"]) == 0
+    out = capsys.readouterr().out
+    assert "out of reach at this scale" in out
+    assert "no ledger entry: preset 'smoke'" in out
+    assert "step 1/2" in out
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_a_smoke_run_that_diverges_fails(toy, capsys, tmp_path, monkeypatch):
+    from moejax.train import NonFiniteLoss
+
+    def diverge(*args, **kwargs):
+        raise NonFiniteLoss(1, [], None)
+
+    monkeypatch.setattr(executing, "_checked_fit", lambda *args: diverge)
+    assert main(["--study=toy", "--preset=smoke"]) == 1
+    assert "diverged: dense seed 0: loss, gradient or parameters are not finite at step 1" in capsys.readouterr().out
+
+
+def test_one_config_is_trained_and_summed_up(toy, capsys, tmp_path):
+    config = str(REPOSITORY / "configs" / "base_lm.py")
+    assert main([f"--config={config}", "--config.train.steps=8", "--seeds=2"]) == 0
+    out = capsys.readouterr().out
+    assert toy.calls == [("base_lm seed 0", 0), ("base_lm seed 1", 1)]
+    assert re.search(r"eval/bits_per_byte\s+1\.90", out)
+    assert re.search(r"params\s+1\.23M", out)
+    assert main([f"--config={config}", f"--workdir={tmp_path / 'here'}"]) == 0
+    assert (tmp_path / "here" / "run.json").exists()
+
+
+def test_an_interruption_is_said_and_finished_arms_stay(toy, capsys, monkeypatch):
+    class Interrupted(FakeFit):
+        def __call__(self, config, **kwargs):
+            if "switch" in kwargs["label"]:
+                raise KeyboardInterrupt
+            return super().__call__(config, **kwargs)
+
+    monkeypatch.setattr(executing, "_checked_fit", lambda *args: Interrupted())
+    assert main(["--study=toy"]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from what is finished\n"
+    monkeypatch.setattr(executing, "_checked_fit", lambda *args: toy)
+    main(["--study=toy"])
+    assert ("dense seed 0", 0) not in toy.calls
+    assert len(toy.calls) == 8
+
+
+def test_report_rebuilds_from_finished_runs_without_training_or_touching_the_ledger(toy, capsys, tmp_path):
+    assert main(["--report"]) == 0
+    assert "no finished runs of any study" in capsys.readouterr().out
+    main(["--study=toy", "--ablation=capacity"])
+    trained = len(toy.calls)
+    (tmp_path / "runs" / "reports" / "toy" / "cpu-capacity" / "report.html").unlink()
+    before = (tmp_path / "ledger" / "toy.capacity.json").read_text()
+    assert main(["--report"]) == 0
+    assert len(toy.calls) == trained
+    assert (tmp_path / "runs" / "reports" / "toy" / "cpu" / "report.html").exists()
+    assert (tmp_path / "runs" / "reports" / "toy" / "cpu-capacity" / "report.html").exists()
+    assert [p.name for p in (tmp_path / "ledger").iterdir()] == ["toy.capacity.json"]
+    assert (tmp_path / "ledger" / "toy.capacity.json").read_text() == before
+    index = (tmp_path / "runs" / "reports" / "index.html").read_text()
+    assert 'href="toy/cpu-capacity/report.html"' in index
+    assert "Reports without a ledger entry" in index
+    assert 'href="toy/cpu/report.html"' in index
+
+
+def test_the_report_holds_all_that_a_reader_needs_and_nothing_from_elsewhere(toy, tmp_path):
+    runs = tmp_path / "runs"
+    made = make_study(title="A <toy> & more", notes="The paper's table 3 is unclear.")
+    outcome = executing.execute(made, "cpu", runs=runs, fit=toy)
+    text = report.write(outcome, runs).html.read_text()
+    assert "A &lt;toy&gt; &amp; more" in text
+    assert "https://arxiv.org/abs/2101.03961" in text
+    assert "2.0083 ± 0.0017" in text
+    assert "Switch beats dense at equal compute" in text
+    assert '<span class="green">reproduced</span>' in text
+    assert text.count("data:image/png;base64,") == 2
+    assert "model.pattern" in text
+    assert "equal FLOPs per token" in text
+    assert "table 3 is unclear" in text
+    assert "&quot;slug&quot;: &quot;toy&quot;" in text
+    assert not re.findall(r'(?:src|href)="(?!data:|https://arxiv\.org)', text)
+
+
+def test_differences_are_those_between_the_presets_base_and_the_arm(toy, tmp_path):
+    outcome = executing.execute(make_study(), "cpu", runs=tmp_path, seeds=1, fit=toy)
+    rows = report.differences(outcome).rows
+    assert ("dense", "model.pattern", "('dense', 'moe')", "('dense', 'dense')") in rows
+    assert ("top2", "model.blocks.moe.ffn.select.k", "1", "2") in rows
+    assert ("switch", "-", "", "as the base") in rows
+    assert len(rows) == 3
+
+
+def test_one_study_is_shown_in_detail(toy, capsys):
+    assert main(["--list", "--study=toy"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"roomy\s+capacity", out)
+    assert re.search(r"cpu\s+3\s+100", out)
+    assert "★ Switch beats dense" in out
+
+
+def test_the_list_is_quick_and_complete():
+    code = "import sys; from experiments.run import main; main(['--list']); assert 'jax' not in sys.modules"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\S+ .*\b(card|implemented|study)\s*$", done.stdout, re.M)) >= 214
+    assert re.search(r"\d+ of 214 methods implemented", done.stdout)
+    # 0.4 s alone on a laptop; the bound leaves room for a machine that runs other tests.
+    assert seconds < 5

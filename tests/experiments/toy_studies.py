@@ -1,0 +1,129 @@
+"""A study and a trainer that need no training: the trainer's numbers are made up from the config and the seed."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import base_lm
+from experiments.cache import Run
+from experiments.study import Arm, Preset, Study, higher, lower
+
+# What the made-up trainer adds to a final loss for each experts-per-token, so that every verdict can be arranged.
+SOURCE = '''"""A toy study, found by its file's name."""
+
+from toy_studies import make_study
+
+STUDY = make_study("{slug}")
+'''
+
+
+def make_study(slug: str = "toy", **changes: Any) -> Study:
+    """Three arms, one ablation, three claims."""
+    fields: dict[str, Any] = {
+        "slug": slug,
+        "title": "A toy: mixtures against dense",
+        "arxiv": "2101.03961",
+        "base": base_lm.get_config(),
+        "arms": (
+            Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal FLOPs per token"),
+            Arm("switch"),
+            Arm("top2", {"model.blocks.moe.ffn.select.k": 2}),
+        ),
+        "ablations": {"capacity": (Arm("roomy", {"model.blocks.moe.ffn.select.capacity_factor": 2.0}),)},
+        "claims": (
+            lower("eval/bits_per_byte", "switch", "dense", text="Switch beats dense at equal compute", headline=True),
+            higher("eval/accuracy", "top2", "switch", by=0.5),
+            lower("eval/bits_per_byte", "roomy", "switch", text="drops cost quality"),
+        ),
+        "presets": {
+            "smoke": Preset({"train.steps": 4}),
+            "cpu": Preset({"train.steps": 100}, seeds=3),
+            "paper": Preset({"train.steps": 1000}, seeds=1),
+        },
+    }
+    return Study(**{**fields, **changes})
+
+
+@dataclasses.dataclass
+class Report:
+    """What the trainer says while it trains; the fields of `moejax.train.Progress`."""
+
+    label: str
+    step: int
+    steps: int
+    phase: str
+    tokens_per_second: float
+    loss: float | None
+    seconds_left: float | None
+
+
+@dataclasses.dataclass
+class Result:
+    """What the trainer returns; the fields of `moejax.train.RunResult` that are kept."""
+
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    steps: int
+    seconds: float = 12.5
+    first_step_seconds: float = 1.5
+    params: int = 1_234_567
+    active_params: int = 345_678
+    flops_per_step: float = 1e9
+
+
+class FakeFit:
+    """Writes the files that `moejax.train.fit` writes, at once. `calls` lists the (label, seed) that were trained."""
+
+    def __init__(self, final: Callable[[ConfigDict, int], float] | None = None):
+        self.final = final or final_bits
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self, config: ConfigDict, seed: int, workdir: str, progress: Callable[[Report], None], label: str) -> Result:
+        self.calls.append((label, seed))
+        folder, steps, end = Path(workdir), int(config.train.steps), self.final(config, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        history = []
+        every = max(steps // 25, 1)
+        for step in range(every, steps + 1, every):
+            bits = end + 3 * math.exp(-6 * step / steps) * (1 + 0.05 * math.sin(step + seed))
+            row: dict[str, Any] = {"step": step, "train/loss": bits * math.log(2)}
+            if "moe" in config.model.pattern:
+                row |= _stats(config, seed)
+            if step % (every * 5) == 0 or step + every > steps:
+                last = step + every > steps
+                row |= {"eval/bits_per_byte": end if last else bits, "eval/accuracy": 0.5}
+            history.append(row)
+            progress(Report(label, step, steps, "train", 1e4, row["train/loss"], float(steps - step)))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        timing = {"step": steps, "seconds": 12.5, "tokens_per_second": 10_000.0 + seed}
+        (folder / "timings.jsonl").write_text(json.dumps(timing) + "\n")
+        return Result({"eval/bits_per_byte": end, "eval/accuracy": 0.5}, history, steps)
+
+
+def final_bits(config: ConfigDict, seed: int) -> float:
+    """Dense 2.0; a mixture 1.9, less 0.05 for each further expert per token; a little noise."""
+    noise = 0.01 * math.sin(7 * seed + 1)
+    if "moe" not in config.model.pattern:
+        return 2.0 + noise
+    return 1.95 - 0.05 * config.model.blocks.moe.ffn.select.k + 0.5 * noise
+
+
+def make_runs(**arms: list[float]) -> dict[str, dict[int, Run]]:
+    """Runs with metric 'm': one value per seed of each arm."""
+    return {arm: {seed: Run(arm, seed, {"m": v}) for seed, v in enumerate(values)} for arm, values in arms.items()}
+
+
+def _stats(config: ConfigDict, seed: int) -> dict[str, Any]:
+    experts = config.model.blocks.moe.ffn.num_experts
+    rng = np.random.default_rng(seed)
+    stats: dict[str, Any] = {"stats/drop_rate": 0.02}
+    for layer in range(2):
+        load = rng.dirichlet(np.full(experts, 4.0 * (layer + 1)))
+        stats |= {f"stats/stack.repeats.1_moe.ffn.{layer}/load": load.tolist()}
+    return stats
