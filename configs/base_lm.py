@@ -8,7 +8,6 @@ al. 2021: capacity factor 1.25, balance coefficient 0.01, z-loss 1e-3 as in ST-M
 in the dense model of the same width: `--config.model.pattern=dense,dense`. Minutes on a laptop's CPU.
 """
 
-# ruff: noqa: C408 (keyword arguments keep a nested config readable)
 from ml_collections import ConfigDict
 
 

@@ -9,7 +9,6 @@ routing, as V-MoE places its last ones (Riquelme et al. 2021). `--config.model.p
 compute. About a minute on a laptop's CPU.
 """
 
-# ruff: noqa: C408 (keyword arguments keep a nested config readable)
 from ml_collections import ConfigDict
 
 
