@@ -8,13 +8,13 @@ al. 2021: capacity factor 1.25, balance coefficient 0.01, z-loss 1e-3 as in ST-M
 in the dense model of the same width: `--config.model.pattern=dense,dense`. Minutes on a laptop's CPU.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
     """The config; every section can be overridden by dotted keys."""
-    norm = dict(kind="rms_norm")
-    mixer = dict(kind="attention", num_heads=4, num_kv_heads=2)
     hidden = 256
     return ConfigDict(
         dict(
@@ -29,12 +29,9 @@ def get_config() -> ConfigDict:
                 dtype="float32",
                 pattern=("dense", "moe"),
                 blocks=dict(
-                    dense=dict(kind="transformer", norm=norm, mixer=mixer, ffn=dict(kind="glu", hidden=hidden)),
-                    moe=dict(
-                        kind="transformer",
-                        norm=norm,
-                        mixer=mixer,
-                        ffn=dict(
+                    dense=_block(dict(kind="glu", hidden=hidden)),
+                    moe=_block(
+                        dict(
                             kind="moe",
                             num_experts=8,
                             router=dict(kind="linear"),
@@ -70,4 +67,14 @@ def get_config() -> ConfigDict:
             eval=dict(every=100, batches=8, split="validation"),
             checkpoint=dict(every=100, keep=2, asynchronous=True),
         )
+    )
+
+
+def _block(ffn: dict[str, Any]) -> dict[str, Any]:
+    """A block around `ffn`, with parts of its own: a ConfigDict would keep two uses of one dict as one."""
+    return dict(
+        kind="transformer",
+        norm=dict(kind="rms_norm"),
+        mixer=dict(kind="attention", num_heads=4, num_kv_heads=2),
+        ffn=ffn,
     )

@@ -9,13 +9,13 @@ routing, as V-MoE places its last ones (Riquelme et al. 2021). `--config.model.p
 compute. About a minute on a laptop's CPU.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
     """The config; every section can be overridden by dotted keys."""
-    norm = dict(kind="layer_norm")
-    mixer = dict(kind="attention", num_heads=4)
     hidden = 128
     return ConfigDict(
         dict(
@@ -34,12 +34,9 @@ def get_config() -> ConfigDict:
                 dtype="float32",
                 pattern=("dense", "moe"),
                 blocks=dict(
-                    dense=dict(kind="transformer", norm=norm, mixer=mixer, ffn=dict(kind="ffn", hidden=hidden)),
-                    moe=dict(
-                        kind="transformer",
-                        norm=norm,
-                        mixer=mixer,
-                        ffn=dict(
+                    dense=_block(dict(kind="ffn", hidden=hidden)),
+                    moe=_block(
+                        dict(
                             kind="moe",
                             num_experts=8,
                             router=dict(kind="linear"),
@@ -67,4 +64,14 @@ def get_config() -> ConfigDict:
             eval=dict(every=100, batches=0, split="validation"),
             checkpoint=dict(every=100, keep=2, asynchronous=True),
         )
+    )
+
+
+def _block(ffn: dict[str, Any]) -> dict[str, Any]:
+    """A block around `ffn`, with parts of its own: a ConfigDict would keep two uses of one dict as one."""
+    return dict(
+        kind="transformer",
+        norm=dict(kind="layer_norm"),
+        mixer=dict(kind="attention", num_heads=4),
+        ffn=ffn,
     )

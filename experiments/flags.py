@@ -92,6 +92,8 @@ def load_config(place: str) -> tuple[str, Any]:
 
     from ml_collections import ConfigDict
 
+    from experiments import overrides
+
     file, _, argument = place.partition(":")
     path = Path(file)
     if not path.is_file():
@@ -103,7 +105,7 @@ def load_config(place: str) -> tuple[str, Any]:
     config = get_config(argument) if argument else get_config()
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={place}: get_config() gave {type(config).__name__}, not a ConfigDict")
-    return path.stem, config
+    return path.stem, overrides.copy(config)
 
 
 class _Parser(argparse.ArgumentParser):

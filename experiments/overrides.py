@@ -59,6 +59,15 @@ def parse(config: ConfigDict, key: str, text: str, where: str) -> Any:
         raise ConfigError(f"{key}='{text}' in {where} is not {_a(type(old))}; the config holds {_short(old)}") from None
 
 
+def copy(config: ConfigDict) -> ConfigDict:
+    """The config with every sub-dict its own: one that stands in two places would change in both."""
+
+    def plain(node: ConfigDict) -> dict[str, Any]:
+        return {name: plain(value) if isinstance(value, ConfigDict) else value for name, value in node.items()}
+
+    return ConfigDict(plain(config))
+
+
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value of every leaf."""
     flat: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments import plots, record, tables
 from experiments.cache import write_json
-from experiments.overrides import apply, flatten
+from experiments.overrides import apply, copy, flatten
 from experiments.record import Outcome
 from experiments.tables import Table
 from experiments.verdict import OUT_OF_REACH
@@ -109,7 +109,7 @@ def write_index(ledger: Path, runs: Path) -> Path:
 def differences(outcome: Outcome) -> Table:
     """One row per config key in which an arm differs from the preset's base."""
     study = outcome.study
-    base = study.base.copy_and_resolve_references()
+    base = copy(study.base)
     apply(base, study.preset(outcome.preset).overrides, "preset")
     apply(base, outcome.overrides, "command line")
     before = flatten(base)

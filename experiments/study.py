@@ -221,7 +221,7 @@ class Study:
 def resolve(study: Study, preset: str, arm: str, extra: Mapping[str, Any] | None = None) -> ConfigDict:
     """The config that an arm trains: base, then the preset's overrides, the arm's, the preset's for this arm, `extra`."""
     scale, chosen = study.preset(preset), study.arm(arm)
-    config = study.base.copy_and_resolve_references()
+    config = overrides.copy(study.base)
     where = f"arm '{arm}' of study '{study.slug}'"
     overrides.apply(config, scale.overrides, f"preset '{preset}' of study '{study.slug}'")
     overrides.apply(config, chosen.overrides, where)

@@ -30,6 +30,16 @@ def test_a_mapping_replaces_a_whole_sub_dict():
     assert resolve(made, "smoke", "switch").model.blocks.moe.ffn.to_dict() == {"kind": "glu", "hidden": 7}
 
 
+def test_an_override_changes_one_place_even_if_the_base_used_one_dict_twice():
+    shared = {"num_heads": 4}
+    base = ConfigDict({"model": {"blocks": {"a": {"mixer": shared}, "b": {"mixer": shared}}}, "train": {"steps": 1}})
+    assert base.model.blocks.a.mixer is base.model.blocks.b.mixer
+    arms = (Arm("x", {"model.blocks.a.mixer.num_heads": 8}),)
+    presets, claims = {"smoke": Preset()}, (above("m", "x", 0, headline=True),)
+    blocks = resolve(make_study(base=base, arms=arms, ablations={}, presets=presets, claims=claims), "smoke", "x").model.blocks
+    assert (blocks.a.mixer.num_heads, blocks.b.mixer.num_heads) == (8, 4)
+
+
 def test_blocks_may_gain_keys_and_other_sections_may_not():
     config = base_lm.get_config()
     overrides.apply(config, {"model.blocks.moe.ffn.router.jitter": 0.1, "model.blocks.more": {"kind": "transformer"}}, "test")
@@ -168,3 +178,5 @@ def test_base_configs_build_their_models(module):
 
     config = module.get_config()
     assert models.build(config.model).num_layers == config.model.num_layers
+    config.model.blocks.dense.mixer.num_heads = 1
+    assert config.model.blocks.moe.mixer.num_heads == 4
