@@ -127,7 +127,8 @@ def _scores(
     """Negative log likelihood in nats and whether the largest logit is right, both zero where not valid."""
     # Zeroed before the logarithm: a NaN in padding would otherwise reach the gradient through a zero weight.
     logits = jnp.where(valid[..., None], logits.astype(jnp.float32), 0.0)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, targets, 0))
+    # One-hot rather than integer labels: the derivative of picking one logit is a scatter, which a CPU does one by one.
+    nll = optax.softmax_cross_entropy(logits, jax.nn.one_hot(targets, logits.shape[-1]))
     return jnp.where(valid, nll, 0.0), valid & (jnp.argmax(logits, -1) == targets)
 
 
