@@ -1,0 +1,123 @@
+"""Mixture-of-depths (Raposo et al. 2024): every other block processes a share of the tokens, the rest skip it.
+
+Byte language models of 8 blocks. All numbers are causal ones: at evaluation a token goes through a routed block when the block's
+predictor, which sees that token alone, says so. `leaky` is the same model evaluated by top-k over the sequence, and measures the leak.
+Departure: the paper multiplies by the raw router weight; `gate_sigmoid` records the common port.
+"""
+
+from configs import base_lm
+from experiments.study import Arm, Preset, Study, below, lower, within
+
+MOD = "model.blocks.mod"
+
+
+def base():
+    """Eight layers of width 64, alternating full and routed blocks, a quarter of the tokens in the routed ones."""
+    config = base_lm.get_config()
+    config.model.d_model = 64
+    config.model.num_layers = 8
+    dense = config.model.blocks.dense
+    dense.mixer.num_heads, dense.mixer.num_kv_heads = 2, 1
+    dense.ffn.hidden = 192
+    config.model.blocks = {
+        "dense": dense.to_dict(),
+        "mod": {"kind": "mixture_of_depths", "capacity": 0.25, "block": dense.to_dict()},
+    }
+    config.model.pattern = ("dense", "mod")
+    config.data.seq_len = 128
+    config.train = {"steps": 500, "accumulation": 1, "log_every": 20}
+    config.eval = {"every": 50, "batches": 12, "split": "validation"}
+    config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
+    return config
+
+
+STUDY = Study(
+    slug="mixture_of_depths",
+    title="Mixture-of-depths: a block for some of the tokens",
+    arxiv="2404.02258",
+    base=base(),
+    arms=(
+        Arm("dense8", {"model.pattern": ("dense",)}, note="all tokens in all 8 blocks"),
+        Arm("dense5", {"model.pattern": ("dense",), "model.num_layers": 5}, note="equal compute to mod25"),
+        Arm("mod25", note="every other block takes 25 % of the tokens; predictor at evaluation"),
+        Arm(
+            "random",
+            {f"{MOD}.router": "random", f"{MOD}.gate": "one", f"{MOD}.eval_select": "top_k"},
+            note="25 % of the tokens at random",
+        ),
+        Arm("leaky", {f"{MOD}.eval_select": "top_k"}, note="mod25 evaluated by top-k over the sequence: sees the future"),
+    ),
+    ablations={
+        "capacity": (Arm("mod12", {f"{MOD}.capacity": 0.125}), Arm("mod50", {f"{MOD}.capacity": 0.5})),
+        "placement": (Arm("every_block", {"model.pattern": ("mod",)}, note="all blocks routed"),),
+        "gate": (Arm("gate_sigmoid", {f"{MOD}.gate": "sigmoid"}),),
+        "remedy": (Arm("remedy_router", {f"{MOD}.remedy": "router"}, note="the router's own sigmoid decides"),),
+    },
+    claims=(
+        lower(
+            "eval/bits_per_byte",
+            "mod25",
+            "dense5",
+            headline=True,
+            text="at equal compute, mixture-of-depths beats the shallower model",
+        ),
+        lower("eval/bits_per_byte", "mod25", "random", text="learning which tokens to process beats choosing at random"),
+        within(
+            "eval/bits_per_byte",
+            "mod25",
+            "dense8",
+            0.03,
+            text="mixture-of-depths comes close to the full model with fewer FLOPs",
+        ),
+        within("eval/bits_per_byte", "mod25", "leaky", 0.03, text="the causal predictor loses about 1 % against top-k"),
+        below(
+            "eval/stats/experts_per_token",
+            "mod25",
+            0.35,
+            text="the predictor keeps about the share of tokens it was trained on",
+        ),
+    ),
+    presets={
+        "smoke": Preset(
+            {
+                "train.steps": 4,
+                "train.log_every": 2,
+                "eval.every": 0,
+                "eval.batches": 1,
+                "data.batch_size": 4,
+                "optimizer.warmup_steps": 1,
+            }
+        ),
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 2048,
+                "model.num_layers": 24,
+                "model.blocks.dense.mixer.num_heads": 16,
+                "model.blocks.dense.mixer.num_kv_heads": 16,
+                "model.blocks.dense.ffn.hidden": 5504,
+                f"{MOD}.capacity": 0.125,
+                f"{MOD}.block.mixer.num_heads": 16,
+                f"{MOD}.block.mixer.num_kv_heads": 16,
+                f"{MOD}.block.ffn.hidden": 5504,
+                "model.dtype": "bfloat16",
+                "model.remat": "full",
+                "data.name": "c4",
+                "data.domains": None,
+                "data.seq_len": 2048,
+                "data.batch_size": 512,
+                "train.steps": 50_000,
+                "optimizer.learning_rate": 3e-4,
+                "optimizer.warmup_steps": 1_000,
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            },
+            arms={
+                "dense5": {"model.num_layers": 14},
+                "mod12": {f"{MOD}.capacity": 0.125},
+                "mod50": {f"{MOD}.capacity": 0.5},
+            },
+        ),
+    },
+    metrics=("eval/stats/predictor_accuracy",),
+)

@@ -1,0 +1,99 @@
+"""Expert choice (Zhou et al. 2022): experts pick tokens, so load is balanced by construction and tokens get 0 to e experts.
+
+Selection over a sequence sees its future, so the comparison is made where that is honest: classifying images, in which all
+patches are given at once.
+"""
+
+from configs import base_vit
+from experiments.study import Arm, Preset, Study, higher, lower, within
+
+MOE = "model.blocks.moe.ffn"
+
+
+def expert_choice(factor: float, **fields) -> dict:
+    """Experts choose; no balance loss is needed."""
+    return {
+        f"{MOE}.select": {"kind": "expert_choice", "capacity_factor": factor, **fields},
+        f"{MOE}.losses": {},
+    }
+
+
+def base():
+    """The ViT on real digits; top-1 at capacity 1.25 with a balance loss unless an arm says otherwise."""
+    config = base_vit.get_config()
+    config.model.blocks.moe.ffn.losses = {"balance": {"coef": 0.01}}
+    config.data.batch_size = 32
+    config.train = {"steps": 400, "accumulation": 1, "log_every": 20}
+    config.eval = {"every": 50, "batches": 0, "split": "validation"}
+    config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
+    return config
+
+
+TOP2 = {f"{MOE}.select": {"kind": "top_k", "k": 2, "capacity_factor": 2.0, "normalise": True, "priority": "choice"}}
+
+STUDY = Study(
+    slug="expert_choice",
+    title="Mixture-of-experts with expert choice routing",
+    arxiv="2202.09368",
+    base=base(),
+    arms=(
+        Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute to top1 and ec1"),
+        Arm("top1", note="Switch: token choice, k=1, capacity factor 1.25"),
+        Arm("top2", TOP2, note="GShard: token choice, k=2, capacity factor 2.0"),
+        Arm("ec1", expert_choice(1.0), note="expert choice, one expert per token on average"),
+        Arm("ec2", expert_choice(2.0), note="expert choice, two experts per token on average (the paper's default)"),
+    ),
+    ablations={
+        "capacity": (Arm("ec0.5", expert_choice(0.5)), Arm("ec4", expert_choice(4.0))),
+        "normalise": (
+            Arm("ec2_normalised", expert_choice(2.0, normalise=True), note="gates sum to 1 per token (a deviation)"),
+        ),
+        "experts": tuple(Arm(f"ec2_experts_{e}", {**expert_choice(2.0), f"{MOE}.num_experts": e}) for e in (4, 16)),
+        "group": (Arm("ec2_batch", {**expert_choice(2.0), f"{MOE}.group_by": "batch"}, note="tokens of the batch compete"),),
+        "score": (Arm("ec2_sigmoid", expert_choice(2.0, score="sigmoid")),),
+    },
+    claims=(
+        lower("eval/loss", "ec2", "top2", headline=True, text="expert choice beats GShard's top-2 at equal compute"),
+        lower("eval/loss", "ec1", "top1", text="expert choice with one expert per token beats Switch"),
+        within("eval/stats/max_violation", "ec2", "ec1", 1e-6, text="load is perfectly balanced whatever the capacity"),
+        higher("eval/stats/unrouted", "ec1", "top1", text="some tokens are picked by nobody"),
+        lower("eval/loss", "ec2", "dense", text="expert choice beats the dense model (at twice its expert compute)"),
+    ),
+    presets={
+        "smoke": Preset(
+            {
+                "train.steps": 4,
+                "train.log_every": 2,
+                "eval.every": 0,
+                "eval.batches": 1,
+                "data.batch_size": 4,
+                "optimizer.warmup_steps": 1,
+            }
+        ),
+        "cpu": Preset(seeds=5),
+        "paper": Preset(
+            {
+                "model.image_size": 224,
+                "model.channels": 3,
+                "model.patch_size": 16,
+                "model.num_classes": 1000,
+                "model.d_model": 768,
+                "model.num_layers": 12,
+                **{f"model.blocks.{b}.mixer.num_heads": 12 for b in ("dense", "moe")},
+                "model.blocks.dense.ffn.hidden": 3072,
+                f"{MOE}.bank.hidden": 3072,
+                f"{MOE}.num_experts": 64,
+                "model.dtype": "bfloat16",
+                "data.name": "imagenet2012",
+                "data.batch_size": 4096,
+                "train.steps": 90_000,
+                "optimizer.warmup_steps": 10_000,
+                "optimizer.learning_rate": 1e-3,
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            },
+            arms={"ec2_experts_4": {f"{MOE}.num_experts": 4}, "ec2_experts_16": {f"{MOE}.num_experts": 16}},
+        ),
+    },
+    metrics=("eval/accuracy", "eval/stats/experts_per_token"),
+)

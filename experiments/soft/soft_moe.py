@@ -1,0 +1,108 @@
+"""Soft MoE (Puigcerver et al. 2023): every slot averages all tokens, every token averages all slots.
+
+A small ViT on real digits (16 patches, so 8 experts of 2 slots cost what the dense layer costs). Token choice and expert choice
+run at the same compute.
+"""
+
+from configs import base_vit
+from experiments.study import Arm, Preset, Study, higher, lower
+
+MOE = "model.blocks.moe.ffn"
+HIDDEN = 128
+
+
+def soft(num_experts: int, slots: int, hidden: int = HIDDEN, **fields) -> dict:
+    """A Soft MoE layer in place of the sparse one."""
+    bank = {"kind": "ffn", "hidden": hidden}
+    return {MOE: {"kind": "soft_moe", "num_experts": num_experts, "slots": slots, "bank": bank, **fields}}
+
+
+def base():
+    """Dense first half, mixture in the second half, as in the paper."""
+    config = base_vit.get_config()
+    config.model.pattern = ("dense", "dense", "moe", "moe")
+    config.model.blocks.moe.ffn.losses = {"balance": {"coef": 0.01}}
+    config.data.batch_size = 32
+    config.train = {"steps": 400, "accumulation": 1, "log_every": 20}
+    config.eval = {"every": 50, "batches": 0, "split": "validation"}
+    config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
+    return config
+
+
+STUDY = Study(
+    slug="soft_moe",
+    title="From sparse to soft mixtures of experts",
+    arxiv="2308.00951",
+    base=base(),
+    arms=(
+        Arm("dense", {"model.pattern": ("dense", "dense", "dense", "dense")}, note="equal compute"),
+        Arm("token_choice", note="top-1 of 8, capacity factor 1.25, balance 0.01"),
+        Arm(
+            "expert_choice",
+            {f"{MOE}.select": {"kind": "expert_choice", "capacity_factor": 1.0}, f"{MOE}.losses": {}},
+            note="8 experts, one per token on average",
+        ),
+        Arm("soft", soft(8, 2), note="8 experts of 2 slots"),
+        Arm("uniform", soft(8, 2, dispatch="uniform", combine="uniform"), note="the same experts, uniform mixing"),
+    ),
+    ablations={
+        "slots": (Arm("soft_16x1", soft(16, 1)), Arm("soft_4x4", soft(4, 4)), Arm("soft_2x8", soft(2, 8))),
+        "routing": (
+            Arm("soft_dispatch_only", soft(8, 2, combine="uniform")),
+            Arm("soft_combine_only", soft(8, 2, dispatch="uniform")),
+        ),
+        "normalisation": (
+            Arm("no_normalisation", soft(8, 2, normalise=False), note="hurts at large widths only, says the paper"),
+        ),
+    },
+    claims=(
+        lower("eval/loss", "soft", "token_choice", headline=True, text="Soft MoE beats token choice at equal compute"),
+        lower("eval/loss", "soft", "expert_choice", text="Soft MoE beats expert choice at equal compute"),
+        lower("eval/loss", "soft", "dense", text="Soft MoE beats the dense model of equal compute"),
+        lower("eval/loss", "soft", "uniform", text="learned mixing beats uniform mixing"),
+        higher("eval/accuracy", "soft", "dense", text="Soft MoE classifies better than the dense model"),
+    ),
+    presets={
+        "smoke": Preset(
+            {
+                "train.steps": 4,
+                "train.log_every": 2,
+                "eval.every": 0,
+                "eval.batches": 1,
+                "data.batch_size": 4,
+                "optimizer.warmup_steps": 1,
+            }
+        ),
+        "cpu": Preset(seeds=5),
+        "paper": Preset(
+            {
+                "model.image_size": 224,
+                "model.channels": 3,
+                "model.patch_size": 16,
+                "model.num_classes": 1000,
+                "model.d_model": 1024,
+                "model.num_layers": 24,
+                **{f"model.blocks.{b}.mixer.num_heads": 16 for b in ("dense", "moe")},
+                "model.blocks.dense.ffn.hidden": 4096,
+                f"{MOE}.bank.hidden": 4096,
+                "model.dtype": "bfloat16",
+                "data.name": "imagenet2012",
+                "data.batch_size": 4096,
+                "train.steps": 90_000,
+                "optimizer.warmup_steps": 10_000,
+                "optimizer.learning_rate": 1e-3,
+                "optimizer.schedule": "rsqrt",
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            },
+            arms={
+                "dense": {},
+                "soft": soft(128, 1, 4096),
+                "uniform": soft(128, 1, 4096, dispatch="uniform", combine="uniform"),
+                "token_choice": {f"{MOE}.num_experts": 128},
+                "expert_choice": {f"{MOE}.num_experts": 128},
+            },
+        ),
+    },
+    metrics=("eval/stats/entropy",),
+)

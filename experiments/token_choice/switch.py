@@ -1,0 +1,120 @@
+"""Switch Transformers (Fedus et al. 2021): one expert per token, at the compute of the dense model.
+
+Byte language models, 8 experts in every other feed-forward layer. Every arm but `top2` and `dense_top2_flops` computes per
+token what `dense` computes. Steps are fixed, so `faster` reads off how many steps an arm saves.
+
+Departures: bytes and decoder instead of C4 and T5; AdamW instead of Adafactor; gated experts; priority is token order, causal.
+"""
+
+from configs import base_lm
+from experiments.study import Arm, Preset, Study, below, faster, lower
+
+MOE = "model.blocks.moe.ffn"
+NO_BALANCE = {f"{MOE}.losses.balance.coef": 0.0}
+
+
+def base():
+    """Four layers of width 96; capacity factor 1.25 in training and 2.0 in evaluation, jitter 1e-2, as in the paper."""
+    config = base_lm.get_config()
+    config.model.d_model = 96
+    for block in config.model.blocks.values():
+        block.mixer.num_heads, block.mixer.num_kv_heads = 2, 1
+    config.model.blocks.dense.ffn = {"kind": "ffn", "hidden": 384, "activation": "relu"}
+    ffn = config.model.blocks.moe.ffn
+    ffn.bank = {"kind": "ffn", "hidden": 384, "activation": "relu"}
+    ffn.router = {"kind": "linear", "init_scale": 0.1, "jitter": 0.01}
+    ffn.select = {"kind": "top_k", "k": 1, "capacity_factor": 1.25, "eval_capacity_factor": 2.0}
+    ffn.losses = {"balance": {"coef": 0.01}}
+    config.data.seq_len = 128
+    config.train = {"steps": 600, "accumulation": 1, "log_every": 20}
+    config.eval = {"every": 50, "batches": 12, "split": "validation"}
+    config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
+    return config
+
+
+def capacity(factor: float) -> dict:
+    return {f"{MOE}.select.capacity_factor": factor}
+
+
+STUDY = Study(
+    slug="switch",
+    title="Switch Transformers: one expert per token",
+    arxiv="2101.03961",
+    base=base(),
+    arms=(
+        Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute per token"),
+        Arm("switch", note="8 experts, top-1, capacity factor 1.25, balance 0.01, init scale 0.1, jitter 0.01"),
+        Arm("no_balance", NO_BALANCE, note="switch without its balance loss"),
+        Arm(
+            "top2",
+            {f"{MOE}.select.k": 2, f"{MOE}.select.normalise": True, f"{MOE}.select.capacity_factor": 1.0},
+            note="two experts per token at capacity factor 1.0: twice the expert compute",
+        ),
+    ),
+    ablations={
+        "capacity": (Arm("capacity_1.0", capacity(1.0)), Arm("capacity_2.0", capacity(2.0)), Arm("dropless", capacity(None))),
+        "init": (Arm("init_1.0", {f"{MOE}.router.init_scale": 1.0}, note="the usual initialisation, 10 times larger"),),
+        "alpha": tuple(Arm(f"alpha_{a:g}", {f"{MOE}.losses.balance.coef": a}) for a in (1e-1, 1e-3, 1e-4)),
+        "exploration": (Arm("argmax", {f"{MOE}.router.jitter": 0.0}, note="no input jitter"),),
+        "experts": tuple(Arm(f"experts_{e}", {f"{MOE}.num_experts": e}) for e in (2, 4, 16)),
+        "precision": (Arm("bfloat16", {"model.dtype": "bfloat16"}, note="selective precision: only the router in float32"),),
+    },
+    claims=(
+        lower("eval/bits_per_byte", "switch", "dense", headline=True, text="Switch beats the dense model of equal compute"),
+        faster(
+            "eval/bits_per_byte",
+            "switch",
+            "dense",
+            by=1.3,
+            text="Switch reaches the dense model's quality in 1.3 times fewer steps",
+        ),
+        lower("eval/stats/max_violation", "switch", "no_balance", text="without the balance loss the load collapses"),
+        below("eval/stats/drop_rate", "switch", 0.01, text="fewer than 1 % of the tokens are dropped"),
+        lower("eval/bits_per_byte", "switch", "top2", text="Switch beats top-2 at low capacity, per step"),
+        faster(
+            "eval/bits_per_byte",
+            "switch",
+            "dense",
+            by=7.0,
+            text="up to 7 times faster pre-training at equal FLOPs per token",
+            needs="64 experts and 100,000 steps on C4",
+        ),
+    ),
+    presets={
+        "smoke": Preset(
+            {
+                "train.steps": 4,
+                "train.log_every": 2,
+                "eval.every": 0,
+                "eval.batches": 1,
+                "data.batch_size": 4,
+                "optimizer.warmup_steps": 1,
+            }
+        ),
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 768,
+                "model.num_layers": 24,
+                **{f"model.blocks.{b}.mixer.{key}": 12 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
+                "model.blocks.dense.ffn.hidden": 3072,
+                f"{MOE}.bank.hidden": 3072,
+                f"{MOE}.num_experts": 128,
+                "model.dtype": "bfloat16",
+                "model.remat": "full",
+                "data.name": "c4",
+                "data.domains": None,
+                "data.seq_len": 512,
+                "data.batch_size": 2048,
+                "train.steps": 100_000,
+                "train.log_every": 100,
+                "optimizer.learning_rate": 1e-2,
+                "optimizer.schedule": "rsqrt",
+                "optimizer.warmup_steps": 10_000,
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            }
+        ),
+    },
+    metrics=("eval/stats/entropy",),
+)
