@@ -1,0 +1,50 @@
+# Every target sets itself up: a virtual environment in .venv with what pyproject.toml names. Needs Python 3.11 to 3.13.
+#
+#   make demo                        the first study: train, judge, report
+#   make demo ARGS=--preset=smoke    the same in seconds
+#   make test PYTHON=python3.12      with another interpreter (after `make clean`)
+
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+BIN     := .venv/bin
+STAMP   := .venv/installed
+# Worksteal: training in subprocesses makes test files very unequal, so whole files per worker would leave one worker idle.
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint format coverage clean
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(STAMP) ## train, compare and judge small language models, in minutes
+	@$(BIN)/python -m experiments.run $(ARGS)
+
+test: lint ## lint and every test
+	@$(PYTEST) --durations=10 -ra $(ARGS)
+
+test-fast: lint ## lint and the tests that are not marked slow
+	@$(PYTEST) -m 'not slow' -ra $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+
+format: $(STAMP) ## let ruff mend what it can
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+coverage: $(STAMP) ## every test, with the lines of moejax that none of them runs
+	@$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+clean: ## remove the environment and caches; runs/ stays
+	@rm -rf .venv build dist *.egg-info .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; moejax needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	@echo "setting up .venv (once; about two minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
