@@ -25,8 +25,8 @@ def base():
     }
     config.model.pattern = ("dense", "mod")
     config.data.seq_len = 128
-    config.train = {"steps": 500, "accumulation": 1, "log_every": 20}
-    config.eval = {"every": 50, "batches": 12, "split": "validation"}
+    config.train = {"steps": 400, "accumulation": 1, "log_every": 20}
+    config.eval = {"every": 100, "batches": 12, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config
 

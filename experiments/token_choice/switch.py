@@ -26,7 +26,7 @@ def base():
     ffn.select = {"kind": "top_k", "k": 1, "capacity_factor": 1.25, "eval_capacity_factor": 2.0}
     ffn.losses = {"balance": {"coef": 0.01}}
     config.data.seq_len = 128
-    config.train = {"steps": 600, "accumulation": 1, "log_every": 20}
+    config.train = {"steps": 400, "accumulation": 1, "log_every": 20}
     config.eval = {"every": 50, "batches": 12, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config

@@ -23,8 +23,8 @@ def base():
     config.model.blocks.moe.ffn.bank.hidden = 128
     config.data.seq_len = 128
     config.optimizer.learning_rate = 5e-3
-    config.train = {"steps": 200, "accumulation": 1, "log_every": 10}
-    config.eval = {"every": 100, "batches": 8, "split": "validation"}
+    config.train = {"steps": 160, "accumulation": 1, "log_every": 10}
+    config.eval = {"every": 80, "batches": 8, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config
 
@@ -84,10 +84,18 @@ STUDY = Study(
             {
                 "model.d_model": 768,
                 "model.num_layers": 12,
+                "model.blocks.dense.ffn.hidden": 2048,
+                "model.blocks.moe.ffn.bank.hidden": 2048,
                 **{f"model.blocks.{b}.mixer.{key}": heads for b in ("dense", "moe") for key, heads in HEADS.items()},
                 "data.seq_len": 1024,
                 "train.steps": 50_000,
-            }
+            },
+            arms={
+                "wide": {
+                    "model.blocks.wide.ffn.hidden": 4096,
+                    **{f"model.blocks.wide.mixer.{key}": heads for key, heads in HEADS.items()},
+                }
+            },
         ),
     },
     metrics=("eval/code/bits_per_byte", "eval/reference/bits_per_byte", "eval/literature/bits_per_byte"),

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from moejax.dispatch.layout import Batched, Grouped, Layout, Merged, PerToken
 from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
@@ -98,7 +98,7 @@ def merged(plan: Merge, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g
     return bank(x, Merged(plan.weight))
 
 
-def gather_tokens(plan: ExpertChoice, x: Float[Array, "g n *d"]) -> Float[Array, "g e c *d"]:
+def gather_tokens(plan: ExpertChoice, x: Shaped[Array, "g n *d"]) -> Shaped[Array, "g e c *d"]:
     """The tokens that the experts chose; zeros in unused slots."""
     rows = jax.vmap(lambda tokens, index: tokens[index])(x, plan.token)
     return jnp.where(plan.used.reshape(*plan.used.shape, *(1,) * (x.ndim - 2)), rows, jnp.zeros((), x.dtype))
