@@ -51,8 +51,17 @@ def execute(
     # Seed by seed, so that an interrupted study has compared all arms on the seeds it has.
     todo = [(arm, seed) for seed in range(seeds or study.preset(preset).seeds) for arm in configs]
     cache = Cache(runs)
-    fit = fit or _checked_fit(configs, cache, todo, preset in record.LEDGER_PRESETS, accept_numerics, console)
-    return Outcome(study, preset, ablation, _train_all(todo, configs, cache, fit, fresh, console), configs, overrides or {})
+    real = fit is None
+    cached = any(cache.load(configs[arm], seed, arm) for arm, seed in todo)
+    fit = fit or _prepared_fit(configs, cache)
+    # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
+    # run starts at once.
+    if real and (cached or accept_numerics):
+        _ask_canary(cache, fit, accept_numerics, console)
+    trained = _train_all(todo, configs, cache, fit, fresh, console)
+    if real and preset in record.LEDGER_PRESETS and not (cached or accept_numerics):
+        _ask_canary(cache, fit, False, console)
+    return Outcome(study, preset, ablation, trained, configs, overrides or {})
 
 
 def execute_config(
@@ -70,7 +79,10 @@ def execute_config(
     """Trains one config with each seed, in the cache or in `workdir` (one folder a seed if there are several)."""
     console = console or make_console()
     configs, todo, cache = {name: config}, [(name, seed) for seed in range(seeds)], Cache(runs)
-    fit = fit or _checked_fit(configs, cache, todo, False, accept_numerics, console)
+    if fit is None:
+        fit = _prepared_fit(configs, cache)
+        if accept_numerics or any(cache.load(config, seed, name) for _, seed in todo):
+            _ask_canary(cache, fit, accept_numerics, console)
     if workdir is None:
         return _train_all(todo, configs, cache, fit, fresh, console)[name]
 
@@ -132,18 +144,8 @@ def choose(study: Study, ablation: str, arms: Sequence[str]) -> list[str]:
     return [name for name in names if not arms or name in arms]
 
 
-def _checked_fit(
-    configs: Mapping[str, ConfigDict],
-    cache: Cache,
-    todo: Sequence[tuple[str, int]],
-    kept: bool,
-    accept: bool,
-    console: Console,
-) -> Fit:
-    """`moejax.train.fit`, after building every model once: a wrong spec is found now and not after the first arms.
-
-    The canary is asked where numbers of this run will stand beside others: in the ledger (`kept`), or beside cached runs.
-    """
+def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache) -> Fit:
+    """`moejax.train.fit`, after building every model once: a wrong spec is found now and not after the first arms."""
     import jax
 
     from moejax import models
@@ -157,10 +159,13 @@ def _checked_fit(
     if jax.config.jax_compilation_cache_dir is None:
         # Compiling is most of a small run's time, and the same programs come again: further presets, --fresh, resumption.
         jax.config.update("jax_compilation_cache_dir", str(cache.root.absolute() / "compiled"))
-    if kept or accept or any(cache.load(configs[arm], seed, arm) for arm, seed in todo):
-        record_file = record.ledger_folder(cache.root) / "canary.json"
-        canary.check(cache.root, record_file, fit, accept, lambda text: say(console, text))
     return fit
+
+
+def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
+    """Stops if the library's numbers are not those that cached runs and ledger entries were made with."""
+    record_file = record.ledger_folder(cache.root) / "canary.json"
+    canary.check(cache.root, record_file, fit, accept, lambda text: say(console, text))
 
 
 def _train_all(

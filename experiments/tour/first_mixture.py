@@ -24,7 +24,7 @@ def base():
     config.data.seq_len = 128
     config.optimizer.learning_rate = 5e-3
     config.train = {"steps": 160, "accumulation": 1, "log_every": 10}
-    config.eval = {"every": 80, "batches": 8, "split": "validation"}
+    config.eval = {"every": 40, "batches": 8, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config
 
