@@ -46,5 +46,5 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; moejax needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
 	@echo "setting up .venv (once; about two minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[test]'
 	@touch $@

@@ -18,8 +18,8 @@ _HOMES = {
     "experts": ["FFN", "GLU", "LoRA"],
     "layers": ["LoRAMixture", "MoE", "SoftMoE", "WithLoRA"],
     "routing": [
-        "Balance", "Cosine", "ExpertChoice", "ExpertTopK", "Importance", "Linear", "Merge", "SoftSlots", "SoftTopAll", "TokenChoice",
-        "TopK", "ZLoss",
+        "Balance", "Cosine", "ExpertChoice", "ExpertTopK", "Importance", "Linear", "Merge", "RandomSecond", "SoftSlots", "SoftTopAll",
+        "TokenChoice", "TopK", "ZLoss",
     ],
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

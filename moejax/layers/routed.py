@@ -34,15 +34,18 @@ def plan_tokens(
       expert [g, n, k]: these experts instead of the selected ones; weights stay those of the router's scores for them
         under the rule's own normalisation when the rule is a `TopK`.
 
+    In training, a rule that draws (`needs_key`) gets a key from the module's rng stream 'router'.
+
     Returns the plan and the logits it was made from.
     """
     if module.has_variable("overrides", "logit_bias"):
         logits = logits + module.get_variable("overrides", "logit_bias")
-    plan = select(logits, valid, bias=bias, train=train)
+    random = {"key": module.make_rng("router")} if train and select.needs_key else {}
+    plan = select(logits, valid, bias=bias, train=train, **random)
     if module.has_variable("overrides", "expert"):
         if not isinstance(plan, TokenChoice):
             raise ConfigError(f"overrides.expert in {'/'.join(module.path)} needs token choice, not {type(plan).__name__}")
-        plan = select.weigh(logits, module.get_variable("overrides", "expert"), valid)
+        plan = select.weigh(logits, module.get_variable("overrides", "expert"), valid, train=train)
     return plan, logits
 
 
@@ -57,8 +60,13 @@ def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], *
 
 
 def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
-    """Sows one value (not a tuple of values); a module called twice keeps the sum of losses and the last of the rest."""
+    """Sows one value (not a tuple of values); a module called twice keeps the sum of losses and the last of the rest.
+
+    Nothing is added to 'losses' by `init`, whose variables are passed to the first `apply`: it would count twice there.
+    """
     add = collection == "losses"
+    if add and module.is_initializing():
+        return
     module.sow(
         collection,
         name,

@@ -2,7 +2,8 @@
 
 from moejax.routing.select.base import Select, selects
 from moejax.routing.select.expert_choice import ExpertTopK
+from moejax.routing.select.gshard import RandomSecond
 from moejax.routing.select.soft_slots import SoftTopAll
 from moejax.routing.select.top_k import TopK
 
-__all__ = ["ExpertTopK", "Select", "SoftTopAll", "TopK", "selects"]
+__all__ = ["ExpertTopK", "RandomSecond", "Select", "SoftTopAll", "TopK", "selects"]

@@ -20,11 +20,13 @@ class Select(Protocol):
     Attributes:
       causal: whether a token's plan never depends on later tokens of its group.
       per_token: whether a token's plan depends on that token alone, so that decoding one token at a time gives the same plan.
+      needs_key: whether the rule draws at random in training; it then takes one more keyword argument, `key`.
     """
 
     causal: bool
     per_token: bool
     num_outputs_per_expert: ClassVar[int] = 1
+    needs_key: ClassVar[bool] = False
 
     def __call__(
         self,

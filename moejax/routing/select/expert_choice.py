@@ -37,6 +37,7 @@ class ExpertTopK:
     causal: ClassVar[bool] = False
     per_token: ClassVar[bool] = False
     num_outputs_per_expert: ClassVar[int] = 1
+    needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_scores(self.score, SCORES)
@@ -78,5 +79,5 @@ class ExpertTopK:
         return probabilities(logits, self.score)
 
     def mean_experts(self, num_experts: int) -> float:
-        """Experts per token, on average."""
-        return self.capacity_factor
+        """Experts per token, on average; an expert never takes a token twice."""
+        return min(self.capacity_factor, float(num_experts))

@@ -31,6 +31,7 @@ class SoftTopAll:
     combine: str = "soft"
     causal: ClassVar[bool] = False
     per_token: ClassVar[bool] = False
+    needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.slots < 1:

@@ -44,6 +44,7 @@ class TopK:
     scale: float = 1.0
     constant_gate: bool = False
     num_outputs_per_expert: ClassVar[int] = 1
+    needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_scores(self.score, SCORES)
@@ -81,8 +82,7 @@ class TopK:
     ) -> TokenChoice:
         """The plan; see `Select`. Raises ConfigError when k exceeds the number of experts."""
         e = logits.shape[-1]
-        if self.k > e:
-            raise ConfigError(f"k={self.k} exceeds num_experts={e}; lower k or add experts")
+        self.check_num_experts(e)
         # Logits rather than scores where possible: a saturated softmax rounds different logits to equal scores.
         _, expert = jax.lax.top_k(logits if bias is None else self._scores(logits) + bias, self.k)
         return self.weigh(logits, expert, valid, train=train)
@@ -113,6 +113,11 @@ class TopK:
 
     def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
         return probabilities(logits, self.score)
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raises ConfigError if there are fewer experts than choices."""
+        if self.k > num_experts:
+            raise ConfigError(f"k={self.k} exceeds num_experts={num_experts}; lower k or add experts")
 
     def mean_experts(self, num_experts: int) -> float:
         """Experts per token."""
