@@ -14,7 +14,7 @@ keys, so a new method needs no parsing code:
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from moejax.errors import ConfigError, nearest
 
@@ -26,16 +26,16 @@ class Registry:
     """Maps `kind` names to classes for one slot.
 
     Fields that are themselves slots (a MoE's router, a block's norm) are declared in `slots`: field name -> registry. Such a
-    field may be a spec, which is built recursively, or an object, which is taken as it is. With `many=True` (see `slot_dict`)
-    the field is a mapping of kind -> fields, built into a tuple.
+    field may be a spec, which is built recursively, or an object, which is taken as it is. `Many(registry)` is a slot of
+    several items, `Given(registry, {...})` one whose context differs from its surroundings'.
     """
 
     def __init__(self, slot: str):
         self.slot = slot
         self._classes: dict[str, type] = {}
-        self._slots: dict[str, dict[str, "Registry | Many"]] = {}
+        self._slots: dict[str, dict[str, "Slot"]] = {}
 
-    def register(self, kind: str, slots: Mapping[str, "Registry | Many"] | None = None) -> Callable[[type], type]:
+    def register(self, kind: str, slots: Mapping[str, "Slot"] | None = None) -> Callable[[type], type]:
         """Class decorator: makes the class buildable as `kind`."""
 
         def add(cls: type) -> type:
@@ -74,7 +74,8 @@ class Registry:
         for key in given:
             if key not in fields:
                 raise ConfigError(f"unknown key '{key}' in {where} ({self.slot} '{kind}'){nearest(key, fields)}")
-        inherited = {k: v for k, v in context.items() if k in fields and k not in given}
+        # A slot is filled only where it is written: an outer part may use the same name for something else.
+        inherited = {k: v for k, v in context.items() if k in fields and k not in given and k not in slots}
         # What the spec itself says (num_experts, say) is the context of its own parts.
         inner = {**context, **{k: v for k, v in given.items() if k not in slots}}
         built = {}
@@ -127,11 +128,30 @@ class Many:
     def build(self, specs: Any, where: str, **context: Any) -> tuple[Any, ...]:
         if isinstance(specs, (tuple, list)):
             return tuple(self.registry.build(s, f"{where}[{i}]", **context) for i, s in enumerate(specs))
+        items = {kind: fields for kind, fields in specs.items() if fields is not None}
+        for kind, fields in items.items():
+            if not hasattr(fields, "items"):
+                raise ConfigError(f"{where}.{kind}={fields!r} must be a mapping of fields, or None to leave it out")
         return tuple(
-            self.registry.build({"kind": kind, **dict(fields)}, f"{where}.{kind}", **context)
-            for kind, fields in specs.items()
-            if fields is not None
+            self.registry.build({"kind": kind, **fields}, f"{where}.{kind}", **context) for kind, fields in items.items()
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A slot whose parts see `values` in their context instead of what surrounds them.
+
+    Shared experts, say, are not as many as the routed ones beside them unless their own spec says so.
+    """
+
+    registry: Registry
+    values: Mapping[str, Any]
+
+    def build(self, spec: Any, where: str, **context: Any) -> Any:
+        return self.registry.build(spec, where, **{**context, **self.values})
+
+
+Slot: TypeAlias = Registry | Many | Given
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from moejax.context import Context
 from moejax.errors import ConfigError
 from moejax.experts.lora import LoRA
+from moejax.layers.dense import run_single
 from moejax.layers.moe import MoE
 from moejax.routing.losses import Loss
 from moejax.routing.routers import Linear
@@ -39,9 +40,10 @@ class LoRAMixture(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"], ctx: Context | None = None) -> Float[Array, "*b o"]:
         """The mixture's own output, without the dense layer's."""
+        if self.num_experts == 1:
+            return run_single(LoRA(self.rank, self.features, scale=self.scale, name="bank"), x, ctx or Context())
         bank = LoRA(self.rank, self.features, num_experts=self.num_experts, scale=self.scale)
-        one = self.num_experts == 1
-        select = self.select or TopK(k=self.num_experts, constant_gate=one, normalise=one)
+        select = self.select or TopK(k=self.num_experts)
         layer = MoE(router=Linear(self.num_experts), select=select, bank=bank, losses=self.losses, name="moe")
         rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
         return layer(rows, ctx).reshape(*x.shape[:-1], self.features)
@@ -76,10 +78,14 @@ class WithLoRA(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's output. Raises ConfigError for a target that matches no Dense layer."""
         seen: list[str] = []
-        ctx = next((a for a in (*args, *kwargs.values()) if isinstance(a, Context)), None)
+        # Of the modules that are being called, the innermost that was given a context describes the tokens of a Dense layer:
+        # blocks may see some of the tokens, or rearranged ones.
+        contexts: list[Context | None] = [None]
 
         def add_mixture(call: Callable[..., Array], args: tuple, kwargs: dict[str, Any], context: Any) -> Array:
+            contexts.append(next((a for a in (*args, *kwargs.values()) if isinstance(a, Context)), contexts[-1]))
             y, dense = call(*args, **kwargs), context.module
+            ctx = contexts.pop()
             if not isinstance(dense, nn.Dense) or context.method_name != "__call__":
                 return y
             path = "/".join(dense.path[len(self.path) :])

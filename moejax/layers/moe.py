@@ -12,13 +12,22 @@ from moejax.experts.registry import banks
 from moejax.layers.dense import sum_shared
 from moejax.layers.registry import ffns
 from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
-from moejax.registry import Many
+from moejax.registry import Given, Many
 from moejax.routing.losses import Loss, Routing, losses
 from moejax.routing.routers import check_num_experts, routers
 from moejax.routing.select import Select, selects
 
+SLOTS = {
+    "router": routers,
+    "select": selects,
+    "eval_select": selects,
+    "bank": banks,
+    "shared": Given(banks, {"num_experts": 1}),
+    "losses": Many(losses),
+}
 
-@ffns.register("moe", slots={"router": routers, "select": selects, "bank": banks, "shared": banks, "losses": Many(losses)})
+
+@ffns.register("moe", slots=SLOTS)
 class MoE(nn.Module):
     """`y = sum of weight * expert(x)` over each token's plan, plus the shared experts.
 
@@ -35,7 +44,8 @@ class MoE(nn.Module):
       losses: balance and other routing losses, sown weighted into 'losses'.
       backend: of dispatch; 'auto' or a name.
       group_by: who competes for capacity: tokens of one 'sequence', of the 'batch', or of one 'position'.
-      num_experts: only for configs, where it fills the router's and the bank's field of the same name.
+      num_experts: only for configs, where it fills the router's and the bank's field of the same name (not the shared bank's,
+        which is one expert unless its own spec says otherwise).
 
     Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'overrides'.
     """
@@ -54,6 +64,9 @@ class MoE(nn.Module):
         if self.group_by not in GROUPINGS:
             raise ConfigError(f"group_by='{self.group_by}' is unknown; valid names: {', '.join(GROUPINGS)}")
         check_num_experts(self.router, self.bank)
+        for rule in (self.select, self.eval_select):
+            if hasattr(rule, "check_num_experts"):
+                rule.check_num_experts(self.bank.num_experts)
         super().__post_init__()
 
     @nn.compact
@@ -68,6 +81,7 @@ class MoE(nn.Module):
         tokens, grouped_ctx = group_tokens(x, ctx, self.group_by)
         select: Select = self.select if ctx.train or self.eval_select is None else self.eval_select
         logits = self.router(tokens, grouped_ctx).astype(jnp.float32)
+        self._check_fit(logits.shape[-1], select)
         plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train)
         valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
         y, backend = run_plan(plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend)
@@ -77,6 +91,15 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + sum_shared(self.shared, x, ctx)
         return y
+
+    def _check_fit(self, outputs: int, select: Select) -> None:
+        """Refuses a router whose logits are not what the rule and the bank expect; dispatch would clamp indices in silence."""
+        each = select.num_outputs_per_expert
+        if outputs != each * self.bank.num_experts:
+            raise ConfigError(
+                f"the router gives {outputs} logits a token, but {type(select).__name__} needs {each} for each of the bank's "
+                f"{self.bank.num_experts} experts; set the router's outputs_per_expert={each} and equal num_experts"
+            )
 
     def active_fraction(self) -> float:
         """Share of the routed experts' parameters that a token uses, on average at most; for counting active parameters."""

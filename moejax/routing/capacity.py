@@ -52,7 +52,7 @@ def drop_over_capacity(
         raise ConfigError(f"priority='{priority}' is unknown; valid names: {', '.join(PRIORITIES)}")
     g, n, k = plan.expert.shape
     buffer, limit = capacity_of(valid, n, plan.num_experts, k, factor)
-    limit = jnp.broadcast_to(jnp.asarray(limit), (g,))[:, None, None]
+    limit = jnp.broadcast_to(jnp.asarray(limit, jnp.int32), (g,))
     wanted = plan.used
     expert = plan.expert
     if priority == "score":
@@ -66,5 +66,5 @@ def drop_over_capacity(
         rank = rank_in_expert(*flat, plan.num_experts).reshape(g, k, n).swapaxes(1, 2)
     if priority == "score":
         rank = jnp.take_along_axis(rank, jnp.argsort(by_score, axis=1)[..., None], axis=1)
-    kept = plan.used & (rank < limit)
-    return plan.replace(used=kept, dropped=plan.used & ~kept, capacity=buffer)
+    kept = plan.used & (rank < limit[:, None, None])
+    return plan.replace(used=kept, dropped=plan.used & ~kept, capacity=buffer, limit=limit)

@@ -31,6 +31,7 @@ class TokenChoice:
       dropped: choices that were wanted but refused for lack of capacity. Never both used and dropped.
       num_experts: e.
       capacity: upper bound of used choices per group and expert, or None for dropless plans.
+      limit: each group's own capacity, at most `capacity`; less where padding leaves fewer tokens. None for dropless plans.
     """
 
     expert: Int[Array, "g n k"]
@@ -39,6 +40,7 @@ class TokenChoice:
     dropped: Bool[Array, "g n k"]
     num_experts: int = struct.field(pytree_node=False)
     capacity: int | None = struct.field(pytree_node=False, default=None)
+    limit: Int[Array, "g"] | None = None
 
     def dense(self) -> Float[Array, "g n e"]:
         """The combine matrix: `y[g, n] = sum_e dense[g, n, e] * expert_e(x[g, n])`. What the oracle executes."""

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from moejax.routing.losses import Routing, masked_mean
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import ExpertChoice, Plan, TokenChoice
 
 
 def routing_stats(routing: Routing) -> dict[str, Array]:
@@ -19,7 +19,7 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
     - entropy: mean entropy of a token's distribution, in nats.
     - z: mean squared log-partition of the logits.
     - max_violation: largest load relative to the mean, minus 1 (0 is perfect balance).
-    - capacity: slots per expert and group, or -1 for a dropless plan.
+    - capacity: slots per expert, on average over groups with valid tokens, or -1 for dropless and soft plans.
     """
     plan, valid = routing.plan, routing.valid
     tokens = jnp.maximum(valid.sum(), 1)
@@ -31,7 +31,6 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
     probs = jax.lax.stop_gradient(routing.probs)
     entropy = -(probs * jnp.log(probs + 1e-20)).sum(-1)
     z = jnp.square(jax.nn.logsumexp(jax.lax.stop_gradient(routing.logits), axis=-1))
-    capacity = plan.capacity if isinstance(plan, TokenChoice) else getattr(getattr(plan, "token", None), "shape", (-1,))[-1]
     return {
         "load": load,
         "importance": masked_mean(probs, valid, (0, 1)),
@@ -41,5 +40,15 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
         "entropy": masked_mean(entropy, valid, (0, 1)),
         "z": masked_mean(z, valid, (0, 1)),
         "max_violation": load.max() * load.shape[0] - 1,
-        "capacity": jnp.asarray(-1 if capacity is None else capacity, jnp.float32),
+        "capacity": _mean_capacity(plan, valid),
     }
+
+
+def _mean_capacity(plan: Plan, valid: Bool[Array, "g n"]) -> Float[Array, ""]:
+    if isinstance(plan, ExpertChoice):
+        per_group = plan.used.sum(-1).max(-1)
+    elif isinstance(plan, TokenChoice) and plan.limit is not None:
+        per_group = plan.limit
+    else:
+        return jnp.float32(-1)
+    return masked_mean(per_group[:, None].astype(jnp.float32), valid.any(1, keepdims=True), (0, 1))
