@@ -24,8 +24,8 @@ def base():
         "mod": {"kind": "mixture_of_depths", "capacity": 0.25, "block": dense.to_dict()},
     }
     config.model.pattern = ("dense", "mod")
-    config.data.seq_len = 128
-    config.train = {"steps": 400, "accumulation": 1, "log_every": 20}
+    config.data.seq_len, config.data.batch_size = 128, 8
+    config.train = {"steps": 300, "accumulation": 1, "log_every": 20}
     config.eval = {"every": 100, "batches": 12, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config
