@@ -40,11 +40,12 @@ class LoRAMixture(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"], ctx: Context | None = None) -> Float[Array, "*b o"]:
         """The mixture's own output, without the dense layer's."""
+        bank = LoRA(self.rank, self.features, num_experts=self.num_experts, scale=self.scale, name="bank")
         if self.num_experts == 1:
-            return run_single(LoRA(self.rank, self.features, scale=self.scale, name="bank"), x, ctx or Context())
-        bank = LoRA(self.rank, self.features, num_experts=self.num_experts, scale=self.scale)
+            return run_single(bank, x, ctx or Context())
+        router = Linear(self.num_experts, name="router")
         select = self.select or TopK(k=self.num_experts)
-        layer = MoE(router=Linear(self.num_experts), select=select, bank=bank, losses=self.losses, name="moe")
+        layer = MoE(router=router, select=select, bank=bank, losses=self.losses, name="moe")
         rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
         return layer(rows, ctx).reshape(*x.shape[:-1], self.features)
 

@@ -1,0 +1,135 @@
+"""Banks: how experts start, and what is special to one kind. Their arithmetic in every layout is in the agreement test."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moejax.context import Context
+from moejax.dispatch import Batched, PerToken
+from moejax.errors import ConfigError
+from moejax.experts import ACTIVATIONS, FFN, GLU, LoRA, banks
+
+D, F = 6, 5
+BANKS = {
+    "ffn": lambda e: FFN(F, num_experts=e, use_bias=True),
+    "glu": lambda e: GLU(F, num_experts=e),
+    "lora": lambda e: LoRA(rank=3, features=4, num_experts=e),
+}
+
+
+@functools.cache
+def start(name: str, e: int) -> dict[str, jax.Array]:
+    return jax.jit(BANKS[name](e).init)(jax.random.key(3), jnp.zeros((e, 1, D)), Batched())["params"]
+
+
+def test_every_registered_bank_is_tested_here() -> None:
+    assert set(BANKS) == set(banks.kinds())
+
+
+@pytest.mark.parametrize("name", BANKS)
+def test_expert_i_starts_the_same_however_many_there_are_and_no_two_alike(name: str) -> None:
+    few, many = start(name, 4), start(name, 8)
+    random = [key for key, value in many.items() if np.any(value)]
+    assert random
+    for key, value in many.items():
+        assert value.shape[0] == 8
+        np.testing.assert_array_equal(few[key], value[:4])
+    for key in random:
+        for i in range(8):
+            for j in range(i):
+                assert (many[key][i] != many[key][j]).mean() > 0.99
+
+
+def test_parameters_are_the_same_on_one_device_and_on_eight() -> None:
+    mesh = Mesh(np.array(jax.devices()), ("expert",))
+    assert mesh.size == 8
+    bank = BANKS["glu"](8)
+    sharded = jax.jit(bank.init, out_shardings=NamedSharding(mesh, PartitionSpec("expert")))
+    params = sharded(jax.random.key(3), jnp.zeros((8, 1, D)), Batched())["params"]
+    for key, value in start("glu", 8).items():
+        assert len({shard.device for shard in params[key].addressable_shards}) == 8
+        assert params[key].addressable_shards[0].data.shape[0] == 1
+        np.testing.assert_array_equal(params[key], value)
+
+
+def test_fan_in_is_that_of_one_expert() -> None:
+    """LeCun: variance 1 / fan_in with the fan-in of one matrix [d, f], neither e * d nor anything else of the stack."""
+    d, f, e = 64, 24, 40
+    params = jax.jit(FFN(f, num_experts=e).init)(jax.random.key(0), jnp.zeros((e, 1, d)), Batched())["params"]
+    np.testing.assert_allclose(params["w_in"].std(), 1 / np.sqrt(d), rtol=0.02)
+    np.testing.assert_allclose(params["w_out"].std(), 1 / np.sqrt(f), rtol=0.02)
+    np.testing.assert_allclose(params["w_in"].std((1, 2)), 1 / np.sqrt(d), rtol=0.15)
+
+
+def test_lora_starts_at_zero_with_uniform_a() -> None:
+    d, r, e = 64, 16, 32
+    bank = LoRA(rank=r, features=9, num_experts=e, scale=3.0)
+    y, variables = jax.jit(bank.init_with_output)(jax.random.key(0), jnp.ones((e, 2, d)), Batched())
+    np.testing.assert_array_equal(y, np.zeros((e, 2, 9)))
+    a, b = variables["params"]["a"], variables["params"]["b"]
+    assert (a.shape, b.shape) == ((e, d, r), (e, r, 9))
+    assert np.abs(a).max() <= 1 / np.sqrt(d)
+    np.testing.assert_allclose(a.std(), 1 / np.sqrt(3 * d), rtol=0.02)
+    assert not b.any()
+    # At the start only B learns: were both zero, nothing would ever learn.
+    grads = jax.grad(lambda p: bank.apply({"params": p}, jnp.ones((e, 2, d)), Batched()).sum())(variables["params"])
+    assert not grads["a"].any()
+    assert grads["b"].any()
+
+
+@pytest.mark.parametrize("kind", ["ffn", "glu"])
+def test_dropout_acts_in_training_only_and_keeps_the_mean(kind: str) -> None:
+    """Identity matrices make the hidden layer visible: every unit is dropped or divided by the share that is kept."""
+    n = 400
+    eye = jnp.eye(D)[None]
+    if kind == "ffn":
+        bank, params = FFN(D, activation="identity", dropout=0.25), {"w_in": eye, "w_out": eye}
+    else:
+        bank, params = GLU(D, activation="identity", dropout=0.25), {"w_gate": eye, "w_up": eye, "w_out": eye}
+    x = jnp.ones((1, n, D))
+    variables = {"params": params}
+    for ctx in (None, Context(), Context(train=False)):
+        np.testing.assert_array_equal(bank.apply(variables, x, Batched(), ctx), x)
+    y = bank.apply(variables, x, Batched(), Context(train=True), rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
+    np.testing.assert_allclose(y.mean(), 1, atol=0.05)
+    other = bank.apply(variables, x, Batched(), Context(train=True), rngs={"dropout": jax.random.key(1)})
+    assert (other != y).any()
+
+
+def test_biases_belong_to_their_expert() -> None:
+    bank = FFN(F, num_experts=3, activation="relu", use_bias=True, features=2)
+    params = {
+        "w_in": jnp.zeros((3, D, F)),
+        "b_in": jnp.array([[1.0] * F, [2.0] * F, [-1.0] * F]),
+        "w_out": jnp.ones((3, F, 2)),
+        "b_out": jnp.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]),
+    }
+    y = bank.apply({"params": params}, jnp.ones((4, D)), PerToken(jnp.array([2, 0, 1, 0])))
+    np.testing.assert_allclose(y, [[0.5, 0.6], [F + 0.1, F + 0.2], [2 * F + 0.3, 2 * F + 0.4], [F + 0.1, F + 0.2]], rtol=1e-6)
+    assert not any(start("ffn", 4)[name].any() for name in ("b_in", "b_out"))
+
+
+NUMPY = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "squared_relu": lambda x: np.maximum(x, 0) ** 2,
+    "tanh": np.tanh,
+    "identity": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str) -> None:
+    x = np.linspace(-3, 3, 13)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), NUMPY[name](x), rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_activation_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="activation='gellu' is unknown; did you mean 'gelu'"):
+        FFN(F, activation="gellu").init(jax.random.key(0), jnp.ones((1, 1, D)), Batched())

@@ -1,0 +1,125 @@
+"""The house rules that a machine can check: dependencies point one way, and no name decides behaviour."""
+
+import ast
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moejax
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Package -> what it may never import. `moejax.models.registries` holds names only and is open to layers.
+FORBIDDEN = {
+    "pallas_kernels": ["moejax", "experiments", "configs"],
+    "moejax.routing": [f"moejax.{p}" for p in ("dispatch", "experts", "layers", "models", "data", "train", "serve")],
+    "moejax.dispatch": [f"moejax.{p}" for p in ("experts", "layers", "models", "data", "train", "serve")],
+    "moejax.experts": [f"moejax.{p}" for p in ("layers", "models", "data", "train", "serve")],
+    "moejax.layers": [f"moejax.{p}" for p in ("models", "data", "train", "serve")],
+    "moejax.models": [f"moejax.{p}" for p in ("data", "train", "serve")],
+    "moejax.data": [f"moejax.{p}" for p in ("routing", "dispatch", "experts", "layers", "models", "train", "serve")],
+    "moejax": ["experiments", "configs", "tests"],
+}
+ALLOWED = {("moejax.layers", "moejax.models.registries")}
+
+
+@functools.cache
+def modules(package: str) -> dict[str, ast.Module]:
+    """Dotted name -> syntax tree of every module of a package, whether anybody imports it or not."""
+    folder = ROOT / package.replace(".", "/")
+    paths = [folder.with_suffix(".py")] if not folder.is_dir() else sorted(folder.rglob("*.py"))
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+        for path in paths
+    }
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Dotted names that a module imports, anywhere in it, also through `importlib.import_module('...')`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_dependencies_point_one_way(package: str) -> None:
+    found = modules(package)
+    assert found
+    wrong = [
+        f"{module} imports {name}"
+        for module, tree in found.items()
+        for name in imported(tree)
+        for banned in FORBIDDEN[package]
+        if inside(name, banned) and not any(package == p and inside(name, allowed) for p, allowed in ALLOWED)
+    ]
+    assert not wrong
+
+
+def test_the_check_sees_imports() -> None:
+    """A check that finds nothing must be able to find something."""
+    assert "moejax.routing.plan.Plan" in set(imported(modules("moejax.dispatch")["moejax.dispatch"]))
+    assert inside("moejax.train.fit", "moejax.train")
+    assert not inside("moejax.training", "moejax.train")
+
+
+def decides_by_name(node: ast.AST) -> bool:
+    """`x.kind == 'switch'`, `spec['method'] in ('a', 'b')` and the like."""
+    if not isinstance(node, ast.Compare):
+        return False
+    sides = [node.left, *node.comparators]
+    names = {side.attr for side in sides if isinstance(side, ast.Attribute)}
+    names |= {side.slice.value for side in sides if isinstance(side, ast.Subscript) and isinstance(side.slice, ast.Constant)}
+    texts = [s for s in sides if any(isinstance(n, ast.Constant) and isinstance(n.value, str) for n in _elements(s))]
+    return bool(names & {"kind", "method", "model_name", "model_type"}) and bool(texts)
+
+
+def _elements(node: ast.AST) -> list[ast.AST]:
+    return list(node.elts) if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else [node]
+
+
+def test_no_name_decides_behaviour() -> None:
+    found = {
+        f"{module}:{node.lineno} {ast.unparse(node)}"
+        for module, tree in {**modules("moejax"), **modules("pallas_kernels")}.items()
+        for node in ast.walk(tree)
+        if decides_by_name(node)
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("code", "bad"),
+    [
+        ("self.kind == 'switch'", True),
+        ("spec['kind'] in ('switch', 'gshard')", True),
+        ("'soft' != config.method", True),
+        ("self.score == 'softmax'", False),
+        ("kind not in self._classes", False),
+        ("spec.kind == other.kind", False),
+    ],
+)
+def test_the_check_sees_comparisons(code: str, bad: bool) -> None:
+    assert any(map(decides_by_name, ast.walk(ast.parse(code)))) == bad
+
+
+def test_public_names_resolve_and_the_package_itself_imports_no_jax() -> None:
+    for name in moejax.__all__:
+        assert getattr(moejax, name).__name__ == name
+        assert name in dir(moejax)
+    with pytest.raises(AttributeError, match="module 'moejax' has no attribute 'MoEE'"):
+        _ = moejax.MoEE
+    code = "import sys, moejax, moejax.errors, moejax.registry; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
