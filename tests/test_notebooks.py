@@ -1,0 +1,46 @@
+"""The notebooks run from the first cell to the last, and are committed without what they print."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks() -> None:
+    assert [path.name for path in NOTEBOOKS][:1] == ["01_quickstart.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_committed_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs
+            assert cell.execution_count is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_and_draws(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a kernel of its own, with a training of four steps; an error in a cell raises here."""
+    monkeypatch.setenv("MOEJAX_NOTEBOOK_STEPS", "4")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    # The eight simulated devices of the tests would only slow a kernel down.
+    monkeypatch.delenv("XLA_FLAGS")
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    figures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(figures) >= 3
+    # 10 kB of base64: an empty pair of axes is smaller.
+    assert all(len(figure) > 10_000 for figure in figures)
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "step 4/4" in printed
+    assert "nan" not in printed
