@@ -26,7 +26,8 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "LEDGER", tmp_path / "ledger")
     monkeypatch.setenv("MOEJAX_RUNS", str(tmp_path / "runs"))
     fit = FakeFit()
-    monkeypatch.setattr(executing, "_checked_fit", lambda *args: fit)
+    monkeypatch.setattr(executing, "_prepared_fit", lambda *args: fit)
+    monkeypatch.setattr(executing, "_ask_canary", lambda *args: None)
     return fit
 
 
@@ -127,7 +128,7 @@ def test_a_smoke_run_that_diverges_fails(toy, capsys, tmp_path, monkeypatch):
     def diverge(*args, **kwargs):
         raise NonFiniteLoss(1, [], None)
 
-    monkeypatch.setattr(executing, "_checked_fit", lambda *args: diverge)
+    monkeypatch.setattr(executing, "_prepared_fit", lambda *args: diverge)
     assert main(["--study=toy", "--preset=smoke"]) == 1
     assert "diverged: dense seed 0: loss, gradient or parameters are not finite at step 1" in capsys.readouterr().out
 
@@ -150,10 +151,10 @@ def test_an_interruption_is_said_and_finished_arms_stay(toy, capsys, monkeypatch
                 raise KeyboardInterrupt
             return super().__call__(config, **kwargs)
 
-    monkeypatch.setattr(executing, "_checked_fit", lambda *args: Interrupted())
+    monkeypatch.setattr(executing, "_prepared_fit", lambda *args: Interrupted())
     assert main(["--study=toy"]) == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on from what is finished\n"
-    monkeypatch.setattr(executing, "_checked_fit", lambda *args: toy)
+    monkeypatch.setattr(executing, "_prepared_fit", lambda *args: toy)
     main(["--study=toy"])
     assert ("dense seed 0", 0) not in toy.calls
     assert len(toy.calls) == 8
