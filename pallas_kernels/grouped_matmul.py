@@ -11,13 +11,11 @@ Implementations:
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Implementation = Literal["auto", "reference", "xla", "ragged_dot"]
 IMPLEMENTATIONS: tuple[str, ...] = ("reference", "xla", "ragged_dot")
 
 
@@ -25,7 +23,7 @@ def grouped_matmul(
     x: Float[Array, "m d"],
     w: Float[Array, "e d f"],
     group_sizes: Int[Array, "e"],
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> Float[Array, "m f"]:
     """`y[r] = x[r] @ w[group of r]` where group i owns the next `group_sizes[i]` rows; rows past the last group give zero.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import Implementation, grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 @runtime_checkable
@@ -55,7 +55,7 @@ class Grouped:
     group_sizes: Int[Array, "e"]
     num_rows: int = struct.field(pytree_node=False)
     slots: Int[Array, "e"] | None = None
-    implementation: Implementation = struct.field(pytree_node=False, default="auto")
+    implementation: str = struct.field(pytree_node=False, default="auto")
 
     def dot(self, x: Float[Array, "m d"], w: Float[Array, "e0 d f"]) -> Float[Array, "m f"]:
         return grouped_matmul(x, self._pick(w).astype(x.dtype), self.group_sizes, self.implementation)

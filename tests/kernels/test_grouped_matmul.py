@@ -44,7 +44,7 @@ class TestGroupedMatmul:
     def test_groups_longer_than_a_tile(self, implementation: str, rng: np.random.Generator) -> None:
         m, e, d, f = 300, 2, 3, 2
         assert m > 2 * tile_rows(m, e)
-        x, w = rng.normal(size=(m, d)).astype(np.float32), rng.normal(size=(e, d, f)).astype(np.float32)
+        x, w = jnp.asarray(rng.normal(size=(m, d)), jnp.float32), jnp.asarray(rng.normal(size=(e, d, f)), jnp.float32)
         for sizes in ([300, 0], [1, 299], [131, 150]):
             y = grouped_matmul(x, w, jnp.array(sizes, jnp.int32), implementation)
             np.testing.assert_allclose(y, numpy_grouped(x, w, np.array(sizes)), rtol=1e-5, atol=1e-5)
@@ -78,8 +78,8 @@ def test_auto_on_cpu_runs_the_loop() -> None:
 
 def test_permute_and_unpermute_match_indexing_in_value_and_gradient(rng: np.random.Generator) -> None:
     n, k, d = 7, 3, 4
-    x = rng.normal(size=(n, d)).astype(np.float32)
-    weight = rng.normal(size=(n, k)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(n, d)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(n, k)), jnp.float32)
     order = jnp.asarray(rng.permutation(n * k))
     inverse = jnp.argsort(order)
     c = rng.normal(size=(n, d)).astype(np.float32)

@@ -82,7 +82,7 @@ def test_unrolled_equals_scanned_in_value_losses_and_gradient(scanned_params, ex
     assert_trees_close(to_scanned(unrolled[1]), losses)
     assert_trees_close(to_scanned(unrolled[2]), grads)
     ffn = losses["stack"]["repeats"]["1_moe"]["ffn"]
-    assert {name: leaf.shape for name, leaf in ffn.items()} == {"balance": (2,), "z": (2,)}
+    assert {name: leaf.shape for name, leaf in ffn.items()} == {"balance_loss": (2,), "z_loss": (2,)}
     assert all((leaf > 0).all() for leaf in ffn.values())
 
 
