@@ -117,7 +117,7 @@ class MixtureOfDepths(nn.Module):
         """Binary cross-entropy of predicting the top-k choice, and how often the prediction is right."""
         target = chosen.astype(jnp.float32)
         cross_entropy = jax.nn.softplus(predicted) - target * predicted
-        sow(self, "losses", "remedy", self.remedy_coef * masked_mean(cross_entropy, valid, (0, 1)))
+        sow(self, "losses", "remedy_loss", self.remedy_coef * masked_mean(cross_entropy, valid, (0, 1)))
         right = ((predicted > 0) == chosen).astype(jnp.float32)
         sow(self, "stats", "predictor_accuracy", masked_mean(right, valid, (0, 1)))
 

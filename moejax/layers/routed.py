@@ -50,9 +50,12 @@ def plan_tokens(
 
 
 def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], **extra: Array) -> None:
-    """Sows every loss, weighted, into 'losses', every statistic into 'stats', and logits and plan into 'routing'."""
+    """Sows every loss, weighted, into 'losses', every statistic into 'stats', and logits and plan into 'routing'.
+
+    A loss is named '<kind>_loss': NNX keeps the collections of a bridged layer in one namespace, where 'z' is a statistic.
+    """
     for loss in losses:
-        sow(module, "losses", loss_registry.kind_of(loss), loss(routing))
+        sow(module, "losses", f"{loss_registry.kind_of(loss)}_loss", loss(routing))
     for name, value in {**routing_stats(routing), **extra}.items():
         sow(module, "stats", name, value)
     sow(module, "routing", "logits", routing.logits)
