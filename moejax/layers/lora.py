@@ -83,7 +83,7 @@ class WithLoRA(nn.Module):
         # blocks may see some of the tokens, or rearranged ones.
         contexts: list[Context | None] = [None]
 
-        def add_mixture(call: Callable[..., Array], args: tuple, kwargs: dict[str, Any], context: Any) -> Array:
+        def add_mixture(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
             contexts.append(next((a for a in (*args, *kwargs.values()) if isinstance(a, Context)), contexts[-1]))
             y, dense = call(*args, **kwargs), context.module
             ctx = contexts.pop()

@@ -15,7 +15,6 @@ LOSSES = (Balance(0.5), Balance(0.5, over="batch"), Importance(0.5), ZLoss(0.5))
 
 RULES: dict[str, tuple[Select, str]] = {
     "dropless": (TopK(k=2, normalise=True), "sequence"),
-    "token": (TopK(k=2, capacity_factor=0.7), "sequence"),
     "choice_over_the_batch": (TopK(k=2, capacity_factor=0.7, priority="choice"), "batch"),
     "score": (TopK(k=2, score="sigmoid", capacity_factor=0.7, priority="score"), "sequence"),
     "expert_choice": (ExpertTopK(1.5, normalise=True), "sequence"),
