@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import canary, record, report, tables
+from experiments import canary, readme, record, report, tables
 from experiments.cache import Cache, Run, train_in
 from experiments.progress import Board, Line
 from experiments.record import Outcome
@@ -120,6 +120,7 @@ def finish(outcome: Outcome, runs: Path, ledger: Path, console: Console) -> int:
     paths = [*written.plots, written.results, written.html]
     if not outcome.missing:
         paths.append(record.write_entry(outcome, ledger))
+        readme.renew(ledger)
     say(console, "wrote")
     for path in paths:
         say(console, f"  {short(path)}")

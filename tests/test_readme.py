@@ -1,15 +1,13 @@
 """What the README says is so: its code runs, its files and tests exist, its numbers are the ledger's."""
 
 import ast
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from experiments import flags, tables
-from experiments.study import load
+from experiments import flags, readme
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -93,20 +91,5 @@ def test_backends_are_those_that_there_are() -> None:
     assert {row[0].strip("`") for row in rows(section("Backends"))} == set(BACKENDS)
 
 
-def demo_table() -> str:
-    """The table of the demo's section, from its ledger entry."""
-    entry = json.loads((REPOSITORY / "experiments" / "ledger" / "first_mixture.json").read_text())
-    notes = {arm.name: arm.note for arm in load("first_mixture").arms}
-    lines = ["| arm | bits per byte | active parameters | what it is |", "|---|---|---|---|"]
-    for arm, found in entry["arms"].items():
-        bits = tables.spread(tuple(found["eval/bits_per_byte"]["values"]))
-        lines.append(f"| {arm} | {bits} | {tables.quantity(found['active_params']['mean'])} | {notes[arm]} |")
-    lines += ["", "| claim | measured | 95 % interval | verdict |", "|---|---|---|---|"]
-    for claim in entry["claims"]:
-        low, high = map(tables.number, claim["interval"])
-        lines.append(f"| {claim['claim']} | {tables.number(claim['mean'])} | {low} to {high} | {claim['verdict']} |")
-    return "\n".join(lines)
-
-
-def test_the_demos_numbers_are_the_ledgers() -> None:
-    assert demo_table() in section("What the demo shows"), f"put this table into the section:\n{demo_table()}"
+def test_the_results_are_the_ledgers() -> None:
+    assert readme.render(README) == README, "python -m experiments.readme writes the tables anew"

@@ -1,0 +1,71 @@
+"""What the README says of results, made from the ledger: its tables and its count of methods.
+
+The runner renews it with every ledger entry; `python -m experiments.readme` does it by hand.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from experiments import catalog, record, tables
+from experiments.environment import REPOSITORY
+from experiments.study import load
+
+README = REPOSITORY / "README.md"
+DEMO = "first_mixture"
+
+
+def render(text: str, ledger: Path = record.LEDGER) -> str:
+    """`text` with its count, and what stands between `<!-- ledger:NAME -->` and `<!-- end -->`, made anew."""
+    tables = {"demo": demo_table, "verdicts": verdict_table}
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- ledger:{match[1]} -->\n{tables[match[1]](ledger)}\n<!-- end -->"
+
+    text = re.sub(r"<!-- ledger:(\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- count -->)[^.\n]*", lambda match: match[1] + catalog.count(catalog.load(), ledger), text)
+
+
+def demo_table(ledger: Path) -> str:
+    """Arms and claims of the demo's study."""
+    entry = _read(ledger / f"{DEMO}.json")
+    notes = {arm.name: arm.note for arm in load(DEMO).arms}
+    lines = ["| arm | bits per byte | active parameters | what it is |", "|---|---|---|---|"]
+    for arm, found in entry["arms"].items():
+        bits = tables.spread(tuple(found["eval/bits_per_byte"]["values"]))
+        lines.append(f"| {arm} | {bits} | {tables.quantity(found['active_params']['mean'])} | {notes[arm]} |")
+    lines += ["", "| claim | measured | 95 % interval | verdict |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(_row(claim) for claim in entry["claims"])])
+
+
+def verdict_table(ledger: Path) -> str:
+    """The headline claim of every other study that has been judged at CPU scale."""
+    lines = ["| study | claim | measured | 95 % interval | verdict |", "|---|---|---|---|---|"]
+    for file in sorted(ledger.glob("*.json")):
+        entry = _read(file)
+        if entry.get("slug", DEMO) != DEMO and entry["preset"] == "cpu" and not entry["ablation"]:
+            lines += [f"| {entry['slug']} {_row(claim)}" for claim in entry["claims"] if claim["headline"]]
+    return "\n".join(lines)
+
+
+def _row(claim: dict[str, Any]) -> str:
+    low, high = map(tables.number, claim["interval"])
+    return f"| {claim['claim']} | {tables.number(claim['mean'])} | {low} to {high} | {claim['verdict']} |"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def renew(ledger: Path) -> None:
+    """Rewrites the README if `ledger` is the repository's own and says something new."""
+    if ledger != record.LEDGER or not README.exists():
+        return
+    text = README.read_text()
+    if (new := render(text, ledger)) != text:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    renew(record.LEDGER)
