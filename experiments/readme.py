@@ -13,10 +13,11 @@ from experiments.environment import REPOSITORY
 from experiments.study import load
 
 README = REPOSITORY / "README.md"
+LEDGER = record.LEDGER  # the one that the README is about
 DEMO = "first_mixture"
 
 
-def render(text: str, ledger: Path = record.LEDGER) -> str:
+def render(text: str, ledger: Path = LEDGER) -> str:
     """`text` with its count, and what stands between `<!-- ledger:NAME -->` and `<!-- end -->`, made anew."""
     tables = {"demo": demo_table, "verdicts": verdict_table}
 
@@ -60,7 +61,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def renew(ledger: Path) -> None:
     """Rewrites the README if `ledger` is the repository's own and says something new."""
-    if ledger != record.LEDGER or not README.exists():
+    if ledger != LEDGER or not README.exists():
         return
     text = README.read_text()
     if (new := render(text, ledger)) != text:
@@ -68,4 +69,4 @@ def renew(ledger: Path) -> None:
 
 
 if __name__ == "__main__":
-    renew(record.LEDGER)
+    renew(LEDGER)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import flags, readme
+from experiments.study import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
