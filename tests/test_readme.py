@@ -31,6 +31,7 @@ def blocks(text: str, language: str) -> list[str]:
     return [code for name, code in found if name == language]
 
 
+@pytest.mark.slow
 def test_the_python_code_runs() -> None:
     """In one namespace, from the first block to the last."""
     found = blocks(README, "python")

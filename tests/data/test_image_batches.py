@@ -30,6 +30,7 @@ def originals(name):
 
 
 @pytest.mark.parametrize("name", ["embedded_digits", "embedded_mnist"])
+@pytest.mark.slow
 def test_all_splits_together_are_the_package_s_images_with_its_labels(name):
     images, labels = originals(name)
     expected = sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))

@@ -150,6 +150,7 @@ print(time.process_time() - start)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_at_once_without_tensorflow_and_quickly(tmp_path):
     environment = {**os.environ, "MOEJAX_DATA": str(tmp_path)}
     command = [sys.executable, "-c", _FIRST_BATCH]

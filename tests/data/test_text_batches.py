@@ -220,6 +220,7 @@ def test_a_mixture_gives_each_domain_its_share_of_rows():
     assert_same(list(make_iterator({**BASE, "mixture": weights}, "test")), list(make_iterator(BASE, "test")))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches():
     # Grain deals batches to worker processes and takes them back in turn, so the order is kept.
     plain = take(make_iterator(BASE), 4)

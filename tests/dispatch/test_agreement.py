@@ -171,6 +171,7 @@ def test_reference_is_the_definition(plan_name: str, bank_name: str) -> None:
     n=st.sampled_from([1, 13, 17]), k=st.sampled_from([1, 3]), used=st.floats(0, 1), skew=st.floats(0, 30), seed=st.integers(0, 2**16),
     backend=st.sampled_from(["einsum", "capacity", "grouped", "gather"]),
 )  # fmt: skip
+@pytest.mark.slow
 def test_any_shape_agrees(n: int, k: int, used: float, skew: float, seed: int, backend: str) -> None:
     """Numbers of tokens divisible by nothing, ragged and empty experts, under every degree of skew."""
     _, params, x = setup("ffn", n)

@@ -44,6 +44,7 @@ def test_every_arm_of_the_cpu_preset_builds(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
+@pytest.mark.slow
 def test_paper_preset_traces_at_full_size(slug: str) -> None:
     study = load(slug)
     sizes = [trace(resolve(study, "paper", arm.name))[0] for arm in study.arms]

@@ -123,6 +123,7 @@ class TestAdapter:
         before = compiled(model)(pretrained, TOKENS)
         np.testing.assert_array_equal(compiled(adapted(model))(variables, TOKENS), before)
 
+    @pytest.mark.slow
     def test_scan_and_remat_change_nothing_and_losses_have_a_layers_axis(self) -> None:
         losses = (Balance(0.5),)
         scanned = adapted(language_model(), losses=losses)

@@ -26,6 +26,7 @@ class Model(nnx.Module):
         return self.head(y.mean(1)), {"losses": nnx.to_pure_dict(losses), "stats": nnx.to_pure_dict(stats)}
 
 
+@pytest.mark.slow
 def test_a_layer_learns_inside_an_nnx_module_and_its_losses_are_in_reach(rng: np.random.Generator) -> None:
     x = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
     model = Model(x, nnx.Rngs(0))

@@ -160,6 +160,7 @@ def test_gradients_are_finite_where_a_query_sees_nothing():
 
 
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.slow
 def test_cache_in_uneven_chunks_equals_one_pass(window):
     """Chunks of 3, 1 and 3 tokens, some of them invalid in the middle, each row with its own."""
     layer = Attention(num_heads=4, num_kv_heads=2, max_length=9, window=window)

@@ -77,6 +77,7 @@ def test_changing_the_future_never_changes_the_past(pattern):
         assert (abs(after[:, cut:] - before[:, cut:]) > 1e-3).any(axis=(1, 2)).all()
 
 
+@pytest.mark.slow
 def test_packed_documents_equal_separate_ones():
     model = build(spec("dense", "moe"))
     packed = tokens(b=1)
@@ -88,6 +89,7 @@ def test_packed_documents_equal_separate_ones():
     assert (abs(run(model, variables, packed) - together)[:, 3:] > 1e-3).any()  # the fields did something
 
 
+@pytest.mark.slow
 def test_padding_is_inert_in_value_losses_and_gradient():
     """Rows padded with junk, right and left, equal the compact rows."""
     model = build(spec("dense", "moe"))

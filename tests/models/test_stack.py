@@ -74,6 +74,7 @@ def assert_trees_close(actual, expected, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol), actual, expected)
 
 
+@pytest.mark.slow
 def test_unrolled_equals_scanned_in_value_losses_and_gradient(scanned_params, expected):
     logits, losses, grads = expected
     unrolled = evaluate(model(scan=False), to_unrolled(scanned_params))

@@ -60,6 +60,7 @@ def whole(model, params, prompt, out):
 @pytest.mark.parametrize(
     ("pattern", "scan"), [(("dense", "moe"), True), (("window", "moe"), False), (("mod", "dense"), True), (("mod",), False)]
 )
+@pytest.mark.slow
 def test_cached_greedy_decoding_equals_full_passes(pattern, scan):
     model, params, prompt = make(pattern, scan=scan)
     out = generate(model, params, prompt, LENGTHS, NEW, keep_logits=True)
@@ -93,6 +94,7 @@ def test_sampling_is_reproducible_and_follows_the_key():
     assert (first != other).any()
 
 
+@pytest.mark.slow
 def test_stop_token_ends_a_row_and_leaves_the_others_alone():
     model, params, prompt = make(("dense", "moe"))
     free = np.asarray(generate(model, params, prompt, LENGTHS, NEW).tokens)
