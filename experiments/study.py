@@ -54,6 +54,19 @@ class Preset:
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+# Shapes and finite losses in seconds: what every study's 'smoke' is unless it needs another.
+SMOKE = Preset(
+    {
+        "train.steps": 4,
+        "train.log_every": 2,
+        "eval.every": 0,
+        "eval.batches": 1,
+        "data.batch_size": 4,
+        "optimizer.warmup_steps": 1,
+    }
+)
+
+
 @dataclass(frozen=True)
 class Claim:
     """A statement that a quantity, measured once per seed, lies strictly between `low` and `high`.

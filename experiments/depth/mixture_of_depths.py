@@ -6,7 +6,7 @@ Departure: the paper multiplies by the raw router weight; `gate_sigmoid` records
 """
 
 from configs import base_lm
-from experiments.study import Arm, Preset, Study, below, lower, within
+from experiments.study import SMOKE, Arm, Preset, Study, below, lower, within
 
 MOD = "model.blocks.mod"
 
@@ -78,16 +78,7 @@ STUDY = Study(
         ),
     ),
     presets={
-        "smoke": Preset(
-            {
-                "train.steps": 4,
-                "train.log_every": 2,
-                "eval.every": 0,
-                "eval.batches": 1,
-                "data.batch_size": 4,
-                "optimizer.warmup_steps": 1,
-            }
-        ),
+        "smoke": SMOKE,
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {

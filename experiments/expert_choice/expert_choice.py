@@ -5,7 +5,7 @@ patches are given at once.
 """
 
 from configs import base_vit
-from experiments.study import Arm, Preset, Study, higher, lower, within
+from experiments.study import SMOKE, Arm, Preset, Study, higher, lower, within
 
 MOE = "model.blocks.moe.ffn"
 
@@ -60,16 +60,7 @@ STUDY = Study(
         lower("eval/loss", "ec2", "dense", text="expert choice beats the dense model (at twice its expert compute)"),
     ),
     presets={
-        "smoke": Preset(
-            {
-                "train.steps": 4,
-                "train.log_every": 2,
-                "eval.every": 0,
-                "eval.batches": 1,
-                "data.batch_size": 4,
-                "optimizer.warmup_steps": 1,
-            }
-        ),
+        "smoke": SMOKE,
         "cpu": Preset(seeds=5),
         "paper": Preset(
             {

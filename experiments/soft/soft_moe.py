@@ -5,7 +5,7 @@ run at the same compute.
 """
 
 from configs import base_vit
-from experiments.study import Arm, Preset, Study, higher, lower
+from experiments.study import SMOKE, Arm, Preset, Study, higher, lower
 
 MOE = "model.blocks.moe.ffn"
 HIDDEN = 128
@@ -63,16 +63,7 @@ STUDY = Study(
         higher("eval/accuracy", "soft", "dense", text="Soft MoE classifies better than the dense model"),
     ),
     presets={
-        "smoke": Preset(
-            {
-                "train.steps": 4,
-                "train.log_every": 2,
-                "eval.every": 0,
-                "eval.batches": 1,
-                "data.batch_size": 4,
-                "optimizer.warmup_steps": 1,
-            }
-        ),
+        "smoke": SMOKE,
         "cpu": Preset(seeds=5),
         "paper": Preset(
             {

@@ -11,7 +11,7 @@ Departures: bytes and a decoder instead of translation into English and encoder-
 """
 
 from configs import base_lm
-from experiments.study import Arm, Preset, Study, lower, within
+from experiments.study import SMOKE, Arm, Preset, Study, lower, within
 
 MOE = "model.blocks.moe.ffn"
 TOP_2 = {"kind": "top_k", "k": 2, "normalise": True, "capacity_factor": 1.0, "priority": "choice"}
@@ -66,16 +66,7 @@ STUDY = Study(
         within("eval/bits_per_byte", "gshard_2.0", "gshard", 0.02, text="capacity factor 1.0 is enough for GShard"),
     ),
     presets={
-        "smoke": Preset(
-            {
-                "train.steps": 4,
-                "train.log_every": 2,
-                "eval.every": 0,
-                "eval.batches": 1,
-                "data.batch_size": 8,
-                "optimizer.warmup_steps": 1,
-            }
-        ),
+        "smoke": SMOKE,
         "cpu": Preset(seeds=3),
         # The paper's smallest model with 12 layers, as a decoder.
         "paper": Preset(

@@ -7,7 +7,7 @@ Departures: bytes and decoder instead of C4 and T5; AdamW instead of Adafactor; 
 """
 
 from configs import base_lm
-from experiments.study import Arm, Preset, Study, below, faster, lower
+from experiments.study import SMOKE, Arm, Preset, Study, below, faster, lower
 
 MOE = "model.blocks.moe.ffn"
 NO_BALANCE = {f"{MOE}.losses.balance.coef": 0.0}
@@ -81,16 +81,7 @@ STUDY = Study(
         ),
     ),
     presets={
-        "smoke": Preset(
-            {
-                "train.steps": 4,
-                "train.log_every": 2,
-                "eval.every": 0,
-                "eval.batches": 1,
-                "data.batch_size": 4,
-                "optimizer.warmup_steps": 1,
-            }
-        ),
+        "smoke": SMOKE,
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {

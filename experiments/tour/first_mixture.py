@@ -7,7 +7,7 @@ Byte language models on three domains of real text (Python code, reference prose
 """
 
 from configs import base_lm
-from experiments.study import Arm, Preset, Study, below, lower
+from experiments.study import SMOKE, Arm, Preset, Study, below, lower
 
 MOE = "model.blocks.moe.ffn"
 
@@ -69,16 +69,7 @@ STUDY = Study(
         ),
     ),
     presets={
-        "smoke": Preset(
-            {
-                "train.steps": 4,
-                "train.log_every": 2,
-                "eval.batches": 1,
-                "eval.every": 0,
-                "data.batch_size": 4,
-                "optimizer.warmup_steps": 1,
-            }
-        ),
+        "smoke": SMOKE,
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
