@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul, permute, unpermute
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, choose_implementation, tile_rows
+from pallas_kernels.grouped_matmul import AUTO, IMPLEMENTATIONS
+from pallas_kernels.grouped_matmul.xla import tile_rows
 
 
 def numpy_grouped(x: np.ndarray, w: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -63,8 +64,7 @@ class TestGroupedMatmul:
 def test_unknown_implementation_raises_and_auto_is_named() -> None:
     with pytest.raises(ValueError, match="implementation='triton' of grouped_matmul is unknown"):
         grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2], jnp.int32), "triton")
-    assert choose_implementation("cpu") == "xla"
-    assert choose_implementation("tpu") == "ragged_dot"
+    assert AUTO["cpu"][0] == "xla"
 
 
 def test_auto_on_cpu_runs_the_loop() -> None:
@@ -93,3 +93,27 @@ def test_permute_and_unpermute_match_indexing_in_value_and_gradient(rng: np.rand
 
     actual, expected = (jax.value_and_grad(f, argnums=(0, 1))(x, weight) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize("implementation", [n for n in IMPLEMENTATIONS if n != "ragged_dot"])
+def test_a_slice_of_the_groups_gives_its_rows_and_zeros_elsewhere(implementation: str, rng: np.random.Generator) -> None:
+    m, e, d, f, held = 23, 6, 4, 3, 2
+    x, w = rng.normal(size=(m, d)).astype(np.float32), rng.normal(size=(e, d, f)).astype(np.float32)
+    sizes = np.array([3, 0, 5, 4, 0, 7])
+    whole = numpy_grouped(x, w, sizes)
+    ends = np.cumsum(sizes)
+    run = jax.jit(lambda x, w, s, o: jax.vjp(lambda x, w: grouped_matmul(x, w, s, implementation, o), x, w))
+    for offset in (0, 2, 4):
+        y, vjp = run(x, w[offset : offset + held], jnp.asarray(sizes, jnp.int32), jnp.int32(offset))
+        rows = np.zeros(m, bool)
+        rows[ends[offset] - sizes[offset] : ends[offset + held - 1]] = True
+        np.testing.assert_allclose(y, np.where(rows[:, None], whole, 0), rtol=1e-5, atol=1e-5)
+        dx, dw = vjp(jnp.ones_like(y))
+        np.testing.assert_array_equal(np.asarray(dx).any(1), rows)
+        expected = [np.repeat(x[ends[i] - sizes[i] : ends[i]].sum(0)[:, None], f, 1) for i in (offset, offset + 1)]
+        np.testing.assert_allclose(dw, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_slice_without_its_offset_raises() -> None:
+    with pytest.raises(ValueError, match="w holds 1 matrices for 2 groups"):
+        grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([1, 1], jnp.int32))
