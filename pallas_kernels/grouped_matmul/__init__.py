@@ -5,7 +5,9 @@ Contract, for every implementation: rows of no computed group are zero, empty gr
 Implementations, besides those of `pallas_kernels.implementations`:
   xla         loops over groups and tiles whose trip counts follow the group sizes: the cost is that of the rows that are there.
               The choice on CPU.
-  ragged_dot  `jax.lax.ragged_dot`; has kernels on TPU and GPU, and on CPU is a masked dense product over all groups.
+  ragged_dot  `jax.lax.ragged_dot`; has kernels on TPU. On CPU, and on NVIDIA GPUs by default, it is a masked dense product over all
+              groups: e times the FLOPs, and a temporary of e copies of x. That is why `gpu` comes before it there, untimed as
+              `gpu` still is.
 
 Each implementation is a pair of functions, without derivatives of their own:
 
@@ -24,10 +26,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.grouped_matmul import gpu, xla
 from pallas_kernels.implementations import resolve
 
-AUTO = {"cpu": ("xla",), "tpu": ("ragged_dot",), "gpu": ("ragged_dot",)}
+AUTO = {"cpu": ("xla",), "tpu": ("ragged_dot",), "gpu": ("gpu", "ragged_dot")}
 
 
 def grouped_matmul(
@@ -57,6 +59,8 @@ def grouped_matmul(
         )
 
     def refuses(name: str) -> str | None:
+        if name in ("gpu", "interpret_gpu"):
+            return gpu.refuses(x, w)
         return "it takes no group_offset" if name == "ragged_dot" and group_offset is not None else None
 
     name = resolve("grouped_matmul", implementation, tuple(IMPLEMENTATIONS), AUTO, refuses)
@@ -131,4 +135,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(_reference_gmm, _reference_tgmm),
     "xla": Implementation(xla.gmm, xla.tgmm),
     "ragged_dot": Implementation(_ragged_gmm, _ragged_tgmm),
+    "gpu": Implementation(gpu.gmm, gpu.tgmm),
+    "interpret_gpu": Implementation(partial(gpu.gmm, **gpu.INTERPRET), partial(gpu.tgmm, **gpu.INTERPRET)),
 }

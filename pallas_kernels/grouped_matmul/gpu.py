@@ -23,7 +23,7 @@ Pallas' Triton backend is what jax 0.10 and 0.12 have for all of these chips; ja
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import current_chip
+
+Ref = Any  # a Pallas reference to an array in the GPU's memory
 
 
 class Tiles(NamedTuple):
@@ -86,8 +88,8 @@ TILES: dict[str, Table] = {
     "b200": _LARGE,
 }
 
-# For the interpreter, where a tile costs memory and nothing is gained by a larger one.
-SMALL = Tiles(16, 16, 16, warps=1, stages=1, band=2)
+# For the interpreter, where a tile costs memory and nothing is gained by a larger one: small, so that small arrays have several.
+INTERPRET = {"tiles": Tiles(16, 16, 16, warps=1, stages=1, band=2), "interpret": True}
 
 
 def tiles_for(operation: str, dtype: DTypeLike, m: int, groups: int, table: dict[str, Table] = TILES) -> Tiles:
@@ -97,34 +99,36 @@ def tiles_for(operation: str, dtype: DTypeLike, m: int, groups: int, table: dict
     return known[min(key for key in known if key[:2] == (operation, size) and mean <= key[2])]
 
 
-def refuses(*dtypes: DTypeLike) -> str | None:
-    """Why these types of operands cannot be multiplied, or None if they can."""
-    unfit = [jnp.dtype(t).name for t in dtypes if jnp.dtype(t) not in (jnp.bfloat16, jnp.float16, jnp.float32)]
-    return f"it multiplies bfloat16, float16 and float32, not {unfit[0]}" if unfit else None
+def refuses(*arrays: Array) -> str | None:
+    """Why the kernels cannot take these arrays, if they cannot."""
+    names = sorted({a.dtype.name for a in arrays})
+    if len(names) > 1 or names[0] not in ("float32", "bfloat16", "float16"):
+        return f"it takes float32, bfloat16 or float16, all the same, not {' and '.join(names)}"
+    return None
 
 
 def gmm(
     x: Float[Array, "m d"],
-    w: Float[Array, "e0 d f"],
+    w: Float[Array, "e0 _ _"],
     group_sizes: Int[Array, "e"],
     group_offset: Int[Array, ""],
     transpose: bool,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> Float[Array, "m f"]:
+) -> Float[Array, "m _"]:
     """`y[rows of i] = x[rows of i] @ w[i]`, zero elsewhere; with `transpose`, w is [e0, f, d]. See the package."""
     return gmm_sum([x], [w], group_sizes, group_offset, transpose, tiles, interpret)
 
 
 def gmm_sum(
     xs: Sequence[Float[Array, "m d"]],
-    ws: Sequence[Float[Array, "e0 d f"]],
+    ws: Sequence[Float[Array, "e0 _ _"]],
     group_sizes: Int[Array, "e"],
     group_offset: Int[Array, ""],
     transpose: bool,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> Float[Array, "m f"]:
+) -> Float[Array, "m _"]:
     """The sum of `gmm(x, w)` over pairs, in one kernel and one float32 accumulator."""
     (m, d), dtype = xs[0].shape, xs[0].dtype
     f = ws[0].shape[1 if transpose else 2]
@@ -155,22 +159,25 @@ def tgmm(
     group_sizes: Int[Array, "e"],
     group_offset: Int[Array, ""],
     num_groups: int,
+    dtype: DTypeLike = jnp.float32,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "e0 d f"]:
-    """`dw[i] = x[rows of i].T @ dy[rows of i]` in float32, zero for empty groups. See the package."""
+    """`dw[i] = x[rows of i].T @ dy[rows of i]`, summed in float32, zero for empty groups. See the package."""
     (m, d), f = x.shape, dy.shape[1]
-    if 0 in (m, d, f):
-        return jnp.zeros((num_groups, d, f), jnp.float32)
+    if 0 in (m, d, f, num_groups):
+        return jnp.zeros((num_groups, d, f), dtype)
     tiles = tiles or tiles_for("tgmm", x.dtype, m, group_sizes.shape[0])
     return pl.pallas_call(
         partial(_tgmm_kernel, tiles=tiles, precision=dot_precision(x.dtype)),
-        out_shape=jax.ShapeDtypeStruct((num_groups, d, f), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((num_groups, d, f), dtype),
         grid=(num_groups * pl.cdiv(d, tiles.rows) * pl.cdiv(f, tiles.columns),),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         cost_estimate=pl.CostEstimate(
             flops=2 * m * d * f,
-            bytes_accessed=x.size * x.dtype.itemsize + dy.size * dy.dtype.itemsize + 4 * num_groups * d * f,
+            bytes_accessed=x.size * x.dtype.itemsize
+            + dy.size * dy.dtype.itemsize
+            + num_groups * d * f * jnp.dtype(dtype).itemsize,
             transcendentals=0,
         ),
         interpret=interpret,
@@ -244,19 +251,19 @@ def spans_mask(*spans: Span) -> Array | None:
     return mask
 
 
-def load_tile(ref: Array, *spans: Span, group: Array | None = None) -> Array:
+def load_tile(ref: Ref, *spans: Span, group: Array | None = None) -> Array:
     """A tile of `ref`, or of the group's matrix in it, zero where it does not count."""
     mask = spans_mask(*spans)
     at = _at(ref, spans, group)
     return plgpu.load(at) if mask is None else plgpu.load(at, mask=mask, other=0.0)
 
 
-def store_tile(ref: Array, value: Array, *spans: Span, group: Array | None = None) -> None:
+def store_tile(ref: Ref, value: Array, *spans: Span, group: Array | None = None) -> None:
     """Writes the places of a tile that count."""
     plgpu.store(_at(ref, spans, group), value.astype(ref.dtype), mask=spans_mask(*spans))
 
 
-def _at(ref: Array, spans: tuple[Span, ...], group: Array | None) -> Array:
+def _at(ref: Ref, spans: tuple[Span, ...], group: Array | None) -> Ref:
     slices = tuple(pl.ds(span.start, span.size) for span in spans)
     return ref.at[slices if group is None else (group, *slices)]
 
@@ -268,19 +275,18 @@ def dot_precision(dtype: DTypeLike) -> lax.Precision | None:
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int], precision: lax.Precision | None) -> Array:
-    """The product of two tiles in float32. Tiles of two types meet in the wider one."""
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    """The product of two tiles in float32, over an axis of each."""
     numbers = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a.astype(dtype), b.astype(dtype), numbers, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
-def for_visit(visits_ref: Array, visit: Array, body: Callable[[Array, Array, Array], None]) -> None:
+def for_visit(visits_ref: Ref, visit: Array, body: Callable[[Array, Array, Array], None]) -> None:
     """Runs `body(group, first row, end)` for a visit that has rows."""
     group, start, stop = (visits_ref[i, visit] for i in range(3))
     pl.when(start < stop)(lambda: body(group, start, stop))
 
 
-def _gmm_kernel(visits_ref: Array, *refs: Array, transpose: bool, tiles: Tiles, precision: lax.Precision | None) -> None:
+def _gmm_kernel(visits_ref: Ref, *refs: Ref, transpose: bool, tiles: Tiles, precision: lax.Precision | None) -> None:
     *operands, y_ref = refs
     x_refs, w_refs = operands[::2], operands[1::2]
     d, f = x_refs[0].shape[1], y_ref.shape[1]
@@ -306,7 +312,7 @@ def _gmm_kernel(visits_ref: Array, *refs: Array, transpose: bool, tiles: Tiles, 
 
 
 def _tgmm_kernel(
-    bounds_ref: Array, x_ref: Array, dy_ref: Array, dw_ref: Array, *, tiles: Tiles, precision: lax.Precision | None
+    bounds_ref: Ref, x_ref: Ref, dy_ref: Ref, dw_ref: Ref, *, tiles: Tiles, precision: lax.Precision | None
 ) -> None:
     _, d, f = dw_ref.shape
     tiles_d, tiles_f = pl.cdiv(d, tiles.rows), pl.cdiv(f, tiles.columns)
