@@ -1,36 +1,63 @@
 """Layouts: how the rows of a bank's experts lie in memory.
 
-A bank is written once against two operations and never learns the layout:
+A bank is written once against a few operations and never learns the layout:
 
-    layout.dot(x, w)   every row times its own expert's matrix `w[e, d, f]`
-    layout.take(b)     every row's own expert's vector `b[e, f]`, broadcastable against the rows
+    layout.dot(x, w)                  every row times its own expert's matrix `w[e, d, f]`
+    layout.take(b)                    every row's own expert's vector `b[e, f]`, broadcastable against the rows
+    layout.glu(x, w_gate, w_up, act)  `act(x w_gate) * (x w_up)`, which some kernels do in one pass
+    layout.low_rank(x, a, b)          `(x a) b` through a narrow middle, likewise
+    layout.map(expert, params, x)     the whole expert, `expert(params, x, layout)`, which a layout may run piece by piece
 
 so that each dispatch backend serves every kind of expert. Parameters are cast to the rows' dtype (bfloat16 compute on float32
 parameters). `layout.tied(slots, num_stored)` maps the plan's experts to stored ones, for banks in which several slots share parameters.
 """
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_map import grouped_map
+from pallas_kernels.grouped_matmul import AUTO, IMPLEMENTATIONS, grouped_matmul
+from pallas_kernels.implementations import resolve
+
+Activation = Callable[[Array], Array]
+Expert = Callable[[Any, Array, "Layout"], Array]
 
 
-@runtime_checkable
-class Layout(Protocol):
+class Layout(ABC):
     """See the module's docstring; `*m` are the row axes of the layout."""
 
+    @abstractmethod
     def dot(self, x: Float[Array, "*m d"], w: Float[Array, "e d f"]) -> Float[Array, "*m f"]: ...
 
+    @abstractmethod
     def take(self, b: Float[Array, "e f"]) -> Float[Array, "*m f"]: ...
 
+    @abstractmethod
     def tied(self, slots: Int[Array, "e"], num_stored: int) -> "Layout": ...
+
+    def glu(
+        self, x: Float[Array, "*m d"], w_gate: Float[Array, "e d f"], w_up: Float[Array, "e d f"], activation: Activation
+    ) -> Float[Array, "*m f"]:
+        return activation(self.dot(x, w_gate)) * self.dot(x, w_up)
+
+    def low_rank(self, x: Float[Array, "*m d"], a: Float[Array, "e d r"], b: Float[Array, "e r f"]) -> Float[Array, "*m f"]:
+        return self.dot(self.dot(x, a), b)
+
+    def map(self, expert: Expert, params: Any, x: Float[Array, "*m d"]) -> Float[Array, "*m f"]:
+        """`expert` is a pure function of its arguments, row by row: no randomness, no statistics, no traced value closed over.
+
+        Every leaf of `params` has the experts on its first axis.
+        """
+        return expert(params, x, self)
 
 
 @struct.dataclass
-class Batched:
+class Batched(Layout):
     """Rows `x[e, c, d]`: a batch of c rows per expert. `slots[e]` picks stored parameters when some are shared."""
 
     slots: Int[Array, "e"] | None = None
@@ -49,7 +76,7 @@ class Batched:
 
 
 @struct.dataclass
-class Grouped:
+class Grouped(Layout):
     """Rows `x[m, d]` sorted by expert; expert i owns the next `group_sizes[i]` rows, rows past the last are zero."""
 
     group_sizes: Int[Array, "e"]
@@ -65,6 +92,16 @@ class Grouped:
         ones = jnp.ones((self.num_rows, 1), b.dtype)
         return grouped_matmul(ones, self._pick(b)[:, None], self.group_sizes, self.implementation)
 
+    def map(self, expert: Expert, params: Any, x: Float[Array, "m d"]) -> Float[Array, "m f"]:
+        if resolve("grouped_matmul", self.implementation, tuple(IMPLEMENTATIONS), AUTO) != "xla":
+            return expert(params, x, self)
+
+        def one(params: Any, rows: Array) -> Array:
+            return expert(params, rows[None], Batched())[0]
+
+        stored = jnp.arange(self.group_sizes.shape[0], dtype=jnp.int32) if self.slots is None else self.slots
+        return grouped_map(one, params, x, self.group_sizes, stored)
+
     def tied(self, slots: Int[Array, "e"], num_stored: int) -> "Grouped":
         return self.replace(slots=slots if self.slots is None else slots[self.slots])
 
@@ -73,7 +110,7 @@ class Grouped:
 
 
 @struct.dataclass
-class PerToken:
+class PerToken(Layout):
     """Rows `x[m, d]` in any order, each with its own copy of its expert's parameters: tiny experts and decoding."""
 
     expert: Int[Array, "m"]
@@ -89,7 +126,7 @@ class PerToken:
 
 
 @struct.dataclass
-class Merged:
+class Merged(Layout):
     """Rows `x[g, n, d]`; each group has one expert, the weighted average of all experts' parameters."""
 
     weight: Float[Array, "g e"]

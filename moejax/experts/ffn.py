@@ -1,5 +1,7 @@
 """Feed-forward experts: the two-matrix FFN of T5, Switch and ViT, and the gated one of Llama and Mixtral."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 from jaxtyping import Array, Float
 
@@ -33,16 +35,24 @@ class FFN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*m d"], layout: Layout, ctx: Context | None = None) -> Float[Array, "*m o"]:
-        e, d, f = self.num_experts, x.shape[-1], self.hidden
-        o = self.features or d
-        h = layout.dot(x, param(self, "w_in", _INIT, (e, d, f), ("expert", "embed", "mlp")))
+        e, d, f, o = self.num_experts, x.shape[-1], self.hidden, self.features or x.shape[-1]
+        params = {
+            "w_in": param(self, "w_in", _INIT, (e, d, f), ("expert", "embed", "mlp")),
+            "w_out": param(self, "w_out", _INIT, (e, f, o), ("expert", "mlp", "embed")),
+        }
         if self.use_bias:
-            h = h + layout.take(param(self, "b_in", nn.initializers.zeros, (e, f), ("expert", "mlp"))).astype(x.dtype)
-        h = _dropout(activation(self.activation)(h), self.dropout, ctx)
-        y = layout.dot(h, param(self, "w_out", _INIT, (e, f, o), ("expert", "mlp", "embed")))
-        if self.use_bias:
-            y = y + layout.take(param(self, "b_out", nn.initializers.zeros, (e, o), ("expert", "embed"))).astype(x.dtype)
-        return y
+            params["b_in"] = param(self, "b_in", nn.initializers.zeros, (e, f), ("expert", "mlp"))
+            params["b_out"] = param(self, "b_out", nn.initializers.zeros, (e, o), ("expert", "embed"))
+
+        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+            h = layout.dot(x, p["w_in"])
+            if self.use_bias:
+                h = h + layout.take(p["b_in"]).astype(x.dtype)
+            y = layout.dot(drop(activation(self.activation)(h)), p["w_out"])
+            return y + layout.take(p["b_out"]).astype(x.dtype) if self.use_bias else y
+
+        drop = _dropout(self.dropout, ctx)
+        return expert(params, x, layout) if drop is not _keep else layout.map(expert, params, x)
 
 
 @banks.register("glu")
@@ -57,14 +67,25 @@ class GLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*m d"], layout: Layout, ctx: Context | None = None) -> Float[Array, "*m o"]:
-        e, d, f = self.num_experts, x.shape[-1], self.hidden
-        gate = layout.dot(x, param(self, "w_gate", _INIT, (e, d, f), ("expert", "embed", "mlp")))
-        up = layout.dot(x, param(self, "w_up", _INIT, (e, d, f), ("expert", "embed", "mlp")))
-        h = _dropout(activation(self.activation)(gate) * up, self.dropout, ctx)
-        return layout.dot(h, param(self, "w_out", _INIT, (e, f, self.features or d), ("expert", "mlp", "embed")))
+        e, d, f, o = self.num_experts, x.shape[-1], self.hidden, self.features or x.shape[-1]
+        params = {
+            "w_gate": param(self, "w_gate", _INIT, (e, d, f), ("expert", "embed", "mlp")),
+            "w_up": param(self, "w_up", _INIT, (e, d, f), ("expert", "embed", "mlp")),
+            "w_out": param(self, "w_out", _INIT, (e, f, o), ("expert", "mlp", "embed")),
+        }
+
+        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+            h = layout.glu(x, p["w_gate"], p["w_up"], activation(self.activation))
+            return layout.dot(drop(h), p["w_out"])
+
+        drop = _dropout(self.dropout, ctx)
+        return expert(params, x, layout) if drop is not _keep else layout.map(expert, params, x)
 
 
-def _dropout(h: Array, rate: float, ctx: Context | None) -> Array:
-    if not rate:
-        return h
-    return nn.Dropout(rate, deterministic=ctx is None or not ctx.train)(h)
+def _dropout(rate: float, ctx: Context | None) -> Callable[[Array], Array]:
+    """Dropout on the hidden layer in training, else `_keep`. Dropout draws for all rows at once, so an expert that drops is not mapped."""
+    return nn.Dropout(rate, deterministic=False) if rate and ctx is not None and ctx.train else _keep
+
+
+def _keep(h: Array) -> Array:
+    return h

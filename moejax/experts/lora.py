@@ -30,6 +30,8 @@ class LoRA(nn.Module):
         e, d, r = self.num_experts, x.shape[-1], self.rank
         # Kaiming-uniform with a = sqrt(5), as in the reference implementation: U(-1/sqrt(d), 1/sqrt(d)).
         init = per_expert(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
-        down = layout.dot(x, param(self, "a", init, (e, d, r), ("expert", "embed", "rank")))
-        b = param(self, "b", nn.initializers.zeros, (e, r, self.features), ("expert", "rank", "mlp"))
-        return self.scale * layout.dot(down, b)
+        params = {
+            "a": param(self, "a", init, (e, d, r), ("expert", "embed", "rank")),
+            "b": param(self, "b", nn.initializers.zeros, (e, r, self.features), ("expert", "rank", "mlp")),
+        }
+        return self.scale * layout.map(lambda p, x, layout: layout.low_rank(x, p["a"], p["b"]), params, x)
