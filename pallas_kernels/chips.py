@@ -1,0 +1,34 @@
+"""What TPUs can do, per device as JAX counts devices: the published figures that tile sizes and rooflines follow from."""
+
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Tpu:
+    """One device.
+
+    Attributes:
+      flops: peak bfloat16 FLOP/s.
+      bandwidth: of HBM, in bytes/s.
+      vmem: bytes of VMEM of one core.
+      mxu: rows and columns of the matrix units.
+      cores: cores that share one kernel's work (megacore).
+    """
+
+    flops: float
+    bandwidth: float
+    vmem: int
+    mxu: int
+    cores: int = 1
+
+
+# FLOP/s and bandwidth: cloud.google.com/tpu/docs, pages v5e, v5p, v6e and tpu7x (a tpu7x chip is two devices, so half of its
+# 2307 TFLOP/s and 7380 GB/s each). The rest: jax.experimental.pallas.tpu.get_tpu_info_for_chip.
+TPUS = {
+    "v5e": Tpu(flops=197e12, bandwidth=819e9, vmem=128 * MIB, mxu=128),
+    "v5p": Tpu(flops=459e12, bandwidth=2765e9, vmem=64 * MIB, mxu=128, cores=2),
+    "v6e": Tpu(flops=918e12, bandwidth=1640e9, vmem=128 * MIB, mxu=256),
+    "tpu7x": Tpu(flops=2307e12 / 2, bandwidth=7380e9 / 2, vmem=64 * MIB, mxu=256),
+}
