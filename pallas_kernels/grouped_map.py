@@ -121,13 +121,18 @@ def over_groups(
 
 
 def tile_sizes(m: int, e: int) -> tuple[int, ...]:
-    """Rows of the tiles, largest first: four sizes from about a group's mean size down, each half of the one before.
+    """Rows of the tiles, largest first: up to four sizes from about a group's mean size down, each half of the one before.
 
     Few, since a loop is compiled for each; the first no larger than 256, from where on matmuls gain nothing.
     """
     mean = max(m // max(e, 1), 1)
-    largest = min(256, max(8, 1 << (mean - 1).bit_length()))
-    return tuple(largest >> i for i in range(4))
+    largest = min(256, max(8, _power_of_two(mean)), _power_of_two(m))
+    return tuple(largest >> i for i in range(4) if largest >> i)
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _loop(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from moejax.dispatch.layout import Batched, Grouped, Layout, Merged, PerToken
-from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
+from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice, sort_by_expert
 from pallas_kernels.permute import permute, unpermute
 
 Bank: TypeAlias = Callable[[Array, Layout], Array]
@@ -65,14 +65,12 @@ def grouped(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d
     g, n, d = x.shape
     entries = plan.entries()
     key = jnp.where(entries.used, entries.expert, plan.num_experts)
-    order = jnp.argsort(key, stable=True)
-    group_sizes = jnp.zeros(plan.num_experts + 1, jnp.int32).at[key].add(1)[:-1]
+    order, inverse, group_sizes = sort_by_expert(key, plan.num_experts)
     layout = Grouped(group_sizes, num_rows=order.shape[0])
     weight = jnp.where(entries.used, entries.weight, 0)
     flat = x.reshape(g * n, d)
     if isinstance(plan, TokenChoice):
         k = plan.expert.shape[-1]
-        inverse = jnp.argsort(order)
         y = unpermute(bank(permute(flat, order, inverse, k), layout), weight.reshape(g * n, k), order, inverse)
     else:
         y = _scatter_add(bank(flat[entries.token[order]], layout), entries.token[order], weight[order], g * n)

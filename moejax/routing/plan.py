@@ -179,16 +179,38 @@ class Entries:
 Plan: TypeAlias = TokenChoice | ExpertChoice | SoftSlots | Merge
 
 
+def sort_by_expert(key: Int[Array, "m"], num_experts: int) -> tuple[Int[Array, "m"], Int[Array, "m"], Int[Array, "e"]]:
+    """Rows in the order of their experts, rows of one expert in their own order.
+
+    Args:
+      key: expert of each row; num_experts for rows of none, which go last.
+
+    Returns:
+      order: which row comes at each place; inverse: at which place each row comes; sizes: rows of each expert.
+    """
+    m = key.shape[0]
+    row = jnp.arange(m, dtype=jnp.int32)
+    if (num_experts + 1) * m < 2**31:
+        # Key and row in one number: one sort without a payload, several times faster than argsort on a CPU.
+        packed = jnp.sort(key.astype(jnp.int32) * m + row)
+        order, expert = packed % m, packed // m
+    else:
+        order = jnp.argsort(key, stable=True).astype(jnp.int32)
+        expert = key[order]
+    inverse = jnp.zeros(m, jnp.int32).at[order].set(row, unique_indices=True)
+    ends = jnp.searchsorted(expert, jnp.arange(num_experts), side="right").astype(jnp.int32)
+    return order, inverse, jnp.diff(ends, prepend=0)
+
+
 def rank_in_expert(expert: Int[Array, "g m"], used: Bool[Array, "g m"], num_experts: int) -> Int[Array, "g m"]:
     """How many used rows before this one, in row order, chose the same expert. Unused rows get meaningless ranks."""
-    g, m = expert.shape
-    key = jnp.where(used, expert, num_experts)
-    order = jnp.argsort(key, axis=1, stable=True)
-    sorted_key = jnp.take_along_axis(key, order, axis=1)
-    start = jax.vmap(lambda keys: jnp.searchsorted(keys, jnp.arange(num_experts + 1)))(sorted_key)
-    sorted_rank = jnp.arange(m) - jnp.take_along_axis(start, sorted_key, axis=1)
-    inverse = jnp.argsort(order, axis=1)
-    return jnp.take_along_axis(sorted_rank, inverse, axis=1).astype(jnp.int32)
+
+    def rank(key: Array) -> Array:
+        _, inverse, sizes = sort_by_expert(key, num_experts)
+        starts = jnp.append(jnp.cumsum(sizes) - sizes, 0)
+        return inverse - starts[key]
+
+    return jax.vmap(rank)(jnp.where(used, expert, num_experts))
 
 
 def _count(expert: Int[Array, "g n k"], flag: Bool[Array, "g n k"], num_experts: int) -> Float[Array, "g n e"]:
