@@ -52,6 +52,10 @@ class Tiles(NamedTuple):
     stages: int
     band: int = 8
 
+    def within(self, **axes: int) -> "Tiles":
+        """No larger than axes of these sizes need, as `columns=f`."""
+        return self._replace(**{side: min(getattr(self, side), max(16, pl.next_power_of_2(n))) for side, n in axes.items()})
+
 
 def shared_bytes(tiles: Tiles, itemsize: int, products: int = 1) -> int:
     """Shared memory of a program whose steps read one tile of rows and `products` tiles of columns."""
@@ -134,7 +138,7 @@ def gmm_sum(
     f = ws[0].shape[1 if transpose else 2]
     if 0 in (m, d, f):
         return jnp.zeros((m, f), dtype)
-    tiles = tiles or tiles_for("gmm", dtype, m, group_sizes.shape[0])
+    tiles = tiles or tiles_for("gmm", dtype, m, group_sizes.shape[0]).within(columns=f, depth=d)
     visits = visits_table(group_sizes, group_offset, ws[0].shape[0], m, tiles.rows)
     columns = pl.cdiv(f, tiles.columns)
     operands = [a for pair in zip(xs, ws, strict=True) for a in pair]
@@ -167,7 +171,7 @@ def tgmm(
     (m, d), f = x.shape, dy.shape[1]
     if 0 in (m, d, f, num_groups):
         return jnp.zeros((num_groups, d, f), dtype)
-    tiles = tiles or tiles_for("tgmm", x.dtype, m, group_sizes.shape[0])
+    tiles = tiles or tiles_for("tgmm", x.dtype, m, group_sizes.shape[0]).within(rows=d, columns=f, depth=m)
     return pl.pallas_call(
         partial(_tgmm_kernel, tiles=tiles, precision=dot_precision(x.dtype)),
         out_shape=jax.ShapeDtypeStruct((num_groups, d, f), dtype),

@@ -217,3 +217,11 @@ def test_tiles_follow_the_chip_and_the_size_of_groups() -> None:
     with target("a100"):
         assert tiles_for("gmm", jnp.bfloat16, M, E) != large
     assert tiles_for("gmm", jnp.bfloat16, M, E) == TILES["default"]["gmm", 2, float("inf")]  # no GPU: the default
+
+
+def test_tiles_are_no_larger_than_narrow_matrices_need() -> None:
+    """As those of LoRA experts: rank 8, of which the tensor cores take 16 columns."""
+    found = kernels(vjp, *shapes(jnp.bfloat16, f=8))
+    assert "tensor<64x16xbf16> -> tensor<128x16xf32>" in found["grouped_matmul"].text
+    assert "tensor<16x128xbf16> -> tensor<128x128xf32>" in found["grouped_matmul_transposed"].text
+    assert "tensor<64x16xbf16> -> tensor<128x16xf32>" in found["grouped_matmul_weights"].text
