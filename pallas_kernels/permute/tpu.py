@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.chips import TPUS, Tpu
 from pallas_kernels.implementations import current_chip
 
-# Chip -> bytes of rows to keep under way: about HBM bandwidth times a microsecond and a half.
-IN_FLIGHT = {"v5e": 1 << 20, "v5p": 4 << 20, "v6e": 2 << 20, "tpu7x": 4 << 20}
+_LATENCY = 1.5e-6  # seconds from the start of a copy from HBM to its end, about
 _BUFFERS = 32 << 20  # bytes of VMEM for gathered rows, at most
 _STEP = 16  # rows worked on at once: whole registers of either dtype
 _LANES = 512  # columns worked on at once, so that sums stay in registers
@@ -38,9 +38,13 @@ def refuses(num_rows: int, d: int, dtype: jnp.dtype, k: int) -> str | None:
     return None
 
 
+def _chip() -> Tpu:
+    return TPUS.get(current_chip().kind, TPUS["v5e"])
+
+
 def tile_tokens(n: int, k: int, d: int) -> int:
     """Tokens of a tile: as many as have to be under way, in whole steps, and no more than there are."""
-    wanted = IN_FLIGHT.get(current_chip().kind, 1 << 20) // (4 * k * d)
+    wanted = int(_chip().bandwidth * _LATENCY) // (4 * k * d)
     return max(_STEP, min(wanted // _STEP * _STEP, pl.cdiv(n, _STEP) * _STEP, 512))
 
 
@@ -123,6 +127,8 @@ def _gather(
     (n, k), d = index.shape, source.shape[1]
     tile = tile or tile_tokens(n, k, d)
     tiles = pl.cdiv(n, tile)
+    cores = min(_chip().cores, tiles)
+    turns = pl.cdiv(tiles, cores)
     paired = source.dtype == jnp.bfloat16
     weight = weight.astype(jnp.float32)
     if paired:
@@ -133,18 +139,22 @@ def _gather(
     # Choice after choice within a tile, so that each choice's rows lie together.
     index = jnp.pad(index, ((0, tiles * tile - n), (0, 0))).reshape(tiles, tile, k).swapaxes(1, 2).reshape(tiles, 1, k * tile)
 
-    def indices_of(shift: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, 1, k * tile), lambda i: (jnp.minimum(i + shift, tiles - 1), 0, 0), memory_space=pltpu.SMEM)
+    def tile_at(core: Array, turn: Array) -> Array:
+        # With an odd number of tiles the second core does its last one twice.
+        return jnp.minimum(core * turns + turn, tiles - 1)
+
+    def indices(ahead: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, 1, k * tile), lambda c, i: (tile_at(c, i + ahead), 0, 0), memory_space=pltpu.SMEM)
 
     def block(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((tile, width), lambda i: (i, 0))
+        return pl.BlockSpec((tile, width), lambda c, i: (tile_at(c, i), 0))
 
     arrays = [weight, *inputs]
     moved = n * k * d * 4 + sum(a.size * a.dtype.itemsize for a in arrays)
     return pl.pallas_call(
         partial(_kernel, work, k, paired),
-        grid=(tiles,),
-        in_specs=[indices_of(0), indices_of(1), pl.BlockSpec(memory_space=pl.ANY), *(block(a.shape[1]) for a in arrays)],
+        grid=(cores, turns),
+        in_specs=[indices(0), indices(1), pl.BlockSpec(memory_space=pl.ANY), *(block(a.shape[1]) for a in arrays)],
         out_specs=[block(width) for width, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct((n, width), dtype) for width, dtype in outputs],
         scratch_shapes=[
@@ -152,7 +162,7 @@ def _gather(
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",),
+            dimension_semantics=("parallel", "arbitrary"),
             # Rows, two tiles of each block at four bytes, and room for the compiler.
             vmem_limit_bytes=_buffer_bytes(tile, k + len(arrays) + len(outputs), d) + (8 << 20),
         ),
@@ -176,7 +186,7 @@ def _kernel(
     work: Callable[..., None], k: int, paired: bool, now: Any, after: Any, source: Any, weights: Any, *refs: Any
 ) -> None:
     *blocks, buffer, arrived = refs
-    i, tile = pl.program_id(0), weights.shape[0]
+    i, tile = pl.program_id(1), weights.shape[0]
     words = source.bitcast(jnp.uint32) if source.dtype == jnp.bfloat16 else source
 
     def fetch(indices: Any, slot: Array) -> None:
@@ -188,7 +198,7 @@ def _kernel(
 
     slot = i % 2
     pl.when(i == 0)(lambda: fetch(now, slot))
-    pl.when(i + 1 < pl.num_programs(0))(lambda: fetch(after, 1 - slot))
+    pl.when(i + 1 < pl.num_programs(1))(lambda: fetch(after, 1 - slot))
     # A semaphore counts bytes: one wait for a whole tile is a wait for all its rows.
     pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], arrived.at[slot]).wait()
 

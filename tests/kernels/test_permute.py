@@ -90,7 +90,8 @@ def test_tpu_kernels_over_several_tiles(dtype: jnp.dtype, rng: np.random.Generat
     source, rows = (jnp.asarray(rng.normal(size=(a, d)), dtype) for a in (s, n))
     index = jnp.asarray(rng.integers(0, s, size=(n, k)), jnp.int32)
     weight = jnp.asarray(rng.normal(size=(n, k)), jnp.float32)
-    y = tpu.gather_sum(source, index, weight, tile=16, interpret=True)
+    with target("v5p"):  # two cores share the tiles, of which there is an odd number
+        y = tpu.gather_sum(source, index, weight, tile=16, interpret=True)
     assert no_races()
     scaled, dots = tpu.gather_scale_dot(source, index[:, 0], rows, weight[:, 0], tile=16, interpret=True)
     assert no_races()
