@@ -55,5 +55,15 @@ def compile_for(kind: str, function: Callable[..., Any], *args: Any) -> jax.stag
 
 
 def custom_calls(compiled: jax.stages.Compiled) -> list[str]:
-    """The Mosaic kernels in a program compiled for TPU, by the `name=` of their `pallas_call`, in order, with repeats."""
-    return re.findall(r"%([\w-]+)[.\w]* = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text())
+    """The Mosaic kernels in a program compiled for TPU, by the `name=` of their `pallas_call`, in order, with repeats.
+
+    A kernel that XLA itself put there goes by the name of the operation that it stands for.
+    """
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    return [_kernel_name(re.search(r'op_name="([^"]*)"', line)[1]) for line in calls]
+
+
+def _kernel_name(op_name: str) -> str:
+    """`relu` of `jit(f)/transpose(jvp(relu))/pallas_call`."""
+    *_, name = op_name.removesuffix("/pallas_call").split("/")
+    return re.sub(r"\w+\(|\)", "", name)

@@ -5,6 +5,7 @@ Contract, for every implementation: rows of no computed group are zero, empty gr
 Implementations, besides those of `pallas_kernels.implementations`:
   xla         loops over groups and tiles whose trip counts follow the group sizes: the cost is that of the rows that are there.
               The choice on CPU.
+  tpu         reads each matrix once and rows once per tile of columns, for groups of any sizes. The choice on TPU.
   ragged_dot  `jax.lax.ragged_dot`; has kernels on TPU. On CPU, and on NVIDIA GPUs by default, it is a masked dense product over all
               groups: e times the FLOPs, and a temporary of e copies of x. That is why `gpu` comes before it there, untimed as
               `gpu` still is.
@@ -12,7 +13,7 @@ Implementations, besides those of `pallas_kernels.implementations`:
 Each implementation is a pair of functions, without derivatives of their own:
 
     gmm(x[m, d], w[e0, d, f], group_sizes[e], group_offset, transpose) -> y[m, f]     (transpose: w is [e0, f, d])
-    tgmm(x[m, d], dy[m, f], group_sizes[e], group_offset, num_groups=e0) -> dw[e0, d, f]   in float32
+    tgmm(x[m, d], dy[m, f], group_sizes[e], group_offset, num_groups=e0, dtype) -> dw[e0, d, f]   of dtype, summed in float32
 
 `w` holds the e0 groups from `group_offset` on: a device's slice of the experts, with `group_sizes` and rows of all of them.
 """
@@ -26,10 +27,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import gpu, xla
+from pallas_kernels.grouped_matmul import gpu, tpu, xla
 from pallas_kernels.implementations import resolve
 
-AUTO = {"cpu": ("xla",), "tpu": ("ragged_dot",), "gpu": ("gpu", "ragged_dot")}
+AUTO = {"cpu": ("xla",), "tpu": ("tpu", "ragged_dot"), "gpu": ("gpu", "ragged_dot")}
 
 
 def grouped_matmul(
@@ -61,6 +62,8 @@ def grouped_matmul(
     def refuses(name: str) -> str | None:
         if name in ("gpu", "interpret_gpu"):
             return gpu.refuses(x, w)
+        if name in ("tpu", "interpret_tpu"):
+            return tpu.refuses(x, w)
         return "it takes no group_offset" if name == "ragged_dot" and group_offset is not None else None
 
     name = resolve("grouped_matmul", implementation, tuple(IMPLEMENTATIONS), AUTO, refuses)
@@ -80,8 +83,7 @@ def _bwd(name: str, residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Arr
     x, w, group_sizes, group_offset = residuals
     gmm, tgmm = IMPLEMENTATIONS[name]
     dx = gmm(dy, w, group_sizes, group_offset, True)
-    dw = tgmm(x, dy, group_sizes, group_offset, w.shape[0])
-    return dx, dw.astype(w.dtype), None, None
+    return dx, tgmm(x, dy, group_sizes, group_offset, w.shape[0], w.dtype), None, None
 
 
 _grouped_matmul.defvjp(_fwd, _bwd)
@@ -128,13 +130,24 @@ class Implementation(NamedTuple):
     """The two products; see the module's docstring."""
 
     gmm: Callable[[Array, Array, Array, Array, bool], Array]
-    tgmm: Callable[[Array, Array, Array, Array, int], Array]
+    tgmm: Callable[[Array, Array, Array, Array, int, DTypeLike], Array]
+
+
+def _rounded(tgmm: Callable[[Array, Array, Array, Array, int], Array]) -> Callable[..., Array]:
+    """For those that give float32 and leave rounding to a second pass."""
+
+    def rounded(x: Array, dy: Array, group_sizes: Array, group_offset: Array, num_groups: int, dtype: DTypeLike) -> Array:
+        return tgmm(x, dy, group_sizes, group_offset, num_groups).astype(dtype)
+
+    return rounded
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": Implementation(_reference_gmm, _reference_tgmm),
-    "xla": Implementation(xla.gmm, xla.tgmm),
-    "ragged_dot": Implementation(_ragged_gmm, _ragged_tgmm),
-    "gpu": Implementation(gpu.gmm, gpu.tgmm),
-    "interpret_gpu": Implementation(partial(gpu.gmm, **gpu.INTERPRET), partial(gpu.tgmm, **gpu.INTERPRET)),
+    "reference": Implementation(_reference_gmm, _rounded(_reference_tgmm)),
+    "xla": Implementation(xla.gmm, _rounded(xla.tgmm)),
+    "ragged_dot": Implementation(_ragged_gmm, _rounded(_ragged_tgmm)),
+    "tpu": Implementation(tpu.gmm, tpu.tgmm),
+    "interpret_tpu": Implementation(partial(tpu.gmm, **tpu.INTERPRET), partial(tpu.tgmm, **tpu.INTERPRET)),
+    "gpu": Implementation(gpu.gmm, _rounded(gpu.tgmm)),
+    "interpret_gpu": Implementation(partial(gpu.gmm, **gpu.INTERPRET), _rounded(partial(gpu.tgmm, **gpu.INTERPRET))),
 }

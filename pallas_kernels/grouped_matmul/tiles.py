@@ -30,6 +30,10 @@ class Tiles(NamedTuple):
     columns: int
     window: int
 
+    def within(self, d: int, f: int) -> "Tiles":
+        """No larger than the arrays."""
+        return self._replace(inner=min(self.inner, d), columns=min(self.columns, f))
+
 
 class Cost(NamedTuple):
     """What a call costs.
@@ -186,9 +190,9 @@ def _row_sizes(m: int) -> list[int]:
 
 
 def _sizes(n: int) -> list[int]:
-    """Multiples of the 128 lanes that divide n or are powers of two, and n itself, whatever it is, if code for it is not too long."""
-    parts = [size for size in range(128, n, 128) if n % size == 0 or size & (size - 1) == 0]
-    return parts if n % 128 and n > 2048 else [n, *parts]
+    """All of n, whatever it is, if it is not too long for one piece of code; or its parts, in multiples of the 128 lanes."""
+    parts = {_pad(_ceil(n, k)) for k in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128)}
+    return sorted(size for size in parts if size < n) + ([n] if n % 128 == 0 or n <= 2048 else [])
 
 
 def _ceil(a: int, b: int) -> int:

@@ -33,9 +33,13 @@ from pallas_kernels.grouped_matmul.tiles import Problem, Tiles, choose, vmem_lim
 from pallas_kernels.grouped_matmul.visits import Visits, group_visits, row_visits
 
 Interpret = bool | pltpu.InterpretParams
-# Multiply-adds of one matmul, which is unrolled: enough to hide its ends, not so many that compiling takes long.
-_UNROLLED = 2**28
-INTERPRET = pltpu.InterpretParams(detect_races=True)
+# For the interpreter, where memory that nobody wrote is NaN: small tiles, so that small arrays have several.
+INTERPRET = {"tiles": Tiles(rows=16, inner=128, columns=128, window=8), "interpret": pltpu.InterpretParams(detect_races=True)}
+
+# Multiply-adds of one step's matmuls, which are unrolled: enough to hide its ends, not so many that compiling takes long.
+_MATMUL = 2**28
+# Elements that one piece of elementwise code works on, unrolled likewise.
+_ELEMENTWISE = 2**17
 
 
 def gmm(
@@ -92,7 +96,7 @@ def rows_by_groups(
     num_outputs: int = 1,
     tiles: Tiles | None = None,
     interpret: Interpret = False,
-) -> list[Array]:
+) -> Sequence[Array]:
     """`after(left_0 @ w_0[i], left_1 @ w_1[i], ...)` on the rows of each group i, where `left_0, ... = before(*rows)`.
 
     Args:
@@ -116,10 +120,10 @@ def rows_by_groups(
     problem = Problem(m, d, f, group_sizes.shape[0], e0, len(rows), len(matrices), num_outputs, dtype.itemsize)
     if 0 in (m, d, f, e0):
         return [jnp.zeros((m, f), dtype)] * num_outputs
-    tiles = tiles or choose("rows_by_groups", problem)
+    tiles = (tiles or choose("rows_by_groups", problem)).within(d, f)
     column_tiles, inner_tiles = pl.cdiv(f, tiles.columns), pl.cdiv(d, tiles.inner)
     visits = row_visits(group_sizes, group_offset, e0, m, tiles.rows)
-    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, dtype)
+    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, _matmul(dtype) // len(matrices))
     sums = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)] * (len(matrices) if inner_tiles > 1 else 0)
     operands = [pltpu.VMEM((tiles.window, tiles.inner), dtype)] * (0 if before is None else len(matrices))
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
@@ -136,9 +140,12 @@ def rows_by_groups(
                 out[...] = jnp.zeros_like(out)
 
         def multiply(window: pl.Slice) -> None:
+            def operands_of(inner: pl.Slice) -> None:
+                for ref, operand in zip(refs.operands, before(*(ref[window, inner] for ref in refs.rows)), strict=True):
+                    ref[:, inner] = operand.astype(dtype)
+
             if before is not None:
-                for ref, operand in zip(refs.operands, before(*(ref[window, :] for ref in refs.rows)), strict=True):
-                    ref[...] = operand.astype(dtype)
+                _for_chunks(tiles.inner, _chunk(tiles.inner, tiles.window, _ELEMENTWISE), operands_of)
 
             def columns_of(columns: pl.Slice) -> None:
                 left = [ref[...] for ref in refs.operands] or [refs.rows[0][window, :]] * len(matrices)
@@ -208,7 +215,7 @@ def groups_by_rows(
     num_outputs: int = 1,
     tiles: Tiles | None = None,
     interpret: Interpret = False,
-) -> list[Array]:
+) -> Sequence[Array]:
     """`x[rows of i].T @ right[rows of i]` for each `right` of `before(*others)` and each group i.
 
     Args:
@@ -233,8 +240,8 @@ def groups_by_rows(
     )
     if 0 in (m, d, f, num_groups):
         return [jnp.zeros((num_groups, d, f), dtype)] * num_outputs
-    tiles = tiles or choose("groups_by_rows", problem)
-    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, x.dtype)
+    tiles = (tiles or choose("groups_by_rows", problem)).within(d, f)
+    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, _matmul(x.dtype) // num_outputs)
     visits = group_visits(group_sizes, group_offset, num_groups, m, tiles.rows)
 
     def kernel(*refs: Any) -> None:
@@ -250,9 +257,12 @@ def groups_by_rows(
             # Zeros on both sides: what lies in rows of no group may be infinite.
             bounds = low - window.start, high - window.start
             left[...] = _keep(x_ref[window, :], 0, *bounds).T
-            for ref, operand in zip(right, before(*(ref[window, :] for ref in other_refs)), strict=True):
-                ref[...] = _keep(operand, 0, *bounds).astype(ref.dtype)
 
+            def operands_of(columns: pl.Slice) -> None:
+                for ref, operand in zip(right, before(*(ref[window, columns] for ref in other_refs)), strict=True):
+                    ref[:, columns] = _keep(operand, 0, *bounds).astype(ref.dtype)
+
+            _for_chunks(tiles.columns, _chunk(tiles.columns, tiles.window, _ELEMENTWISE), operands_of)
             starts = new_group & (window.start <= low)
 
             def columns_of(columns: pl.Slice) -> None:
@@ -336,12 +346,15 @@ def _for_chunks(total: int, size: int, body: Callable[[pl.Slice], None]) -> None
     jax.lax.fori_loop(0, total // size, lambda i, _: body(pl.ds(pl.multiple_of(i * size, size), size)), None)
 
 
-def _chunk(columns: int, others: int, dtype: DTypeLike) -> int:
-    """Columns of one matmul, of `others` multiply-adds each: a multiple of 128 that divides `columns`, if there is one."""
-    if columns % 128:
-        return columns
-    limit = _UNROLLED // (others * (6 if dtype == jnp.float32 else 1))
-    return max(size for size in range(128, columns + 1, 128) if columns % size == 0 and (size <= limit or size == 128))
+def _chunk(total: int, each: int, limit: int) -> int:
+    """Columns of a chunk, each of them `each` operations: within `limit` if possible, a multiple of 128, and a divisor of `total`."""
+    if total % 128:
+        return total
+    return max(size for size in range(128, total + 1, 128) if total % size == 0 and (size * each <= limit or size == 128))
+
+
+def _matmul(dtype: DTypeLike) -> int:
+    return _MATMUL // (6 if dtype == jnp.float32 else 1)
 
 
 def _between(shape: tuple[int, ...], axis: int, low: Array | int, high: Array | int) -> Array:
