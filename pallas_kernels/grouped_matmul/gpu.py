@@ -54,19 +54,19 @@ class Tiles(NamedTuple):
 
     def within(self, **axes: int) -> "Tiles":
         """No larger than axes of these sizes need, as `columns=f`."""
-        return self._replace(**{side: min(getattr(self, side), max(16, pl.next_power_of_2(n))) for side, n in axes.items()})
+        return self._replace(**{side: min(getattr(self, side), max(16, pl.next_power_of_2(max(n, 1)))) for side, n in axes.items()})
 
 
-def shared_bytes(tiles: Tiles, itemsize: int, products: int = 1) -> int:
-    """Shared memory of a program whose steps read one tile of rows and `products` tiles of columns."""
-    return (tiles.rows + products * tiles.columns) * tiles.depth * tiles.stages * itemsize
+def shared_bytes(tiles: Tiles, itemsize: int, lefts: int = 1, rights: int = 1) -> int:
+    """Shared memory of a program whose steps read so many tiles of [rows, depth] and of [depth, columns]."""
+    return (lefts * tiles.rows + rights * tiles.columns) * tiles.depth * tiles.stages * itemsize
 
 
 # Bytes of shared memory that a program may have.
 SHARED = {"default": 99 << 10, "a100": 163 << 10, "h100": 227 << 10, "h200": 227 << 10, "b200": 227 << 10}
 
 # (operation, bytes of an element, rows of a mean group up to which it holds) -> tiles; the smallest bound that fits is taken.
-Table = dict[tuple[str, int, float], Tiles]
+Table = dict[tuple[str, int, int | float], Tiles]
 
 # Not timed on any GPU. Chosen so that Triton 3.6 compiles them for compute capability 8.0, 9.0 and 10.0 without spilling registers,
 # with 16-byte asynchronous copies, and on the larger chips with as much of the tensor cores' widest instructions as that leaves
@@ -121,7 +121,10 @@ def gmm(
     interpret: bool = False,
 ) -> Float[Array, "m _"]:
     """`y[rows of i] = x[rows of i] @ w[i]`, zero elsewhere; with `transpose`, w is [e0, f, d]. See the package."""
-    return gmm_sum([x], [w], group_sizes, group_offset, transpose, tiles, interpret)
+    f = w.shape[1 if transpose else 2]
+    tiles = tiles or tiles_for("gmm", x.dtype, x.shape[0], group_sizes.shape[0]).within(columns=f, depth=x.shape[1])
+    name = "grouped_matmul_transposed" if transpose else "grouped_matmul"
+    return gmm_sum([x], [w], group_sizes, group_offset, transpose, tiles, interpret, name)
 
 
 def gmm_sum(
@@ -130,15 +133,15 @@ def gmm_sum(
     group_sizes: Int[Array, "e"],
     group_offset: Int[Array, ""],
     transpose: bool,
-    tiles: Tiles | None = None,
+    tiles: Tiles,
     interpret: bool = False,
+    name: str = "grouped_matmul_sum",
 ) -> Float[Array, "m _"]:
-    """The sum of `gmm(x, w)` over pairs, in one kernel and one float32 accumulator."""
+    """The sum of `gmm(x, w)` over pairs, in one kernel and one float32 accumulator. Shared memory grows with the pairs."""
     (m, d), dtype = xs[0].shape, xs[0].dtype
     f = ws[0].shape[1 if transpose else 2]
     if 0 in (m, d, f):
         return jnp.zeros((m, f), dtype)
-    tiles = tiles or tiles_for("gmm", dtype, m, group_sizes.shape[0]).within(columns=f, depth=d)
     visits = visits_table(group_sizes, group_offset, ws[0].shape[0], m, tiles.rows)
     columns = pl.cdiv(f, tiles.columns)
     operands = [a for pair in zip(xs, ws, strict=True) for a in pair]
@@ -153,7 +156,7 @@ def gmm_sum(
             transcendentals=0,
         ),
         interpret=interpret,
-        name="grouped_matmul_transposed" if transpose else "grouped_matmul",
+        name=name,
     )(visits, *operands)
 
 
