@@ -21,15 +21,16 @@ The weight's own gradient is what it is, `dy . row`, since a weight of zero may 
 What moves, in HBM and in multiples of the n * k * d rows' bytes, and what 'auto' picks from it:
 
                         TPU, xla   TPU kernel, float32 / bfloat16     GPU
-    permute             2          2 / 3                              2: xla and the kernel alike
+    permute             2          2 / 3                              2, XLA and the kernel alike
     unpermute           3 + 1/k    1 + 1/k / 2 + 1/k                  1 + 1/k, likewise
     its gradients       5          3 / 4                              3, likewise
 
-XLA gathers well but writes what it gathered, while the TPU kernels consume rows in VMEM; they copy bfloat16 rows in pairs
-(permute/tpu.py says why). A copy per row costs the scalar core tens of cycles, in which HBM moves some kilobytes: below
-`NARROW` bytes a row the kernels wait for the scalar core. So 'auto' on TPU is XLA for `permute` and for narrow rows, and the kernel
-for the rest. That is a count of bytes, not a measurement. On GPU XLA fuses the gathers with what follows and moves the same bytes
-as the kernel.
+This counts the arrays that are read and written. The TPU compiler's own estimate charges XLA's gathers eight rows for each, a whole
+tile of HBM: 10, 11 and 14 where the table says 2, 3 + 1/k and 5. XLA writes what it gathered, while the kernels consume it in VMEM;
+they copy bfloat16 rows in pairs (permute/tpu.py says why). A copy per row costs the scalar core tens of cycles, in which HBM moves some
+kilobytes: below `NARROW` bytes a row the kernels would wait for the scalar core. So 'auto' on TPU is XLA for `permute`, which has no
+sum to keep in VMEM, and for narrow rows, and the kernel for the rest. All of that is counting: nothing here has been timed on a TPU.
+On GPU XLA can fuse the gathers with what follows and then moves the same bytes as the kernel; 'auto' is XLA.
 """
 
 from collections.abc import Callable, Mapping
