@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.router.selection import LOWEST, top_k_by_rounds
+from pallas_kernels.router.selection import LOWEST, columns_of, top_k_by_rounds
 
 MAX_HALF_KEYS, MAX_K, MAX_WIDTH = 1024, 32, 256
 ROWS = 16  # the least that Triton multiplies
@@ -50,37 +50,28 @@ def top_k(query: Array, keys: Array, k: int, interpret: bool = False, rows: int 
 def _kernel(query_ref: Any, keys_ref: Any, score_ref: Any, index_ref: Any, *, k: int, s: int, rows: int) -> None:
     n, dk = query_ref.shape[0], keys_ref.shape[1]
     padded, width, ranks = (pl.next_power_of_2(size) for size in (max(s, 16), max(dk, 16), k))
-    head, tokens = pl.program_id(1), pl.ds(pl.program_id(0) * rows, rows)
-    inside = pl.program_id(0) * rows + jnp.arange(rows) < n
-    columns, real = jnp.arange(width) < dk, jnp.arange(padded) < s
+    head, token = pl.program_id(1), pl.program_id(0) * rows + jnp.arange(rows)
+    column, own = jnp.arange(width), jnp.arange(padded)
+    inside, there, real = token < n, column < dk, own < s
     precision = jax.lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
     at = jax.lax.broadcasted_iota(jnp.int32, (rows, padded), 1)
-    rank = jax.lax.broadcasted_iota(jnp.int32, (rows, ranks), 1)
     halves = []
     for w in range(2):
         half = 2 * head + w
-        query = plgpu.load(query_ref.at[tokens, pl.ds(half * dk, width)], mask=inside[:, None] & columns, other=0)
-        keys = plgpu.load(keys_ref.at[pl.ds(half * s, padded), pl.ds(0, width)], mask=real[:, None] & columns, other=0)
+        place = token[:, None], half * dk + column[None]
+        query = plgpu.load(query_ref.at[place], mask=inside[:, None] & there, other=0)
+        keys = plgpu.load(keys_ref.at[half * s + own[:, None], column[None]], mask=real[:, None] & there, other=0)
         scores = jnp.dot(query, keys.T, precision=precision, preferred_element_type=jnp.float32)
         scores = jnp.where(real[None], jnp.maximum(scores, LOWEST), -jnp.inf)
-        found = top_k_by_rounds(scores, min(k, s), 1, at)
-        halves.append([_tile(parts, rank, empty) for parts, empty in zip(found, (-jnp.inf, s), strict=True)])
+        halves.append([columns_of(parts, ranks) for parts in top_k_by_rounds(scores, min(k, s), 1, at)])
     (first, i), (second, j) = halves
-    possible = (jnp.arange(ranks)[:, None] + 1) * (jnp.arange(ranks)[None] + 1) <= k
-    sums = first[:, :, None] + second[:, None, :]
-    # Beyond the half keys there are, ranks hold -inf, which no sum of real scores may sink to.
-    sums = jnp.where(possible[None] & (sums > -jnp.inf), jnp.maximum(sums, LOWEST), -jnp.inf)
-    index = i[:, :, None] * s + j[:, None, :]
-    best, picks = top_k_by_rounds(sums.reshape(rows, ranks * ranks), k, 1, index.reshape(rows, ranks * ranks))
-    for r in range(k):
-        place = tokens, pl.ds(head * k + r, 1)
-        plgpu.store(score_ref.at[place], best[r], mask=inside[:, None])
-        plgpu.store(index_ref.at[place], jnp.minimum(picks[r], s * s - 1), mask=inside[:, None])
-
-
-def _tile(parts: list[Array], rank: Array, empty: float | int) -> Array:
-    """parts[r] of shape [rows, 1] as column r of one tile; `empty` where there is none."""
-    tile = jnp.full(rank.shape, empty, parts[0].dtype)
-    for r, part in enumerate(parts):
-        tile = jnp.where(rank == r, part, tile)
-    return tile
+    rank = jnp.arange(ranks)
+    found = rank < min(k, s)
+    possible = ((rank[:, None] + 1) * (rank[None] + 1) <= k) & found[:, None] & found[None]
+    sums = jnp.maximum(first[:, :, None] + second[:, None, :], LOWEST)
+    sums = jnp.where(possible[None], sums, -jnp.inf).reshape(rows, ranks * ranks)
+    index = (i[:, :, None] * s + j[:, None, :]).reshape(rows, ranks * ranks)
+    best, picks = top_k_by_rounds(sums, k, 1, index)
+    place, wanted = (token[:, None], head * k + rank[None]), inside[:, None] & (rank < k)
+    plgpu.store(score_ref.at[place], columns_of(best, ranks), mask=wanted)
+    plgpu.store(index_ref.at[place], jnp.minimum(columns_of(picks, ranks), s * s - 1), mask=wanted)

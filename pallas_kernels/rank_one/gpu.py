@@ -53,23 +53,22 @@ def _kernel(
 ) -> None:
     d, p = u_ref.shape[1], index_ref.shape[1]
     width = pl.next_power_of_2(d)
-    token, columns, real = pl.ds(pl.program_id(0), 1), pl.ds(0, width), jnp.arange(width)[None] < d
-    x = plgpu.load(x_ref.at[token, columns], mask=real, other=0).astype(jnp.float32)
+    token, column = pl.program_id(0), jnp.arange(width)
+    there = column < d
+    x = plgpu.load(x_ref.at[jnp.full_like(column, token), column], mask=there, other=0).astype(jnp.float32)
 
     def step(i: Array, y: Array) -> Array:
-        here, inside = pl.ds(i * picks, picks), i * picks + jnp.arange(picks)[None] < p
-        index = plgpu.load(index_ref.at[token, here], mask=inside, other=0).reshape(picks)
-        weight = plgpu.load(weight_ref.at[token, here], mask=inside, other=0).astype(jnp.float32)
-        mask = inside.reshape(picks, 1) & real
-
-        # Both indices as arrays: Pallas' interpreter knows no mixture of arrays and slices.
-        place = jnp.broadcast_to(index[:, None], (picks, width)), jnp.broadcast_to(jnp.arange(width)[None], (picks, width))
+        pick = i * picks + jnp.arange(picks)
+        inside, own = pick < p, jnp.full_like(pick, token)
+        index = plgpu.load(index_ref.at[own, pick], mask=inside, other=0)
+        weight = plgpu.load(weight_ref.at[own, pick], mask=inside, other=0).astype(jnp.float32)
 
         def rows(bank: Any) -> Array:
-            return plgpu.load(bank.at[place], mask=mask, other=0).astype(jnp.float32)
+            mask = inside[:, None] & there
+            return plgpu.load(bank.at[index[:, None], column[None]], mask=mask, other=0).astype(jnp.float32)
 
-        scale = weight.reshape(picks) * activation(jnp.sum(x * rows(u_ref), axis=1))
-        return y + jnp.sum(scale[:, None] * rows(v_ref), axis=0, keepdims=True)
+        scale = weight * activation(jnp.sum(x * rows(u_ref), axis=1))
+        return y + jnp.sum(scale[:, None] * rows(v_ref), axis=0)
 
-    y = jax.lax.fori_loop(0, pl.cdiv(p, picks), step, jnp.zeros((1, width), jnp.float32))
-    plgpu.store(y_ref.at[token, columns], y, mask=real)
+    y = jax.lax.fori_loop(0, pl.cdiv(p, picks), step, jnp.zeros(width, jnp.float32))
+    plgpu.store(y_ref.at[jnp.full_like(column, token), column], y, mask=there)

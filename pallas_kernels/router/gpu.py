@@ -1,7 +1,8 @@
 """The router as one Triton kernel: a program owns a tile of tokens, loops over d with the logits in registers, then selects.
 
 Counts and importance leave as one row per program and are summed outside: no atomics, so the same input gives the same bits.
-Triton wants powers of two: experts are padded to one inside the kernel, never in memory.
+Triton wants powers of two: experts are padded to one inside the kernel, never in memory. Places in memory are given by arrays of
+indices, since jax 0.12 refuses slices that reach beyond an array, masked or not.
 """
 
 from functools import partial
@@ -13,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.router.selection import Routed, Rule, choose, float32_parts
+from pallas_kernels.router.selection import Routed, Rule, choose, columns_of, float32_parts
 
 MAX_EXPERTS, MAX_K = 1024, 64
 
@@ -76,32 +77,31 @@ def _kernel(x_ref: Any, w_ref: Any, valid_ref: Any, *refs: Any, rule: Rule, rows
     *bias_ref, expert_ref, weight_ref, logits_ref, counts_ref, importance_ref, z_ref = refs
     (n, d), e = x_ref.shape, w_ref.shape[1]
     tile = pl.program_id(0)
-    first = tile * rows
-    padded = max(pl.next_power_of_2(e), 16)
-    experts = jnp.arange(padded) < e
-    tokens = first + jnp.arange(rows) < n
-    here, every = pl.ds(first, rows), pl.ds(0, padded)
+    padded, choices = max(pl.next_power_of_2(e), 16), pl.next_power_of_2(rule.k)
+    token, expert = tile * rows + jnp.arange(rows), jnp.arange(padded)
+    inside, real = token < n, expert < e
     precision = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
 
     def step(j: Array, logits: Array) -> Array:
-        inside = j * width + jnp.arange(width) < d
-        columns = pl.ds(j * width, width)
-        x = plgpu.load(x_ref.at[here, columns], mask=tokens[:, None] & inside, other=0)
+        column = j * width + jnp.arange(width)
+        there = column < d
+        x = plgpu.load(x_ref.at[token[:, None], column[None]], mask=inside[:, None] & there, other=0)
         for part in range(0, w_ref.shape[0], d):
-            w = plgpu.load(w_ref.at[pl.ds(part + j * width, width), every], mask=inside[:, None] & experts, other=0)
+            w = plgpu.load(w_ref.at[part + column[:, None], expert[None]], mask=there[:, None] & real, other=0)
             logits += jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
         return logits
 
     logits = jax.lax.fori_loop(0, pl.cdiv(d, width), step, jnp.zeros((rows, padded), jnp.float32))
-    plgpu.store(logits_ref.at[here, every], logits, mask=tokens[:, None] & experts)
-    bias = plgpu.load(bias_ref[0].at[every], mask=experts, other=0)[None] if bias_ref else None
+    plgpu.store(logits_ref.at[token[:, None], expert[None]], logits, mask=inside[:, None] & real)
+    bias = plgpu.load(bias_ref[0].at[expert], mask=real, other=0)[None] if bias_ref else None
     choice = choose(logits, bias, rule, 1, num_experts=e)
-    for r in range(rule.k):
-        plgpu.store(expert_ref.at[here, pl.ds(r, 1)], jnp.minimum(choice.expert[r], e - 1), mask=tokens[:, None])
-        plgpu.store(weight_ref.at[here, pl.ds(r, 1)], choice.weight[r], mask=tokens[:, None])
-    plgpu.store(z_ref.at[here], choice.z[:, 0], mask=tokens)
-    counted = plgpu.load(valid_ref.at[here], mask=tokens, other=0)[:, None] != 0
+    place = jnp.arange(choices)
+    for ref, parts in ((expert_ref, [jnp.minimum(pick, e - 1) for pick in choice.expert]), (weight_ref, choice.weight)):
+        columns = columns_of(parts, choices)
+        plgpu.store(ref.at[token[:, None], place[None]], columns, mask=inside[:, None] & (place < rule.k))
+    plgpu.store(z_ref.at[token], choice.z[:, 0], mask=inside)
+    counted = plgpu.load(valid_ref.at[token], mask=inside, other=0)[:, None] != 0
     counts = jnp.sum(jnp.where(choice.chosen & counted, 1, 0), axis=0)
-    plgpu.store(counts_ref.at[tile, every], counts, mask=experts)
+    plgpu.store(counts_ref.at[jnp.full_like(expert, tile), expert], counts, mask=real)
     importance = jnp.sum(jnp.where(counted, choice.scores, 0.0), axis=0)
-    plgpu.store(importance_ref.at[tile, every], importance, mask=experts)
+    plgpu.store(importance_ref.at[jnp.full_like(expert, tile), expert], importance, mask=real)

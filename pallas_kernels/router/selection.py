@@ -146,6 +146,17 @@ def top_k_by_rounds(
     return values, picks
 
 
+def columns_of(
+    parts: list[Float[Array, "n 1"] | Int[Array, "n 1"]], size: int
+) -> Float[Array, "n size"] | Int[Array, "n size"]:
+    """Columns side by side by selects, as in a Triton kernel, which cannot concatenate; what lies beyond them is zero."""
+    column = jnp.arange(size)[None]
+    tile = jnp.zeros((parts[0].shape[0], size), parts[0].dtype)
+    for r, part in enumerate(parts):
+        tile = jnp.where(column == r, part, tile)
+    return tile
+
+
 def float32_parts(x: Array, w: Array) -> Array:
     """`w` as parts[p, d, e] such that `sum_p dot(x, part_p)` with float32 accumulation is exact to float32.
 
