@@ -104,7 +104,7 @@ def over_groups(
     tiles = tile_sizes(m, e)
     padding = tiles[0]
     loop = partial(_loop, step, tiles)
-    loop.__name__ = f"grouped_rows_{m}"  # read by moejax.train.flops: XLA and jaxprs do not tell how often the loops turn
+    loop.__name__ = f"grouped_rows_{m}_{tiles[0]}"  # for moejax.train.flops: no jaxpr tells how often such loops turn
     ends = first + jnp.cumsum(group_sizes)
     written, totals = jax.jit(loop)(
         params,

@@ -52,7 +52,33 @@ def _cond(eqn: Any) -> float:
     return max(matmul_flops(branch) for branch in eqn.params["branches"])
 
 
+def _call(eqn: Any) -> float:
+    """A jitted call; the loops of `pallas_kernels.grouped_map` turn as often as there are rows, and their name says how many."""
+    name = eqn.params.get("name", "")
+    if not name.startswith("grouped_rows_"):
+        return _nested(eqn)
+    rows, tile = (int(number) for number in name.split("_")[2:])
+    body = next(_innermost_loops(eqn.params["jaxpr"]), None)
+    return 0.0 if body is None else matmul_flops(body) * rows / tile
+
+
+def _innermost_loops(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[Jaxpr | ClosedJaxpr]:
+    """Bodies of the loops without a loop inside, in program order; the first of a grouped map's takes its largest tile."""
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            body = eqn.params["body_jaxpr"]
+            inner = list(_innermost_loops(body))
+            yield from inner or [body]
+        else:
+            for value in eqn.params.values():
+                for nested in _jaxprs(value):
+                    yield from _innermost_loops(nested)
+
+
 def _kernel(eqn: Any) -> float:
+    if estimate := eqn.params.get("cost_estimate"):
+        return float(estimate.flops)
     grid = eqn.params["grid_mapping"].grid
     return math.prod(grid) * matmul_flops(eqn.params["jaxpr"])
 
@@ -76,4 +102,6 @@ _COUNTS: dict[str, Callable[[Any], float]] = {
     "scan": _scan,
     "cond": _cond,
     "pallas_call": _kernel,
+    "jit": _call,
+    "pjit": _call,
 }

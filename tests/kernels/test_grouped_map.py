@@ -1,0 +1,95 @@
+"""The CPU's way of running a bank: whole experts, tile by tile, against a loop over rows in NumPy and against its own parts."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_map import grouped_map, schedule, tile_sizes
+
+D, F = 5, 4
+
+
+def expert(params: dict, rows: jax.Array) -> jax.Array:
+    """One expert on rows: bias and non-linearity, so that wrong rows and wrong experts both show."""
+    return jnp.tanh(rows @ params["w"][0] + params["b"][0]) @ params["v"][0]
+
+
+def parameters(rng: np.random.Generator, e: int) -> dict[str, np.ndarray]:
+    shapes = {"w": (e, D, F), "b": (e, F), "v": (e, F, D)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def numpy_map(params: dict, x: np.ndarray, sizes: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    y, row = np.zeros((x.shape[0], D)), 0
+    for i, size in enumerate(sizes):
+        for _ in range(size):
+            h = np.tanh(x[row] @ params["w"][stored[i]] + params["b"][stored[i]])
+            y[row] = h @ params["v"][stored[i]]
+            row += 1
+    return y
+
+
+def masked(params: dict, x: jax.Array, sizes: np.ndarray, stored: np.ndarray) -> jax.Array:
+    """Every expert on every row, then a mask: what JAX differentiates by itself."""
+    group = np.repeat(np.arange(len(sizes) + 1), [*sizes, x.shape[0] - sizes.sum()])
+    each = [expert(jax.tree.map(lambda p, i=i: p[i : i + 1], params), x) for i in stored]
+    return sum(jnp.where((group == i)[:, None], y, 0) for i, y in enumerate(each))
+
+
+@pytest.mark.parametrize("stored", [(0, 1, 2, 3), (1, 0, 1, 2)], ids=["own", "tied"])
+def test_values_and_gradients_for_every_pattern_of_empty_groups(stored: tuple[int, ...], rng: np.random.Generator) -> None:
+    m, index = 45, np.array(stored, np.int32)
+    params, x = parameters(rng, 4), rng.normal(size=(m, D)).astype(np.float32)
+    c = rng.normal(size=(m, D)).astype(np.float32)
+    ours = jax.jit(jax.value_and_grad(lambda p, x, s: (grouped_map(expert, p, x, s, index) * c).sum(), argnums=(0, 1)))
+    forward = jax.jit(lambda p, x, s: grouped_map(expert, p, x, s, index))
+    for pattern in itertools.product([0, 1], repeat=4):
+        sizes = np.array(pattern, np.int32) * np.array([17, 1, 15, 8], np.int32)
+        np.testing.assert_allclose(forward(params, x, sizes), numpy_map(params, x, sizes, index), rtol=1e-5, atol=1e-5)
+        expected = jax.grad(lambda p, x, s=sizes: (masked(p, x, s, index) * c).sum(), argnums=(0, 1))(params, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours(params, x, sizes)[1], expected)
+
+
+def test_rows_past_the_last_group_reach_no_gradient(rng: np.random.Generator) -> None:
+    """Not even as infinities: the last tile reaches into them."""
+    params, x = parameters(rng, 2), rng.normal(size=(12, D)).astype(np.float32)
+    sizes, index = np.array([4, 3], np.int32), np.arange(2, dtype=np.int32)
+    spoiled = x.copy()
+    spoiled[7:] = np.inf
+
+    def loss(p: dict, x: jax.Array) -> jax.Array:
+        return jnp.square(grouped_map(expert, p, x, sizes, index)[:7]).sum()
+
+    clean, dirty = (jax.grad(loss)(params, a) for a in (x, spoiled))
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+
+
+def test_tiles_cover_every_group_once_and_waste_less_than_the_group() -> None:
+    sizes = jnp.arange(0, 700, dtype=jnp.int32)
+    for tiles in ((256, 128, 64, 32), (8, 4, 2, 1), (1,)):
+        rows = (np.asarray(schedule(sizes, tiles)) * np.array(tiles)[:, None]).sum(0)
+        assert (rows >= np.asarray(sizes)).all()
+        assert (rows - np.asarray(sizes) < np.maximum(np.asarray(sizes), tiles[-1])).all()
+
+
+def test_tile_sizes_follow_the_mean_group() -> None:
+    assert tile_sizes(8192, 32) == (256, 128, 64, 32)
+    assert tile_sizes(8192, 512) == (16, 8, 4, 2)
+    assert tile_sizes(2, 32) == (2, 1)
+    assert tile_sizes(1, 4) == (1,)
+
+
+def test_nothing_of_the_size_of_all_hidden_rows_is_kept(rng: np.random.Generator) -> None:
+    """The point of running experts whole: the backward pass needs no hidden layer from the forward pass, and no copy of the bank."""
+    m, e, d, f = 512, 4, 8, 256
+    params = {"w": jnp.ones((e, d, f)), "b": jnp.ones((e, f)), "v": jnp.ones((e, f, d))}
+
+    def loss(p: dict, x: jax.Array) -> jax.Array:
+        return jnp.square(grouped_map(expert, p, x, jnp.full(e, m // e, jnp.int32), jnp.arange(e, dtype=jnp.int32))).sum()
+
+    memory = jax.jit(jax.grad(loss)).lower(params, jnp.ones((m, d))).compile().memory_analysis()
+    hidden, tile = m * f * 4, tile_sizes(m, e)[0] * f * 4
+    assert memory.temp_size_in_bytes < hidden + 2 * tile
