@@ -59,8 +59,10 @@ def custom_calls(compiled: jax.stages.Compiled) -> list[str]:
 
     A kernel that XLA itself put there goes by the name of the operation that it stands for.
     """
-    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    return [_kernel_name(re.search(r'op_name="([^"]*)"', line)[1]) for line in calls]
+    # An instruction begins on a line of its own, and may have line breaks inside.
+    instructions = re.split(r"\n(?=\s*(?:ROOT )?%)", compiled.as_text())
+    calls = [text for text in instructions if 'custom_call_target="tpu_custom_call"' in text]
+    return [_kernel_name(re.search(r'op_name="((?:[^"\\]|\\.)*)"', text)[1]) for text in calls]
 
 
 def _kernel_name(op_name: str) -> str:

@@ -150,16 +150,19 @@ def _rows(chip: str, shape: Shape, contestant: Contestant) -> Iterator[dict[str,
         h, pull = jax.vjp(lambda *args: glu(*args, sizes), x, w_gate, w_up)
         return h, pull(dh)
 
-    flops = 2 * shape.m * shape.d * shape.f
+    # Products, arrays of the sizes of x, w and h that are read or written at least once, function, arguments.
     passes = {
-        ("matmul", "forward"): (1, matmul, (x, w, sizes)),
-        ("matmul", "dx"): (1, lambda x, w, s, dy: jax.vjp(lambda x: matmul(x, w, s), x)[1](dy)[0], (x, w, sizes, h)),
-        ("matmul", "dw"): (1, lambda x, w, s, dy: jax.vjp(lambda w: matmul(x, w, s), w)[1](dy)[0], (x, w, sizes, h)),
-        ("glu", "forward"): (2, glu, (x, w, w, sizes)),
-        ("glu", "forward+backward"): (6, glu_step, (x, w, w, sizes, h)),
+        ("matmul", "forward"): (1, (1, 1, 1), matmul, (x, w, sizes)),
+        ("matmul", "dx"): (1, (1, 1, 1), lambda x, w, s, dy: jax.vjp(lambda x: matmul(x, w, s), x)[1](dy)[0], (x, w, sizes, h)),
+        ("matmul", "dw"): (1, (1, 1, 1), lambda x, w, s, dy: jax.vjp(lambda w: matmul(x, w, s), w)[1](dy)[0], (x, w, sizes, h)),
+        ("glu", "forward"): (2, (1, 2, 1), glu, (x, w, w, sizes)),
+        ("glu", "forward+backward"): (6, (2, 4, 2), glu_step, (x, w, w, sizes, h)),
     }
-    for (operation, name), (products, function, args) in passes.items():
-        head = {"operation": operation, "pass": name, "useful_flops": products * flops}
+    for (operation, name), (products, arrays, function, args) in passes.items():
+        useful = products * 2 * shape.m * shape.d * shape.f
+        once = sum(n * a.size * a.dtype.itemsize for n, a in zip(arrays, (x, w, h), strict=True))
+        head = {"operation": operation, "pass": name, "useful_flops": useful}
+        head["roofline_seconds"] = max(useful / TPUS[chip].flops, once / TPUS[chip].bandwidth)
         try:
             with contestant.context(chip):
                 start = time.perf_counter()
@@ -169,10 +172,10 @@ def _rows(chip: str, shape: Shape, contestant: Contestant) -> Iterator[dict[str,
             yield head | {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
             continue
         with target(chip):
-            yield head | _account(compiled, shape, contestant, head["useful_flops"], TPUS[chip])
+            yield head | _account(compiled, shape, contestant, TPUS[chip])
 
 
-def _account(compiled: Any, shape: Shape, contestant: Contestant, useful: int, chip: Tpu) -> dict[str, Any]:
+def _account(compiled: Any, shape: Shape, contestant: Contestant, chip: Tpu) -> dict[str, Any]:
     instructions = _entry(compiled.as_text())
     sizes = {i.name: i.bytes for i in instructions}
     costs, moved, materialised, vmem, known = [], 0, [], 0, True
@@ -192,13 +195,11 @@ def _account(compiled: Any, shape: Shape, contestant: Contestant, useful: int, c
     analysis = compiled.cost_analysis()
     flops = sum(c.computed_flops for c in costs) if costs and known else int(analysis.get("flops", 0))
     moved += sum(c.bytes for c in costs)
-    once = sum(sizes[i.name] for i in instructions if i.op == "parameter") + sum(i.bytes for i in instructions if i.root)
     return {
         "flops": flops,
         "hbm_bytes_xla": int(analysis.get("bytes accessed", 0)),
         "hbm_bytes_counted": moved,
         "vmem_bytes": vmem,
-        "roofline_seconds": max(useful / chip.flops, once / chip.bandwidth),
         "seconds_counted": max(flops / chip.flops, moved / chip.bandwidth),
         "materialised": materialised,
     }
@@ -223,12 +224,13 @@ def _cost(call: "_Instruction", instructions: list["_Instruction"], shape: Shape
 
 
 # Instructions that move nothing: names for parts of arrays, and prefetches into VMEM, whose users are counted.
-_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "copy-start", "copy-done", "after-all"}
+_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "copy-start", "copy-done",
+         "slice-start", "slice-done", "after-all"}  # fmt: skip
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
 
 
 class _Instruction(NamedTuple):
-    """One line of the compiled program's entry computation; `shapes` are of its results that are arrays."""
+    """One instruction of the compiled program's entry computation; `shapes` are of its results that are arrays."""
 
     name: str
     op: str
@@ -252,12 +254,12 @@ def _entry(text: str) -> list[_Instruction]:
     """The instructions of the entry computation."""
     entry = text[text.index("\nENTRY") :]
     instructions = []
-    for line in entry[: entry.index("\n}")].splitlines()[2:]:
-        found = re.match(r"\s*(ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", line)
+    for text in re.split(r"\n(?=  (?:ROOT )?%)", entry[: entry.index("\n}\n")])[1:]:
+        found = re.match(r"\s*(ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", text)
         if not found:
             continue
         root, name, results, op, rest = found.groups()
         shapes = [(t, tuple(int(n) for n in dims.split(",") if n)) for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", results)]
         operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
-        instructions.append(_Instruction(name, op, shapes, operands, line, bool(root)))
+        instructions.append(_Instruction(name, op, shapes, operands, text, bool(root)))
     return instructions
