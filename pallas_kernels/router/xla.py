@@ -4,20 +4,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.router.selection import Routed, Rule, choose, top_k_by_rounds
+from pallas_kernels.router.selection import LOWEST, Routed, Rule, choose, top_k_by_rounds
 
-# Rounds of maxima run over all experts k times at vector speed, `lax.top_k` once at scalar speed. Measured on two x86-64 cores with
-# 4,096 tokens, in rounds per `lax.top_k`: 0.2 for 8 experts, 0.3 for 64 experts and k=8, 0.5 for 64 and k=2; even for 128 and
-# k=8 and for 512 and k=2; 2 to 4 for 512 and k=8.
-ROUNDS_UP_TO = 1024
+
+# Rounds of maxima run over all experts k times at vector speed, `lax.top_k` once at scalar speed. Medians on two x86-64 cores with
+# 4,096 tokens, time of rounds relative to `lax.top_k`: 8 experts 0.2 to 0.5; 32 to 128 experts 0.4 to 1.0, less for k=1 than for k=8;
+# 256 and 512 experts 0.7 to 0.9 for k=1, 1.1 to 1.4 for k=2, 2 to 4 for 512 and k=8.
+def _rounds_are_faster(e: int, k: int) -> bool:
+    return k == 1 or (e <= 128 and k <= 8)
 
 
 def top_k(scores: Float[Array, "*b e"], k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:
     """Like `lax.top_k`, ties to the lowest index included, and faster on CPU for few experts and small k.
 
-    Differs in two things: -inf comes back as the lowest float32, and NaN gives some index in range.
+    Differs in three things: no gradient flows (take scores by index where one should), -inf comes back as the lowest float32, and NaN
+    gives some index in range.
     """
-    rank = jnp.maximum(scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    rank = jnp.maximum(jax.lax.stop_gradient(scores).astype(jnp.float32), LOWEST)
     axis = scores.ndim - 1
     values, index = best_of_both(rank, k, axis, jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis))
     return jnp.concatenate(values, axis), jnp.concatenate(index, axis)
@@ -26,8 +29,9 @@ def top_k(scores: Float[Array, "*b e"], k: int) -> tuple[Float[Array, "*b k"], I
 def best_of_both(rank: Array, k: int, axis: int, index: Array) -> tuple[list[Array], list[Array]]:
     """`top_k_by_rounds`, or `lax.top_k` where that is faster on CPU. `index` counts along the axis, which is the last."""
     e = rank.shape[axis]
-    if e * k > ROUNDS_UP_TO:
-        values, picks = jax.lax.top_k(rank, k)
+    if not _rounds_are_faster(e, k):
+        # The barrier keeps XLA from merging slices with `top_k`, which turns it into a full sort: ten times slower.
+        values, picks = jax.lax.optimization_barrier(jax.lax.top_k(rank, k))
         return jnp.split(values, k, axis), jnp.split(picks.astype(jnp.int32), k, axis)
     values, picks = top_k_by_rounds(rank, k, axis, index)
     return values, [jnp.minimum(pick, e - 1) for pick in picks]
