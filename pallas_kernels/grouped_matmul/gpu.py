@@ -17,6 +17,8 @@ tensor cores, unless `jax.default_matmul_precision` asks for something else: 'te
 Resources of a program, from its tiles: shared memory holds `stages` pairs of operand tiles, (rows + columns) * depth * stages
 elements (`shared_bytes`); accumulators take rows * columns / (32 warps) of a thread's 255 registers, for each product.
 
+Any d and f are right; those whose rows are not multiples of 16 bytes (8 elements of bfloat16) are copied in smaller pieces, slowly.
+
 Pallas' Triton backend is what jax 0.10 and 0.12 have for all of these chips; jax 0.12 warns that it will leave.
 """
 
@@ -54,7 +56,9 @@ class Tiles(NamedTuple):
 
     def within(self, **axes: int) -> "Tiles":
         """No larger than axes of these sizes need, as `columns=f`."""
-        return self._replace(**{side: min(getattr(self, side), max(16, pl.next_power_of_2(max(n, 1)))) for side, n in axes.items()})
+        return self._replace(
+            **{side: min(getattr(self, side), max(16, pl.next_power_of_2(max(n, 1)))) for side, n in axes.items()}
+        )
 
 
 def shared_bytes(tiles: Tiles, itemsize: int, lefts: int = 1, rights: int = 1) -> int:
@@ -68,9 +72,9 @@ SHARED = {"default": 99 << 10, "a100": 163 << 10, "h100": 227 << 10, "h200": 227
 # (operation, bytes of an element, rows of a mean group up to which it holds) -> tiles; the smallest bound that fits is taken.
 Table = dict[tuple[str, int, int | float], Tiles]
 
-# Not timed on any GPU. Chosen so that Triton 3.6 compiles them for compute capability 8.0, 9.0 and 10.0 without spilling registers,
-# with 16-byte asynchronous copies, and on the larger chips with as much of the tensor cores' widest instructions as that leaves
-# (128 x 256, 8 warps, spills 20 to 40 registers within the loop). `python -m experiments.bench kernels --chip=gpu` measures.
+# Not timed on any GPU. Chosen so that Triton 3.6 compiles them for compute capability 8.0, 9.0 and 10.0 (at widths of 2048 and 1408)
+# to tensor core instructions and 16-byte asynchronous copies, without spilling registers; 128 x 256 with 8 warps would read less,
+# but spills within the loop. `python -m experiments.bench kernels --chip=gpu` measures.
 _LARGE: Table = {
     ("gmm", 2, 64): Tiles(64, 128, 64, warps=4, stages=4),
     ("gmm", 2, math.inf): Tiles(128, 128, 64, warps=8, stages=4),

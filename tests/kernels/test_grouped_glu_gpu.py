@@ -28,14 +28,15 @@ def vjp(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, sizes: jax.Array, offs
 
 
 def test_forward_reads_x_once_and_writes_the_hidden_units_only() -> None:
-    lowered = lower_for("h100", grouped_glu, *shapes(jnp.bfloat16))
+    lowered = lower_for("h100", grouped_glu, *shapes(jnp.bfloat16, f=1024))
     [kernel] = triton_kernels(lowered)
     assert kernel.name == "grouped_glu"
     # Per step one tile of x and one of each matrix (stores, which Pallas lowers with a load that is not used, come after).
     loop = kernel.text[kernel.text.index("scf.for") : kernel.text.index("scf.yield")]
     assert re.findall(r"tt\.load .* : tensor<(\d+x\d+)x!", loop) == ["128x64", "64x128", "64x128"]
     assert loop.count("tt.dot ") == 2
-    assert len(re.findall(r"tt\.store ", kernel.text)) == 1
+    [store] = re.findall(r"tt\.store (.*) :", kernel.text)
+    assert store.count(",") == 2  # masked: rows past the group's end belong to other programs
     assert "stablehlo.dot_general" not in lowered.as_text()
 
 
