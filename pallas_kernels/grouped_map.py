@@ -67,9 +67,6 @@ def _bwd(function: Any, residuals: tuple[Any, ...], dy: Array) -> tuple[Any, Arr
 
     sums = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], jnp.float32), params)
     (dx,), totals = over_groups(step, params, (x, dy), group_sizes, stored, outputs=((x.shape[1], x.dtype),), sums=sums)
-    num_stored = jax.tree.leaves(params)[0].shape[0]
-    if num_stored != group_sizes.shape[0]:
-        totals = jax.tree.map(lambda t: jnp.zeros((num_stored, *t.shape[1:]), t.dtype).at[stored].add(t), totals)
     return jax.tree.map(lambda t, p: t.astype(p.dtype), totals, params), dx, None, None
 
 
@@ -98,9 +95,11 @@ def over_groups(
       sums: pytree of shapes and dtypes; None for no sums.
 
     Returns:
-      The outputs, zero in rows of no group, and the sums with a leading axis e, zero for empty groups.
+      The outputs, zero in rows of no group, and the sums with a leading axis like that of `params` (e without any): each
+      adds up the groups that are stored there, zero if those are empty.
     """
     m, e = rows[0].shape[0], group_sizes.shape[0]
+    num_stored = next((p.shape[0] for p in jax.tree.leaves(params)), e)
     tiles = tile_sizes(m, e)
     padding = tiles[0]
     loop = partial(_loop, step, tiles)
@@ -113,7 +112,7 @@ def over_groups(
         group_sizes,
         stored,
         tuple(jnp.zeros((m + padding, width), dtype) for width, dtype in outputs),
-        jax.tree.map(lambda s: jnp.zeros((e, *s.shape), s.dtype), sums),
+        jax.tree.map(lambda s: jnp.zeros((num_stored, *s.shape), s.dtype), sums),
     )
     row = jnp.arange(m)
     mine = ((row >= first) & (row < ends[-1]))[:, None]
@@ -145,7 +144,8 @@ def _loop(
 
     def group(turn: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         i = busy[turn]
-        mine = _slice(params, stored[i])
+        home = stored[i]
+        mine = _slice(params, home)
         at, end = starts[i], starts[i] + sizes[i]
         for j, tile in enumerate(tiles):
 
@@ -157,7 +157,7 @@ def _loop(
                 outputs = tuple(
                     jax.lax.dynamic_update_slice(y, w.astype(y.dtype), (start, 0)) for y, w in zip(outputs, written, strict=True)
                 )
-                return outputs, jax.tree.map(partial(_add_at, i), totals, terms)
+                return outputs, jax.tree.map(partial(_add_at, home), totals, terms)
 
             carry = jax.lax.fori_loop(0, turns[j, i], one, carry)
             at = at + turns[j, i] * tile

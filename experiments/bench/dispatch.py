@@ -76,7 +76,7 @@ DISPATCH = (
 )
 DECODE = tuple(
     Shape(f"n{n}", n=n, backends=("grouped", "gather") if n <= 8 else ("grouped",), bars=READ, read=True) for n in (1, 8, 64)
-)
+) + tuple(Shape(f"fine n{n}", n=n, d=64, f=32, e=256, k=4, backends=("grouped", "gather"), read=True) for n in (1, 8, 64))
 SCALING = tuple(Shape(f"e{e}", e=e) for e in (8, 32, 128, 512))
 
 
@@ -111,7 +111,7 @@ def _run(shape: Shape, repeats: int, against: tuple[str, ...]) -> Outcome:
 
 def chosen(shape: Shape) -> str:
     """The backend that `auto` takes for this shape."""
-    return choose(TopK(k=shape.k, capacity_factor=shape.capacity_factor)(jnp.zeros((1, shape.n, shape.e))))
+    return choose(TopK(k=shape.k, capacity_factor=shape.capacity_factor)(jnp.zeros((1, shape.n, shape.e))), shape.d)
 
 
 def notes(shape: Shape) -> tuple[str, ...]:

@@ -1,17 +1,16 @@
 """Dispatch: executing a plan on a bank. `dispatch(plan, bank, x, backend='auto')`."""
 
-import jax
 from jaxtyping import Array, Float
 
 from moejax.dispatch.backends import ACCEPTS, BACKENDS, Bank, gather_tokens, scatter_tokens
 from moejax.dispatch.layout import Batched, Grouped, Layout, Merged, PerToken
 from moejax.errors import ConfigError, nearest
 from moejax.routing.plan import ExpertChoice, Merge, Plan, SoftSlots
+from pallas_kernels.implementations import current_chip
 
-# A row that gathers its own expert reads d * f numbers; a sorted row shares that read with its group. Below this many rows per
-# expert on average there is nobody to share with (see experiments/bench).
-GATHER_ROWS_PER_EXPERT = 0.25
-
+# What the bench measured on a CPU (experiments/bench/results); a test holds `choose` to it.
+NARROW = 128  # width of tokens up to which a turn of a loop costs more than the tile it computes
+FEW_ROWS = 8  # rows per expert up to which slots waste less than loops do
 
 def dispatch(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str = "auto") -> Float[Array, "g n f"]:
     """`y[g, n] = sum over the plan's used entries of weight * expert(x[g, n])`.
@@ -25,7 +24,7 @@ def dispatch(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str = "a
     Raises:
       ConfigError: unknown backend, or one that cannot execute this kind of plan.
     """
-    name = choose(plan) if backend == "auto" else backend
+    name = choose(plan, x.shape[-1]) if backend == "auto" else backend
     if name not in BACKENDS:
         raise ConfigError(f"backend='{name}' is unknown{nearest(name, [*BACKENDS, 'auto'])}")
     if not isinstance(plan, ACCEPTS[name]):
@@ -34,9 +33,15 @@ def dispatch(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str = "a
     return BACKENDS[name](plan, bank, x)
 
 
-def choose(plan: Plan, platform: str | None = None) -> str:
-    """The backend that 'auto' stands for, from the plan's type and sizes and the platform (the default one's if None)."""
-    platform = platform or jax.default_backend()
+def choose(plan: Plan, width: int, platform: str | None = None) -> str:
+    """The backend that 'auto' stands for: the fastest one measured for such a plan.
+
+    Args:
+      plan: its type, sizes and capacity matter, not its data.
+      width: d, of the tokens.
+      platform: 'cpu', 'tpu' or 'gpu'; that of the kernels' target by default.
+    """
+    platform = platform or current_chip().platform
     if isinstance(plan, Merge):
         return "merged"
     if isinstance(plan, SoftSlots):
@@ -44,9 +49,14 @@ def choose(plan: Plan, platform: str | None = None) -> str:
     if isinstance(plan, ExpertChoice):
         return "capacity"
     g, n, k = plan.expert.shape
-    if g * n * k <= GATHER_ROWS_PER_EXPERT * plan.num_experts:
-        return "gather"
-    return "grouped"
+    rows = g * n * k
+    if platform == "cpu":
+        few = rows <= FEW_ROWS * plan.num_experts
+        if plan.capacity is not None:
+            return "capacity" if few or width <= NARROW else "grouped"
+        return "gather" if rows <= plan.num_experts and width <= NARROW else "grouped"
+    # Not measured: a row that gathers its expert has nobody to share the reading with.
+    return "gather" if 4 * rows <= plan.num_experts else "grouped"
 
 
 def backend_index(name: str) -> int:

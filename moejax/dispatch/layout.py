@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_glu import grouped_glu
 from pallas_kernels.grouped_map import grouped_map
 from pallas_kernels.grouped_matmul import AUTO, IMPLEMENTATIONS, grouped_matmul
 from pallas_kernels.implementations import resolve
+from pallas_kernels.low_rank import low_rank_grouped_matmul
 
 Activation = Callable[[Array], Array]
 Expert = Callable[[Any, Array, "Layout"], Array]
@@ -91,6 +93,18 @@ class Grouped(Layout):
         # A grouped matmul of width one rather than a gather, whose derivative would be a slow scatter-add of all rows.
         ones = jnp.ones((self.num_rows, 1), b.dtype)
         return grouped_matmul(ones, self._pick(b)[:, None], self.group_sizes, self.implementation)
+
+    def glu(
+        self, x: Float[Array, "m d"], w_gate: Float[Array, "e0 d f"], w_up: Float[Array, "e0 d f"], activation: Activation
+    ) -> Float[Array, "m f"]:
+        w_gate, w_up = (self._pick(w).astype(x.dtype) for w in (w_gate, w_up))
+        return grouped_glu(x, w_gate, w_up, self.group_sizes, activation, self.implementation)
+
+    def low_rank(self, x: Float[Array, "m d"], a: Float[Array, "e0 d r"], b: Float[Array, "e0 r f"]) -> Float[Array, "m f"]:
+        a, b = (self._pick(w).astype(x.dtype) for w in (a, b))
+        # The operation has every implementation of a grouped matmul but JAX's own, which does it as two of them.
+        name = "grouped_matmul" if self.implementation == "ragged_dot" else self.implementation
+        return low_rank_grouped_matmul(x, a, b, self.group_sizes, implementation=name)
 
     def map(self, expert: Expert, params: Any, x: Float[Array, "m d"]) -> Float[Array, "m f"]:
         if resolve("grouped_matmul", self.implementation, tuple(IMPLEMENTATIONS), AUTO) != "xla":

@@ -101,6 +101,6 @@ def ungroup_tokens(y: Float[Array, "g n f"], b: int, s: int, by: str) -> Float[A
 
 def run_plan(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str) -> tuple[Float[Array, "g n f"], Int[Array, ""]]:
     """Dispatch, and the index of the backend that ran."""
-    name = dispatch_lib.choose(plan) if backend == "auto" else backend
+    name = dispatch_lib.choose(plan, x.shape[-1]) if backend == "auto" else backend
     y = dispatch_lib.dispatch(plan, bank, x, name)
     return y, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)

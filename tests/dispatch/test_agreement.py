@@ -196,11 +196,11 @@ def test_choices_of_auto_are_all_in_the_agreement_test() -> None:
     tested = {b for b, _ in accepted()}
     sizes = [(1, 1, 1, 2), (1, 8, 2, 64), (4, 64, 2, 8), (1, 4096, 2, 32), (8, 512, 8, 256)]
     for platform in ("cpu", "gpu", "tpu"):
-        chosen = {choose(plan_of(p), platform) for p in PLANS}
+        chosen = {choose(plan_of(p), width, platform) for p in PLANS for width in (8, 4096)}
         for g, n, k, e in sizes:
             zeros = jnp.zeros((g, n, k), jnp.int32)
             plan = TokenChoice(zeros, zeros.astype(jnp.float32), zeros > 0, zeros > 0, num_experts=e)
-            chosen.add(choose(plan, platform))
+            chosen |= {choose(p, width, platform) for p in (plan, plan.replace(capacity=n)) for width in (8, 4096)}
         assert chosen <= tested
 
 

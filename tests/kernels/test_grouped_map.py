@@ -19,10 +19,10 @@ def expert(params: dict, rows: jax.Array) -> jax.Array:
 
 def parameters(rng: np.random.Generator, e: int) -> dict[str, np.ndarray]:
     shapes = {"w": (e, D, F), "b": (e, F), "v": (e, F, D)}
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
-def numpy_map(params: dict, x: np.ndarray, sizes: np.ndarray, stored: np.ndarray) -> np.ndarray:
+def numpy_map(params: dict, x: np.ndarray, sizes: np.ndarray, stored: tuple[int, ...]) -> np.ndarray:
     y, row = np.zeros((x.shape[0], D)), 0
     for i, size in enumerate(sizes):
         for _ in range(size):
@@ -32,8 +32,9 @@ def numpy_map(params: dict, x: np.ndarray, sizes: np.ndarray, stored: np.ndarray
     return y
 
 
-def masked(params: dict, x: jax.Array, sizes: np.ndarray, stored: np.ndarray) -> jax.Array:
+def masked(params: dict, x: jax.Array, sizes: jax.Array, stored: tuple[int, ...]) -> jax.Array:
     """Every expert on every row, then a mask: what JAX differentiates by itself."""
+    sizes = np.asarray(sizes)
     group = np.repeat(np.arange(len(sizes) + 1), [*sizes, x.shape[0] - sizes.sum()])
     each = [expert(jax.tree.map(lambda p, i=i: p[i : i + 1], params), x) for i in stored]
     return sum(jnp.where((group == i)[:, None], y, 0) for i, y in enumerate(each))
@@ -41,29 +42,29 @@ def masked(params: dict, x: jax.Array, sizes: np.ndarray, stored: np.ndarray) ->
 
 @pytest.mark.parametrize("stored", [(0, 1, 2, 3), (1, 0, 1, 2)], ids=["own", "tied"])
 def test_values_and_gradients_for_every_pattern_of_empty_groups(stored: tuple[int, ...], rng: np.random.Generator) -> None:
-    m, index = 45, np.array(stored, np.int32)
-    params, x = parameters(rng, 4), rng.normal(size=(m, D)).astype(np.float32)
+    m, index = 45, jnp.array(stored, jnp.int32)
+    params, x = parameters(rng, 4), jnp.asarray(rng.normal(size=(m, D)), jnp.float32)
     c = rng.normal(size=(m, D)).astype(np.float32)
-    ours = jax.jit(jax.value_and_grad(lambda p, x, s: (grouped_map(expert, p, x, s, index) * c).sum(), argnums=(0, 1)))
+    ours = jax.jit(jax.grad(lambda p, x, s: (grouped_map(expert, p, x, s, index) * c).sum(), argnums=(0, 1)))
     forward = jax.jit(lambda p, x, s: grouped_map(expert, p, x, s, index))
     for pattern in itertools.product([0, 1], repeat=4):
-        sizes = np.array(pattern, np.int32) * np.array([17, 1, 15, 8], np.int32)
-        np.testing.assert_allclose(forward(params, x, sizes), numpy_map(params, x, sizes, index), rtol=1e-5, atol=1e-5)
-        expected = jax.grad(lambda p, x, s=sizes: (masked(p, x, s, index) * c).sum(), argnums=(0, 1))(params, x)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours(params, x, sizes)[1], expected)
+        sizes = jnp.array(pattern, jnp.int32) * jnp.array([17, 1, 15, 8], jnp.int32)
+        by_hand = numpy_map(jax.tree.map(np.asarray, params), np.asarray(x), np.asarray(sizes), stored)
+        np.testing.assert_allclose(forward(params, x, sizes), by_hand, rtol=1e-5, atol=1e-5)
+        expected = jax.grad(lambda p, x, s=sizes: (masked(p, x, s, stored) * c).sum(), argnums=(0, 1))(params, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours(params, x, sizes), expected)
 
 
 def test_rows_past_the_last_group_reach_no_gradient(rng: np.random.Generator) -> None:
     """Not even as infinities: the last tile reaches into them."""
     params, x = parameters(rng, 2), rng.normal(size=(12, D)).astype(np.float32)
-    sizes, index = np.array([4, 3], np.int32), np.arange(2, dtype=np.int32)
-    spoiled = x.copy()
-    spoiled[7:] = np.inf
+    sizes, index = jnp.array([4, 3], jnp.int32), jnp.arange(2, dtype=jnp.int32)
+    spoiled = jnp.asarray(x).at[7:].set(jnp.inf)
 
     def loss(p: dict, x: jax.Array) -> jax.Array:
         return jnp.square(grouped_map(expert, p, x, sizes, index)[:7]).sum()
 
-    clean, dirty = (jax.grad(loss)(params, a) for a in (x, spoiled))
+    clean, dirty = (jax.grad(loss)(params, a) for a in (jnp.asarray(x), spoiled))
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
 
 
