@@ -25,7 +25,7 @@ from moejax.errors import ConfigError
 
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 COSMETIC = ("checkpoint", "train.log_every")
 RESULT_FIELDS = ("params", "active_params", "flops_per_step", "steps", "seconds", "first_step_seconds")
 

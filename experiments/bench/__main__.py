@@ -30,8 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("bench", nargs="?", default="dispatch")
     parser.add_argument("--cases", default="", help="comma-separated; all of them by default")
-    parser.add_argument("--against", default="", help="peers to time as well: ragged_dot, huggingface; for kernels: see there")
-    parser.add_argument("--chip", default="v5e", help="of the kernels bench")
+    parser.add_argument(
+        "--against", default="", help="peers to measure as well: ragged_dot, huggingface; all of its own for kernels"
+    )
+    parser.add_argument(
+        "--chip", default="v5e", help="of the bench of kernels: v5e, v5p, v6e, tpu7x, or gpu for the one at hand"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(argv)
@@ -49,6 +53,8 @@ def _run(options: argparse.Namespace) -> int:
     against = tuple(a for a in options.against.split(",") if a)
     if options.bench == "memory":
         return _memory(options)
+    if options.bench == "kernels":
+        return _gpu_kernels(options, against) if options.chip == "gpu" else _tpu_kernels(options, against)
     from experiments.bench import table
 
     cases, outcomes = _bench(options.bench, against, options.repeats)
@@ -76,6 +82,41 @@ def _memory(options: argparse.Namespace) -> int:
     path.write_text(json.dumps({"machine": machine(), "accounts": [asdict(a) for a in accounts]}, indent=1) + "\n")
     memory.plot(accounts, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png')}")
+    return 0
+
+
+def _tpu_kernels(options: argparse.Namespace, against: tuple[str, ...]) -> int:
+    from experiments.bench import kernels
+
+    chips = options.chip.split(",")
+    names = [c for c in options.cases.split(",") if c] or list(kernels.SHAPES)
+    for what, given, known in (("--chip", chips, (*kernels.CHIPS, "gpu")), ("--cases", names, kernels.SHAPES)):
+        check(what, given, known)
+    check("--against", against, kernels.PEERS)
+    rows: list[dict] = []
+
+    def kept() -> Iterator[dict]:
+        for row in kernels.run(chips, names, against or kernels.PEERS):
+            rows.append(row)
+            yield row
+
+    kernels.show(kept())
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "kernels.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    print(f"compiled ahead of time, nothing was run: seconds follow from counted bytes and FLOPs\nwrote {path}")
+    return 0
+
+
+def _gpu_kernels(options: argparse.Namespace, against: tuple[str, ...]) -> int:
+    from experiments.bench import gpu_kernels
+
+    names = [c for c in options.cases.split(",") if c] or list(gpu_kernels.SHAPES)
+    check("--cases", names, gpu_kernels.SHAPES)
+    check("--against", against, gpu_kernels.PEERS)
+    results = gpu_kernels.run([gpu_kernels.SHAPES[n] for n in names], options.repeats, against or gpu_kernels.PEERS)
+    print(gpu_kernels.table(results))
+    print(gpu_kernels.entries(results))
     return 0
 
 
