@@ -120,13 +120,18 @@ def over_groups(
 
 
 def tile_sizes(m: int, e: int) -> tuple[int, ...]:
-    """Rows of the tiles, largest first: up to four sizes from about a group's mean size down, each half of the one before.
+    """Rows of the tiles, largest first: one that holds nearly every group of balanced routing, and three from the mean size down.
 
-    Few, since a loop is compiled for each; the first no larger than 256, from where on matmuls gain nothing.
+    A group's gradient is read and written once a tile, so a group of the usual size should be one tile. Few sizes, since a loop is
+    compiled for each; none above 512, from where on the hidden rows leave the cache.
     """
     mean = max(m // max(e, 1), 1)
-    largest = min(256, max(8, _power_of_two(mean)), _power_of_two(m))
-    return tuple(largest >> i for i in range(4) if largest >> i)
+    unit = max(_power_of_two(mean) // 8, 4)
+    # Two standard deviations of a balanced multinomial above the mean.
+    usual = -(-round(mean + 2 * mean**0.5) // unit) * unit
+    base = min(256, max(8, _power_of_two(mean)))
+    sizes = {min(size, 512, _power_of_two(m)) for size in (max(usual, base), base, base // 2, base // 4)}
+    return tuple(sorted(sizes, reverse=True))
 
 
 def _power_of_two(n: int) -> int:

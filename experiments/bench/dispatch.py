@@ -68,7 +68,7 @@ DISPATCH = (
     Shape("reference", capped=("capacity", "einsum"), bars=LAYER),
     Shape("glu", glu=True, capped=("capacity",), bars=LAYER),
     Shape("skewed", skewed=True, bars=SKEW),
-    Shape("wide", n=512, d=512, f=2048, e=8, capped=("capacity",), bars=LAYER),
+    Shape("wide", n=512, d=512, f=2048, e=8, capped=("capacity",)),
     Shape("demo", **DEMO, capped=("capacity", "einsum")),
     Shape("reference capped", capacity_factor=1.25, backends=SLOTS),
     Shape("demo capped", capacity_factor=1.25, backends=SLOTS, **DEMO),
