@@ -6,6 +6,7 @@ and the grid's steps, and takes the least `max(FLOPs / peak, bytes / bandwidth) 
 
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -129,6 +130,8 @@ TILES: dict[tuple[str, str, int, int, int, int, int], Tiles] = {}
 
 # Seconds that a step of a kernel's grid takes beyond its arithmetic and its transfers.
 STEP_SECONDS = 0.35e-6
+# Multiply-adds of a step's matmuls, which are unrolled: enough to hide their ends, not so many that compiling takes long.
+_UNROLLED = 2**28
 # Of VMEM: what kernels may use, and what the tiles that the model counts may use of that.
 _LIMIT, _FILL = 0.8, 0.8
 
@@ -141,6 +144,11 @@ def chip() -> Tpu:
 def vmem_limit() -> int:
     """Bytes of VMEM that a kernel may use."""
     return int(chip().vmem * _LIMIT)
+
+
+def unrolled_limit(itemsize: int) -> int:
+    """Multiply-adds that a step may unroll; one of float32 is six of bfloat16."""
+    return _UNROLLED // (6 if itemsize == 4 else 1)
 
 
 def choose(kernel: Kernel, problem: Problem) -> Tiles:
@@ -171,15 +179,18 @@ def seconds(kernel: Kernel, problem: Problem, tiles: Tiles, on: Tpu) -> float:
 
 @functools.cache
 def _model(kernel: Kernel, problem: Problem, on: Tpu) -> Tiles:
-    budget = on.vmem * _LIMIT * _FILL
-    candidates = [
-        Tiles(rows, inner, columns, window)
-        for rows, inner, columns in itertools.product(_row_sizes(problem.m), _sizes(problem.d), _sizes(problem.f))
-        for window in {min(rows, size) for size in (64, 128, 256)}
-    ]
-    fitting = [tiles for tiles in candidates if problem.cost(kernel, tiles).vmem <= budget]
     # Among equals, the one that needs least VMEM.
-    return min(fitting, key=lambda t: (seconds(kernel, problem, t, on), problem.cost(kernel, t).vmem))
+    return min(_candidates(kernel, problem, on))[-1]
+
+
+def _candidates(kernel: Kernel, problem: Problem, on: Tpu) -> Iterator[tuple[float, int, Tiles]]:
+    """Those that fit, with their seconds and VMEM."""
+    sizes = itertools.product(_row_sizes(problem.m), _sizes(problem.d), _sizes(problem.f), (64, 128, 256))
+    for tiles in {Tiles(rows, inner, columns, min(rows, window)) for rows, inner, columns, window in sizes}:
+        unrolled = tiles.window * tiles.inner * min(128, tiles.columns) * problem.matrices
+        vmem = problem.cost(kernel, tiles).vmem
+        if vmem <= on.vmem * _LIMIT * _FILL and unrolled <= unrolled_limit(problem.itemsize):
+            yield seconds(kernel, problem, tiles, on), vmem, tiles
 
 
 def _row_sizes(m: int) -> list[int]:
@@ -191,7 +202,7 @@ def _row_sizes(m: int) -> list[int]:
 
 def _sizes(n: int) -> list[int]:
     """All of n, whatever it is, if it is not too long for one piece of code; or its parts, in multiples of the 128 lanes."""
-    parts = {_pad(_ceil(n, k)) for k in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128)}
+    parts = {_pad(_ceil(n, k)) for k in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 64, 128)}
     return sorted(size for size in parts if size < n) + ([n] if n % 128 == 0 or n <= 2048 else [])
 
 

@@ -29,16 +29,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels.grouped_matmul.tiles import Problem, Tiles, choose, vmem_limit
+from pallas_kernels.grouped_matmul.tiles import Problem, Tiles, choose, unrolled_limit, vmem_limit
 from pallas_kernels.grouped_matmul.visits import Visits, group_visits, row_visits
 
 Interpret = bool | pltpu.InterpretParams
 # For the interpreter, where memory that nobody wrote is NaN: small tiles, so that small arrays have several.
 INTERPRET = {"tiles": Tiles(rows=16, inner=128, columns=128, window=8), "interpret": pltpu.InterpretParams(detect_races=True)}
 
-# Multiply-adds of one step's matmuls, which are unrolled: enough to hide its ends, not so many that compiling takes long.
-_MATMUL = 2**28
-# Elements that one piece of elementwise code works on, unrolled likewise.
+# Elements that one piece of elementwise code works on; it is unrolled.
 _ELEMENTWISE = 2**17
 
 
@@ -123,7 +121,7 @@ def rows_by_groups(
     tiles = (tiles or choose("rows_by_groups", problem)).within(d, f)
     column_tiles, inner_tiles = pl.cdiv(f, tiles.columns), pl.cdiv(d, tiles.inner)
     visits = row_visits(group_sizes, group_offset, e0, m, tiles.rows)
-    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, _matmul(dtype) // len(matrices))
+    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, unrolled_limit(dtype.itemsize) // len(matrices))
     sums = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)] * (len(matrices) if inner_tiles > 1 else 0)
     operands = [pltpu.VMEM((tiles.window, tiles.inner), dtype)] * (0 if before is None else len(matrices))
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
@@ -241,7 +239,7 @@ def groups_by_rows(
     if 0 in (m, d, f, num_groups):
         return [jnp.zeros((num_groups, d, f), dtype)] * num_outputs
     tiles = (tiles or choose("groups_by_rows", problem)).within(d, f)
-    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, _matmul(x.dtype) // num_outputs)
+    chunk = _chunk(tiles.columns, tiles.window * tiles.inner, unrolled_limit(x.dtype.itemsize) // num_outputs)
     visits = group_visits(group_sizes, group_offset, num_groups, m, tiles.rows)
 
     def kernel(*refs: Any) -> None:
@@ -351,10 +349,6 @@ def _chunk(total: int, each: int, limit: int) -> int:
     if total % 128:
         return total
     return max(size for size in range(128, total + 1, 128) if total % size == 0 and (size * each <= limit or size == 128))
-
-
-def _matmul(dtype: DTypeLike) -> int:
-    return _MATMUL // (6 if dtype == jnp.float32 else 1)
 
 
 def _between(shape: tuple[int, ...], axis: int, low: Array | int, high: Array | int) -> Array:

@@ -6,6 +6,7 @@ of a group. With T row tiles and e0 groups there are at most T + e0 - 1 of them,
 has that length, so that no visit is spent on nothing.
 
 Both functions are pure in `group_sizes`; when several matmuls of a layer use the same row tiles, XLA computes the visits once.
+Everything is masked sums over small tables rather than scans, gathers and scalars: those would be one program each on TPU.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class Visits(NamedTuple):
     Attributes:
       group: the group whose matrix is used, counted from `group_offset`.
       tile: the row tile.
-      source: the row tile to read: `tile`, except that visits without rows of the group re-read a neighbour.
+      source: the row tile to read: `tile`, except that visits without rows of a group re-read a neighbour.
       start: first row of the group (of the whole array, not of the tile).
       end: one past its last row; `start == end` if the visit computes nothing.
       count: number of visits.
@@ -36,71 +37,74 @@ class Visits(NamedTuple):
 
 
 def row_visits(group_sizes: Int[Array, "e"], group_offset: Array, num_groups: int, m: int, tile_rows: int) -> Visits:
-    """Visits that touch every row tile: those without a computed row come once, to be filled with zeros."""
+    """Visits that touch every row tile, also those without a computed row, which are to be filled with zeros.
+
+    The rows before and after the computed ones are two more segments, whose visits (at most T + e0 + 1 in all) compute nothing
+    and name the matrix and the row tile next to them, which are in use anyway.
+    """
     start, end = _bounds(group_sizes, group_offset, num_groups)
-    num_tiles = -(-m // tile_rows)
-    empty = end == start
-    # Tiles before and after all computed rows form two more segments. They name the groups next to them, whose matrices are
-    # in use anyway.
-    nothing = jnp.all(empty)
-    before = jnp.where(nothing, num_tiles, start[0] // tile_rows)
-    after = jnp.where(nothing, num_tiles, _tiles(end[-1], tile_rows))
-    first_group, last_group = jnp.argmin(empty), num_groups - 1 - jnp.argmin(empty[::-1])
-    segments = _Segments(
-        first_tile=_around(0, start // tile_rows, after),
-        num_tiles=_around(before, jnp.where(empty, 0, _tiles(end, tile_rows) - start // tile_rows), num_tiles - after),
-        group=_around(first_group, jnp.arange(num_groups), last_group),
-        start=_around(0, start, 0),
-        end=_around(0, end, 0),
-    )
-    return _visits(segments, start[0], end[-1], num_tiles, tile_rows)
+    first, last = start[:1], end[-1:]
+    before = jnp.minimum(jnp.sum(end <= first, keepdims=True), num_groups - 1)
+    after = jnp.maximum(num_groups - 1 - jnp.sum(start >= last, keepdims=True), 0)
+    group = jnp.concatenate([before, jnp.arange(num_groups), after]).astype(jnp.int32)
+    start, end = jnp.concatenate([first * 0, start, last]), jnp.concatenate([first, end, last * 0 + m])
+    source = jnp.clip(jnp.concatenate([first, last - 1]), 0, m - 1)
+    return _visits(group, start, end, _tiles_of(start, end, tile_rows), source, m, tile_rows)
 
 
 def group_visits(group_sizes: Int[Array, "e"], group_offset: Array, num_groups: int, m: int, tile_rows: int) -> Visits:
     """Visits that touch every group: empty ones come once, to be filled with zeros. Tiles without a computed row do not come."""
     start, end = _bounds(group_sizes, group_offset, num_groups)
-    num_tiles = jnp.where(end == start, 1, _tiles(end, tile_rows) - start // tile_rows)
-    segments = _Segments(start // tile_rows, num_tiles, jnp.arange(num_groups), start, end)
-    return _visits(segments, start[0], end[-1], -(-m // tile_rows), tile_rows)
+    num_tiles = jnp.maximum(_tiles_of(start, end, tile_rows), 1)
+    return _visits(jnp.arange(num_groups), start, end, num_tiles, None, m, tile_rows)
 
 
-class _Segments(NamedTuple):
-    """Runs of consecutive row tiles, one per group (and two around them)."""
-
-    first_tile: Int[Array, "s"]
-    num_tiles: Int[Array, "s"]
-    group: Int[Array, "s"]
-    start: Int[Array, "s"]
-    end: Int[Array, "s"]
-
-
-def _visits(segments: _Segments, first: Array, last: Array, num_tiles: int, tile_rows: int) -> Visits:
-    length = max(num_tiles, 1) + segments.group.shape[0] - 1
-    ends = jnp.cumsum(segments.num_tiles)
-    begins = ends - segments.num_tiles
-    v = jnp.arange(length)[:, None]
+def _visits(
+    group: Int[Array, "s"],
+    start: Int[Array, "s"],
+    end: Int[Array, "s"],
+    num_tiles: Int[Array, "s"],
+    source_row: Int[Array, "2"] | None,
+    m: int,
+    tile_rows: int,
+) -> Visits:
+    """Visits of segments of rows, in order. With `source_row`, the first and the last segment compute nothing and read that row."""
+    s, most_tiles = group.shape[0], -(-m // tile_rows)
+    ends = _sums_up_to(num_tiles)
+    begins = ends - num_tiles
+    v = jnp.arange(most_tiles + s - 1)[:, None]
     inside = (begins <= v) & (v < ends)
 
     def of_visit(values: Array) -> Array:
-        # A masked sum over a handful of segments rather than a gather: it fuses.
         return jnp.sum(jnp.where(inside, values, 0), axis=1, dtype=jnp.int32)
 
-    tile = of_visit(segments.first_tile + v - begins)
-    low = jnp.minimum(first // tile_rows, num_tiles - 1)
-    source = jnp.clip(tile, low, jnp.maximum(_tiles(last, tile_rows) - 1, low))
-    group, start, end = (of_visit(a) for a in (segments.group, segments.start, segments.end))
-    return Visits(group, tile, source.astype(jnp.int32), start, end, ends[-1].astype(jnp.int32))
+    # An empty group at the end of all rows would begin a tile too many.
+    tile = jnp.minimum(jax.lax.div(start, tile_rows) + v - begins, most_tiles - 1)
+    source = tile
+    if source_row is not None:
+        segment = jnp.arange(s)
+        idle = (segment == 0) | (segment == s - 1)
+        source_tile = jax.lax.div(source_row, tile_rows)
+        source = jnp.where(idle, jnp.where(segment == 0, source_tile[0], source_tile[1]), tile)
+        start, end = jnp.where(idle, 0, start), jnp.where(idle, 0, end)
+    group, tile, source, start, end = (of_visit(a) for a in (group, tile, source, start, end))
+    return Visits(group, tile, source, start, end, ends[-1])
 
 
 def _bounds(group_sizes: Array, group_offset: Array, num_groups: int) -> tuple[Array, Array]:
-    ends = jnp.cumsum(group_sizes.astype(jnp.int32))
-    starts = ends - group_sizes.astype(jnp.int32)
-    return tuple(jax.lax.dynamic_slice(a, (group_offset,), (num_groups,)) for a in (starts, ends))
+    """First row, and one past the last row, of each of `num_groups` groups."""
+    group_sizes = group_sizes.astype(jnp.int32)
+    ends = _sums_up_to(group_sizes)
+    return tuple(jax.lax.dynamic_slice(a, (group_offset,), (num_groups,)) for a in (ends - group_sizes, ends))
 
 
-def _tiles(rows: Array, tile_rows: int) -> Array:
-    return (rows + tile_rows - 1) // tile_rows
+def _sums_up_to(values: Int[Array, "s"]) -> Int[Array, "s"]:
+    """Cumulative sums."""
+    index = jnp.arange(values.shape[0])
+    return jnp.sum(jnp.where(index[None] <= index[:, None], values[None], 0), axis=1, dtype=jnp.int32)
 
 
-def _around(before: Array | int, middle: Array, after: Array | int) -> Array:
-    return jnp.concatenate([jnp.asarray(before)[None], middle, jnp.asarray(after)[None]]).astype(jnp.int32)
+def _tiles_of(start: Array, end: Array, tile_rows: int) -> Array:
+    """Number of row tiles that hold rows start..end-1."""
+    tiles = jax.lax.div(end + tile_rows - 1, tile_rows) - jax.lax.div(start, tile_rows)
+    return jnp.where(end > start, tiles, 0)

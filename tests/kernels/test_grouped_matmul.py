@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul, permute, unpermute
-from pallas_kernels.grouped_matmul import AUTO, IMPLEMENTATIONS
 from pallas_kernels.grouped_map import tile_sizes
+from pallas_kernels.grouped_matmul import AUTO, IMPLEMENTATIONS
 
 # Kernels run here in their interpreters; `test_grouped_matmul_gpu` and its like lower and compile them.
 RUNNABLE = [name for name in IMPLEMENTATIONS if name not in ("tpu", "gpu")]
