@@ -15,7 +15,7 @@ KINDS = tuple(TOPOLOGIES)
 
 
 def no_races() -> bool:
-    """Whether the last kernel that ran in the TPU interpreter with `detect_races` had none."""
+    """Whether the last kernel that ran in the TPU interpreter with `detect_races` had none; wait for its results first."""
     return interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
 
 
