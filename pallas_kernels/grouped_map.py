@@ -158,9 +158,12 @@ def _loop(
                 outputs, totals = carry
                 start = at + t * tile
                 inside = None if whole else (start + jnp.arange(tile) < end)[:, None]
-                written, terms = step(mine, tuple(jax.lax.dynamic_slice(a, (start, 0), (tile, a.shape[1])) for a in rows), inside)
+                written, terms = step(
+                    mine, tuple(jax.lax.dynamic_slice(a, (start, 0), (tile, a.shape[1])) for a in rows), inside
+                )
                 outputs = tuple(
-                    jax.lax.dynamic_update_slice(y, w.astype(y.dtype), (start, 0)) for y, w in zip(outputs, written, strict=True)
+                    jax.lax.dynamic_update_slice(y, w.astype(y.dtype), (start, 0))
+                    for y, w in zip(outputs, written, strict=True)
                 )
                 return outputs, jax.tree.map(partial(_add_at, home), totals, terms)
 

@@ -12,6 +12,7 @@ from pallas_kernels.implementations import current_chip
 NARROW = 128  # width of tokens up to which a turn of a loop costs more than the tile it computes
 FEW_ROWS = 8  # rows per expert up to which slots waste less than loops do
 
+
 def dispatch(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str = "auto") -> Float[Array, "g n f"]:
     """`y[g, n] = sum over the plan's used entries of weight * expert(x[g, n])`.
 
