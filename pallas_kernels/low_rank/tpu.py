@@ -231,11 +231,13 @@ class _Visit(NamedTuple):
         def row(columns: int) -> Array:
             return tile * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
 
+        # A visit may compute nothing, and still name a tile and a pack: its rows are then none.
+        inside = (row(1) >= visits.start[v]) & (row(1) < visits.end[v])
         return cls(
             new_tile=(v == 0) | (visits.tile[before] != tile),
             new_pack=(v == 0) | (visits.group[before] != pack),
-            own=(row(bounds.shape[1]) >= bounds[0:1, :]) & (row(bounds.shape[1]) < bounds[1:2, :]),
-            inside=(row(1) >= visits.start[v]) & (row(1) < visits.end[v]),
+            own=inside & (row(bounds.shape[1]) >= bounds[0:1, :]) & (row(bounds.shape[1]) < bounds[1:2, :]),
+            inside=inside,
         )
 
 
