@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pallas_kernels.chips import TPUS, Tpu
+from pallas_kernels.chips import MIB, TPUS, Tpu
 from pallas_kernels.implementations import current_chip
 
 Kernel = Literal["rows_by_groups", "groups_by_rows"]
@@ -141,9 +141,9 @@ def chip() -> Tpu:
     return TPUS.get(current_chip().kind, TPUS["v5e"])
 
 
-def vmem_limit() -> int:
-    """Bytes of VMEM that a kernel may use."""
-    return int(chip().vmem * _LIMIT)
+def vmem_limit(cost: Cost) -> int:
+    """Bytes of VMEM that a kernel may use: what the model counts with room for error, so that XLA can use the rest."""
+    return min(int(chip().vmem * _LIMIT), cost.vmem * 3 // 2 + 8 * MIB)
 
 
 def unrolled_limit(itemsize: int) -> int:
