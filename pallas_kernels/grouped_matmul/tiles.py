@@ -141,9 +141,14 @@ def chip() -> Tpu:
     return TPUS.get(current_chip().kind, TPUS["v5e"])
 
 
-def vmem_limit(cost: Cost) -> int:
-    """Bytes of VMEM that a kernel may use: what the model counts with room for error, so that XLA can use the rest."""
-    return min(int(chip().vmem * _LIMIT), cost.vmem * 3 // 2 + 8 * MIB)
+def usable_vmem() -> int:
+    """Bytes of VMEM that a kernel may use at most."""
+    return int(chip().vmem * _LIMIT)
+
+
+def vmem_limit(counted: int) -> int:
+    """Bytes of VMEM to reserve for a kernel that counts so many: with room for error, so that XLA can use the rest."""
+    return min(usable_vmem(), counted * 3 // 2 + 8 * MIB)
 
 
 def unrolled_limit(itemsize: int) -> int:

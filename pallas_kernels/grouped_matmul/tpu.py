@@ -192,7 +192,7 @@ def rows_by_groups(
             scratch_shapes=[*sums, *operands],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit(cost)
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit(cost.vmem)
         ),
         cost_estimate=pl.CostEstimate(flops=cost.flops, bytes_accessed=cost.bytes, transcendentals=0),
         interpret=interpret,
@@ -294,7 +294,7 @@ def groups_by_rows(
             + [pltpu.VMEM((tiles.window, tiles.columns), x.dtype)] * num_outputs,
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(cost)
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(cost.vmem)
         ),
         cost_estimate=pl.CostEstimate(flops=cost.flops, bytes_accessed=cost.bytes, transcendentals=0),
         interpret=interpret,

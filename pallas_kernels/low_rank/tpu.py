@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.grouped_matmul import tpu as grouped_matmul
-from pallas_kernels.grouped_matmul.tiles import vmem_limit
+from pallas_kernels.grouped_matmul.tiles import usable_vmem, vmem_limit
 from pallas_kernels.grouped_matmul.visits import Visits, row_visits
 
 _ROWS = (256, 128, 64, 32, 16)  # sizes of row tiles, in order of preference
@@ -71,7 +71,7 @@ def vmem(rows: int, columns: int, d: int, f: int, itemsize: int, backward: bool)
 
 def tile_rows(m: int, columns: int, d: int, f: int, itemsize: int, backward: bool) -> int | None:
     """Rows of a tile: as many as fit, with a fifth to spare, and not many more than there are; None if nothing fits."""
-    fit = (rows for rows in _ROWS if 5 * vmem(rows, columns, d, f, itemsize, backward) <= 4 * vmem_limit())
+    fit = (rows for rows in _ROWS if 5 * vmem(rows, columns, d, f, itemsize, backward) <= 4 * usable_vmem())
     return next((rows for rows in fit if rows < 2 * m or rows == _ROWS[-1]), None)
 
 
@@ -163,6 +163,7 @@ def _call(
 
     outputs = [*row_outputs, *pack_outputs]
     derive = bool(pack_outputs)
+    reserved = vmem_limit(vmem(rows, packs.columns, d, f, by_row[0].dtype.itemsize, derive))
     return pl.pallas_call(
         kernel,
         out_shape=outputs,
@@ -181,7 +182,7 @@ def _call(
             ],
             scratch_shapes=[pltpu.VMEM((rows, row_outputs[0].shape[1]), jnp.float32)],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit()),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=reserved),
         cost_estimate=pl.CostEstimate(
             flops=2 * m * packs.columns * (d + f) * (3 if derive else 1),
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*by_row, a, b, *outputs)),
