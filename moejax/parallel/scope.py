@@ -1,0 +1,79 @@
+"""The mesh that a program is traced for: set around the trace, read by whatever has to know how arrays are split."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from moejax.parallel.mesh import BATCH_AXES
+
+# Logical axis -> mesh axes, of activations. Parameters' rules are in rules.py.
+_ACTIVATIONS = {"batch": BATCH_AXES, "heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",), "expert": ("expert",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How tokens travel to experts on other devices.
+
+    Attributes:
+      kind: 'auto', or a name of `moejax.dispatch.expert_parallel.EXCHANGES`.
+      chunks: pieces that a device's tokens are cut into, so that one piece is exchanged while another is computed.
+      bound: rows that one device may send to another, as a multiple of the mean; None for as many as there can be (dropless).
+    """
+
+    kind: str = "auto"
+    chunks: int = 1
+    bound: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """A mesh, and how tokens are exchanged over it. Hashable."""
+
+    mesh: Mesh
+    exchange: Exchange = Exchange()
+
+
+_current: ContextVar[Parallel | None] = ContextVar("parallel", default=None)
+
+
+def current() -> Parallel | None:
+    """What is being traced for; None on a single device."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def use(parallel: Parallel | None) -> Iterator[None]:
+    """Traces inside the `with` block are for this mesh."""
+    token = _current.set(parallel)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """`x`, split by the rules for activations: one logical axis name (or None) per dimension. The identity without a mesh.
+
+    A dimension that its mesh axes do not divide stays whole.
+    """
+    parallel = current()
+    if parallel is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(parallel.mesh, activation_spec(parallel.mesh, x.shape, axes)))
+
+
+def activation_spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Mesh axes of each dimension of an activation."""
+    entries: list[tuple[str, ...] | None] = []
+    for size, axis in zip(shape, axes, strict=True):
+        names = tuple(name for name in _ACTIVATIONS.get(axis or "", ()) if mesh.shape[name] > 1)
+        ways = 1
+        for name in names:
+            ways *= mesh.shape[name]
+        entries.append(names if names and size % ways == 0 else None)
+    return PartitionSpec(*entries)
