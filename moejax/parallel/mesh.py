@@ -36,7 +36,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
             raise ConfigError(f"mesh='{spec}': unknown axis '{name}'{nearest(name, MESH_AXES)}")
         if name in sizes:
             raise ConfigError(f"mesh='{spec}' names axis '{name}' twice")
-        if not (size.isdigit() and int(size) > 0 or size == "-1"):
+        if not ((size.isdigit() and int(size) > 0) or size == "-1"):
             raise ConfigError(
                 f"mesh='{spec}': {name}='{size}' is not a number of devices; write {name}=2, or {name}=-1 for the rest"
             )
