@@ -30,7 +30,7 @@ def gmm(x: Array, w: Array, group_sizes: Array, group_offset: Array, transpose: 
     e, width = w.shape[0], w.shape[1 if transpose else 2]
     first, _ = computed_rows(group_sizes, group_offset, e)
     sizes = jax.lax.dynamic_slice(group_sizes, (group_offset,), (e,))
-    (y,), _ = over_groups(step, w, (x,), sizes, jnp.arange(e), first, outputs=((width, x.dtype),))
+    (y,), _, _ = over_groups(step, w, (x,), sizes, jnp.arange(e), first, outputs=((width, x.dtype),))
     return y
 
 
@@ -44,5 +44,5 @@ def tgmm(x: Array, dy: Array, group_sizes: Array, group_offset: Array, num_group
     first, _ = computed_rows(group_sizes, group_offset, num_groups)
     sizes = jax.lax.dynamic_slice(group_sizes, (group_offset,), (num_groups,))
     sums = jax.ShapeDtypeStruct((x.shape[1], dy.shape[1]), jnp.float32)
-    _, dw = over_groups(step, (), (x, dy), sizes, jnp.arange(num_groups), first, sums=sums)
+    _, _, dw = over_groups(step, (), (x, dy), sizes, jnp.arange(num_groups), first, sums=sums)
     return dw
