@@ -27,13 +27,22 @@ _NO_MACHINE = {
 }
 
 
-@functools.cache
 def device_of(kind: str) -> jax.Device:
     """A described (absent) device of a chip kind: v5e, v5p, v6e or tpu7x."""
+    return devices_of(TOPOLOGIES[kind])[0]
+
+
+@functools.cache
+def devices_of(topology: str) -> tuple[jax.Device, ...]:
+    """The described (absent) devices of a slice of a pod, such as 'v5e:16x16'.
+
+    Raises:
+      jax.errors.JaxRuntimeError: libtpu knows no such chip or slice.
+    """
     if jax.default_backend() != "tpu":
         for name, value in _NO_MACHINE.items():
             os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices[0]
+    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
 def compile_for(kind: str, function: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
