@@ -30,19 +30,19 @@ def gmm(x: Array, w: Array, group_sizes: Array, group_offset: Array, transpose: 
     e, width = w.shape[0], w.shape[1 if transpose else 2]
     first, _ = computed_rows(group_sizes, group_offset, e)
     sizes = jax.lax.dynamic_slice(group_sizes, (group_offset,), (e,))
-    (y,), _, _ = over_groups(step, w, (x,), sizes, jnp.arange(e), first, outputs=((width, x.dtype),))
+    (y,), _, _ = over_groups(step, w, (x,), sizes, first=first, outputs=((width, x.dtype),))
     return y
 
 
 def tgmm(x: Array, dy: Array, group_sizes: Array, group_offset: Array, num_groups: int) -> Array:
     """`dw[i] = x[rows of i].T @ dy[rows of i]` in float32; see the package."""
 
-    def step(_: Any, tiles: tuple[Array, ...], inside: Array | None) -> tuple[tuple[()], Array]:
-        rows, grads = tiles if inside is None else (jnp.where(inside, a, 0) for a in tiles)
+    def step(_: Any, tiles: tuple[Array, ...], inside: Array) -> tuple[tuple[()], Array]:
+        rows, grads = (jnp.where(inside, a, 0) for a in tiles)
         return (), jax.lax.dot_general(rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     first, _ = computed_rows(group_sizes, group_offset, num_groups)
     sizes = jax.lax.dynamic_slice(group_sizes, (group_offset,), (num_groups,))
     sums = jax.ShapeDtypeStruct((x.shape[1], dy.shape[1]), jnp.float32)
-    _, _, dw = over_groups(step, (), (x, dy), sizes, jnp.arange(num_groups), first, sums=sums)
+    _, _, dw = over_groups(step, (), (x, dy), sizes, first=first, sums=sums)
     return dw
