@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moejax.parallel import for_use
+
 AXES = frozenset({"batch", "seq", "embed", "mlp", "heads", "kv", "expert", "layers", "vocab", "rank"})
 
 Initializer = Callable[..., Array]
 _recorder: ContextVar[dict[tuple[str, ...], tuple[str | None, ...]] | None] = ContextVar("axes_recorder", default=None)
+_whole: ContextVar[frozenset[str]] = ContextVar("whole_axes", default=frozenset())
 
 
 def param(
@@ -29,14 +32,19 @@ def param(
     dtype: Any = jnp.float32,
 ) -> Array:
     """Declares parameter `name` of `module` with one logical axis name (or None) per dimension."""
+    axes = tuple(None if axis in _whole.get() else axis for axis in axes)
     _record(module, name, shape, axes)
-    return module.param(name, init, shape, dtype)
+    return for_use(module.param(name, init, shape, dtype), axes)
 
 
 class Dense(nn.Dense):
     """`nn.Dense` whose kernel `[in, out]` carries logical axis names."""
 
     axes: tuple[str | None, str | None] = (None, None)
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.param`; a kernel or bias comes as it is used."""
+        return for_use(super().param(name, *args, **kwargs), self.axes if name == "kernel" else self.axes[1:])
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
@@ -65,6 +73,19 @@ def record_axes() -> Iterator[dict[tuple[str, ...], tuple[str | None, ...]]]:
         yield axes
     finally:
         _recorder.reset(token)
+
+
+@contextlib.contextmanager
+def whole(axis: str) -> Iterator[None]:
+    """Parameters that are declared inside the `with` block are not split along `axis`: their names say None there.
+
+    For experts that every token uses (shared experts, a dense layer as a bank of one): no token travels to them.
+    """
+    token = _whole.set(_whole.get() | {axis})
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def per_expert(init: Initializer) -> Initializer:

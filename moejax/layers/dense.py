@@ -8,18 +8,21 @@ from moejax.context import Context
 from moejax.dispatch.layout import Batched
 from moejax.experts.ffn import FFN, GLU
 from moejax.layers.registry import ffns
+from moejax.params import whole
 
 
 def run_single(bank: nn.Module, x: Float[Array, "*b d"], ctx: Context) -> Float[Array, "*b o"]:
     """Runs a bank of one expert on every row."""
-    y = bank(x.reshape(1, -1, x.shape[-1]), Batched(), ctx)
+    with whole("expert"):
+        y = bank(x.reshape(1, -1, x.shape[-1]), Batched(), ctx)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def sum_shared(bank: nn.Module, x: Float[Array, "*b d"], ctx: Context) -> Float[Array, "*b o"]:
     """Runs every expert of a bank on every row and sums the outputs: shared experts."""
     rows = x.reshape(-1, x.shape[-1])
-    y = bank(jnp.broadcast_to(rows, (bank.num_experts, *rows.shape)), Batched(), ctx).sum(0)
+    with whole("expert"):
+        y = bank(jnp.broadcast_to(rows, (bank.num_experts, *rows.shape)), Batched(), ctx).sum(0)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.context import Context
 from moejax.errors import ConfigError, nearest
 from moejax.models.registries import mixers
+from moejax.parallel import constrain, current
 from moejax.params import Dense, param
 
 QK_NORMS = ("none", "head", "projection")
@@ -82,6 +83,7 @@ class Attention(nn.Module):
             mask = visible(positions, key_positions, causal=True, window=self.window, key_valid=key_valid)
         else:
             mask = visible(positions, positions, self.causal, self.window, ctx.valid, ctx.segments, ctx.segments)
+        q, k, v = self._split_heads(q, k, v)
         y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
         return self._dense(d, ("heads", "embed"), "o")(y.reshape(b, s, -1))
 
@@ -89,6 +91,26 @@ class Attention(nn.Module):
         """Raises ConfigError if this layer lets a token see later ones; a decoder calls it with the layer's place."""
         if not self.causal:
             raise ConfigError(f"{where}.causal=False lets tokens see the future in a decoder; remove it")
+
+    def _split_heads(
+        self, q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j c"]
+    ) -> tuple[Float[Array, "b s h c"], Float[Array, "b t i c"], Float[Array, "b t i c"]]:
+        """On a tensor-parallel mesh each device computes some of the heads; key-value heads that are too few to be split are
+        repeated, so that each device has those that its queries need.
+
+        Raises:
+          ConfigError: query heads that would be cut; their parameters' size does not tell where a head ends.
+        """
+        parallel = current()
+        ways = 1 if parallel is None else parallel.mesh.shape["tensor"]
+        if self.num_heads % ways:
+            raise ConfigError(
+                f"num_heads={self.num_heads} in {'/'.join(self.path)} does not divide among tensor={ways} of the mesh; take "
+                f"{ways} or another multiple, or another size of tensor"
+            )
+        if k.shape[2] % ways:
+            k, v = (jnp.repeat(x, self.num_heads // k.shape[2], axis=2) for x in (k, v))
+        return tuple(constrain(x, "batch", "seq", "heads", None) for x in (q, k, v))
 
     def _project(self, x: Float[Array, "b s d"], name: str, heads: int, axis: str) -> Float[Array, "b s h c"]:
         b, s, d = x.shape

@@ -12,6 +12,7 @@ from moejax.models.attention import token_positions
 from moejax.models.inspection import check_causal
 from moejax.models.registries import models
 from moejax.models.stack import NamedBlock, Stack, block_table, pattern_blocks
+from moejax.parallel import constrain
 from moejax.params import param
 
 
@@ -69,7 +70,7 @@ class DecoderLM(nn.Module):
         if self.learned_positions:
             table = param(self, "position", init, (self.max_length, self.d_model), (None, "embed"))
             x = x + jnp.take(table, positions, axis=0)
-        x = x.astype(self.dtype)
+        x = constrain(x.astype(self.dtype), "batch", "seq", "embed")
 
         x = Stack(self.blocks, self.pattern, self.num_layers, self.scan, self.remat, name="stack")(x, ctx)
         norm = norms["rms_norm"](dtype=self.dtype, parent=None) if self.norm is None else self.norm
@@ -82,4 +83,4 @@ class DecoderLM(nn.Module):
         logits = jnp.einsum("bsd,dv->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         if self.logit_cap is not None:
             logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
-        return logits
+        return constrain(logits, "batch", "seq", "vocab")

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from moejax.context import Context
 from moejax.errors import ConfigError, nearest
 from moejax.models.registries import blocks
+from moejax.parallel import constrain
 from moejax.registry import Many
 
 SCANNED = "repeats"
@@ -120,6 +121,7 @@ class Repeat(nn.Module):
             call = nn.remat(_call, policy=REMAT[self.remat], prevent_cse=self.prevent_cse)
         for i, part in enumerate(self.parts):
             x = call(part.module.copy(name=block_name(i, part.name)), x, ctx)
+            x = constrain(x, "batch", "seq", "embed")
         return x, None
 
 

@@ -12,6 +12,7 @@ from moejax.errors import ConfigError, nearest
 from moejax.layers import norms
 from moejax.models.registries import models
 from moejax.models.stack import NamedBlock, Stack, block_table, pattern_blocks
+from moejax.parallel import constrain
 from moejax.params import Dense, param
 
 POSITIONS = ("learned", "sincos2d")
@@ -79,6 +80,7 @@ class ViT(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.d_model)), x], axis=1)
             ctx = _with_cls(ctx)
 
+        x = constrain(x, "batch", "seq", "embed")
         x = Stack(self.blocks, self.pattern, self.num_layers, self.scan, self.remat, name="stack")(x, ctx)
         norm = norms["layer_norm"](dtype=self.dtype, parent=None) if self.norm is None else self.norm
         x = norm.copy(name="final_norm")(x)

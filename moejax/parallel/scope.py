@@ -12,7 +12,14 @@ from jaxtyping import Array
 from moejax.parallel.mesh import BATCH_AXES
 
 # Logical axis -> mesh axes, of activations. Parameters' rules are in rules.py.
-_ACTIVATIONS = {"batch": BATCH_AXES, "heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",), "expert": ("expert",)}
+_ACTIVATIONS = {
+    "batch": BATCH_AXES,
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +30,13 @@ class Exchange:
       kind: 'auto', or a name of `moejax.dispatch.expert_parallel.EXCHANGES`.
       chunks: pieces that a device's tokens are cut into, so that one piece is exchanged while another is computed.
       bound: rows that one device may send to another, as a multiple of the mean; None for as many as there can be (dropless).
+      hosts: equal parts of the expert axis between which links are slow; None for as many hosts as its devices belong to.
     """
 
     kind: str = "auto"
     chunks: int = 1
     bound: float | None = None
+    hosts: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +63,17 @@ def use(parallel: Parallel | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def for_use(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """A parameter, gathered over the axes that only store it in parts (`fsdp`). The identity without a mesh.
+
+    Left to itself the partitioner may prefer to move activations, which are larger.
+    """
+    parallel = current()
+    if parallel is None or parallel.mesh.shape["fsdp"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(parallel.mesh, activation_spec(parallel.mesh, x.shape, axes)))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

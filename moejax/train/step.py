@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from moejax.errors import ConfigError
+from moejax.parallel import constrain
 from moejax.train.metrics import flatten
 from moejax.train.optim import Optimizer
 from moejax.train.tasks import Batch, Sums, Task
@@ -27,6 +28,7 @@ Tree = Any
 Metrics = dict[str, Any]
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 EvalStep = Callable[["TrainState", Batch], tuple[Sums, dict[str, Array]]]
+Place = Callable[[Tree], Tree]
 
 
 @struct.dataclass
@@ -72,14 +74,25 @@ def init_state(model: nn.Module, task: Task, optimizer: Optimizer, batch: Batch,
     )
 
 
-def make_train_step(model: nn.Module, task: Task, optimizer: Optimizer, accumulation: int = 1, jit: bool = True) -> TrainStep:
+def make_train_step(
+    model: nn.Module,
+    task: Task,
+    optimizer: Optimizer,
+    accumulation: int = 1,
+    jit: bool = True,
+    place: Place = lambda params: params,
+) -> TrainStep:
     """The function `(state, batch) -> (state, metrics)`, jitted with its state donated unless `jit=False`.
 
     The objective is the task's loss plus everything in the collection 'losses'. With `accumulation`, microbatches run one
     after the other and are weighted by their number of valid targets: the update equals that of the whole batch wherever a
     loss is a mean over targets or over equally weighted sequences. What looks at a batch as one (capacity of a group that
     spans the batch, a balance loss over the batch) sees a microbatch instead. Collections are updated once a step: every
-    microbatch starts from the same state and floating results are averaged, which is exact for running means.
+    microbatch starts from the same state and floating results are averaged, which is exact for running means. Of n
+    microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
+    each microbatch has its share of every device's rows and none has to move.
+
+    `place` says where a tree like the parameters lies, for gradients: their identity, with a sharding.
 
     Metrics: 'train/loss' (the task's, nats), 'train/objective', 'train/grad_norm' (before clipping), 'train/param_norm',
     'train/learning_rate', 'losses/<name>' (summed over layers), 'stats/<module>/<name>' (see `metrics.flatten`), and
@@ -108,14 +121,16 @@ def make_train_step(model: nn.Module, task: Task, optimizer: Optimizer, accumula
         return total, (sums, means, collections)
 
     def gradients(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, tuple[Any, ...]]:
-        return jax.grad(objective, has_aux=True)(state.params, state, batch, key)
+        grads, aux = jax.grad(objective, has_aux=True)(state.params, state, batch, key)
+        return place(grads), aux
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         if accumulation == 1:
             grads, (sums, means, collections) = gradients(state, batch, jax.random.fold_in(key, 0))
         else:
-            grads, (sums, means, collections) = _accumulate(gradients, task, state, batch, key, accumulation)
+            zeros = place(jax.tree.map(jnp.zeros_like, state.params))
+            grads, (sums, means, collections) = _accumulate(gradients, zeros, task, state, batch, key, accumulation)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm, param_norm = optax.global_norm(grads), optax.global_norm(params)
@@ -158,13 +173,18 @@ def make_eval_step(model: nn.Module, task: Task, jit: bool = True) -> EvalStep:
 
 
 def _accumulate(
-    gradients: Callable[..., Any], task: Task, state: TrainState, batch: Batch, key: Array, parts: int
+    gradients: Callable[..., Any], zeros: Tree, task: Task, state: TrainState, batch: Batch, key: Array, parts: int
 ) -> tuple[Tree, tuple[Any, ...]]:
     """`gradients` of the whole batch, from one microbatch after the other."""
     size = jax.tree.leaves(batch)[0].shape[0]
     if size % parts:
         raise ConfigError(f"data.batch_size={size} is not divisible by train.accumulation={parts}")
-    micro = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
+
+    def split(x: Array) -> Array:
+        x = x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    micro = jax.tree.map(split, batch)
     counts = jax.vmap(task.count)(micro)
     weights = counts / jnp.maximum(counts.sum(), 1)
 
@@ -173,7 +193,6 @@ def _accumulate(
         grads, aux = gradients(state, part, jax.random.fold_in(key, index))
         return jax.tree.map(lambda t, g: t + weight * g, total, grads), aux
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, (sums, means, collections) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
 
     def mean(stacked: Array) -> Array:
