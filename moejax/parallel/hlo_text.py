@@ -143,6 +143,12 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
+def shape_dims(shape: str) -> tuple[int, ...]:
+    """The sizes of the first array in a shape."""
+    match = _ARRAY.search(shape)
+    return tuple(int(d.lstrip("<=")) for d in match[2].split(",") if d) if match else ()
+
+
 def shape_dtype(shape: str) -> str:
     """The type of the first array in a shape."""
     match = _ARRAY.search(shape)
