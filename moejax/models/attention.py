@@ -17,6 +17,7 @@ from moejax.parallel import constrain, current
 from moejax.params import Dense, param
 
 QK_NORMS = ("none", "head", "projection")
+CHUNK = 512  # queries of a long sequence whose scores are in memory at a time
 
 
 @mixers.register("attention")
@@ -84,7 +85,7 @@ class Attention(nn.Module):
         else:
             mask = visible(positions, positions, self.causal, self.window, ctx.valid, ctx.segments, ctx.segments)
         q, k, v = self._split_heads(q, k, v)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        y = attend(q, k, v, mask)
         return self._dense(d, ("heads", "embed"), "o")(y.reshape(b, s, -1))
 
     def check_causal(self, where: str) -> None:
@@ -166,6 +167,27 @@ class Attention(nn.Module):
             used.value = used.value + valid.sum(axis=1)
         filled = jnp.arange(self.max_length) < used.value[:, None]
         return keys.value, values.value, at.value, filled
+
+
+def attend(
+    q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j c"], mask: Bool[Array, "b s t"]
+) -> Float[Array, "b s h c"]:
+    """Softmax attention to the keys that `mask` shows.
+
+    The scores of all queries are `[h, s, t]` in float32, which in long sequences is more than anything else in a block. So
+    they are computed for `CHUNK` queries at a time, and again in the backward pass, where `CHUNK` divides s.
+    """
+    b, s = q.shape[:2]
+    if s <= CHUNK or s % CHUNK:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+    def chunk(_: None, rows: tuple[Array, Array]) -> tuple[None, Array]:
+        queries, shown = rows
+        return None, jax.nn.dot_product_attention(queries, k, v, mask=shown[:, None])
+
+    rows = tuple(x.reshape(b, s // CHUNK, CHUNK, *x.shape[2:]).swapaxes(0, 1) for x in (q, mask))
+    _, y = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, rows)
+    return y.swapaxes(0, 1).reshape(q.shape)
 
 
 def visible(

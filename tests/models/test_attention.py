@@ -9,7 +9,7 @@ import pytest
 
 from moejax.context import Context
 from moejax.errors import ConfigError
-from moejax.models.attention import Attention, rope, visible
+from moejax.models.attention import CHUNK, Attention, attend, rope, visible
 
 B, S, D = 2, 7, 24
 
@@ -180,6 +180,33 @@ def test_cache_in_uneven_chunks_equals_one_pass(window):
     assert stored["position"][1, :5].tolist() == [4, 6, 7, 8, 9]
     assert not stored["key"][0, 6:].any()
     assert not stored["value"][1, 5:].any()
+
+
+def test_long_sequences_in_chunks_equal_all_queries_at_once(monkeypatch, rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 12, heads, 6)), jnp.float32) for heads in (4, 2, 2))
+    mask = jnp.asarray(np.tril(rng.random((2, 12, 12)) < 0.8) | np.eye(12, dtype=bool))
+
+    def run(q, k, v):
+        return jnp.sin(attend(q, k, v, mask)).sum(), attend(q, k, v, mask)
+
+    whole = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    monkeypatch.setattr("moejax.models.attention.CHUNK", 4)
+    assert "scan" in str(jax.make_jaxpr(run)(q, k, v))
+    chunked = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_long_sequences_never_hold_all_scores_in_memory():
+    heads, s = 8, 4 * CHUNK
+    q = jax.ShapeDtypeStruct((1, s, heads, 16), jnp.float32)
+
+    def loss(q, k, v):
+        mask = visible(jnp.arange(s)[None], jnp.arange(s)[None], causal=True)
+        return attend(q, k, v, mask).sum()
+
+    temporaries = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < heads * s * s * 4
 
 
 def test_visible_by_hand():
