@@ -86,7 +86,7 @@ def _memory(options: argparse.Namespace) -> int:
 
 
 def _tpu_kernels(options: argparse.Namespace, against: tuple[str, ...]) -> int:
-    from experiments.bench import kernels
+    from experiments.bench import kernels, table
 
     chips = options.chip.split(",")
     names = [c for c in options.cases.split(",") if c] or list(kernels.SHAPES)
@@ -104,7 +104,9 @@ def _tpu_kernels(options: argparse.Namespace, against: tuple[str, ...]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "kernels.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    print(f"compiled ahead of time, nothing was run: seconds follow from counted bytes and FLOPs\nwrote {path}")
+    table.plot("kernels", kernels.outcomes(rows), path.with_suffix(".png"))
+    print("compiled ahead of time, nothing was run: seconds follow from counted bytes and FLOPs")
+    print(f"wrote {path} and {path.with_suffix('.png')}")
     return 0
 
 

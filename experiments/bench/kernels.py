@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from experiments.bench.table import Outcome
+from experiments.bench.timing import Timing
 from pallas_kernels import grouped_glu, grouped_matmul
 from pallas_kernels.ahead import TOPOLOGIES, compile_for, device_of
 from pallas_kernels.chips import TPUS, Tpu
@@ -104,6 +106,20 @@ def show(rows: Iterable[dict[str, Any]]) -> None:
         )
 
 
+def outcomes(rows: Iterable[dict[str, Any]]) -> list[Outcome]:
+    """The rows as the cases of a bench, whose limit is the roofline and whose seconds are counted; for its plot."""
+    found: dict[str, Outcome] = {}
+    for row in rows:
+        if "error" in row:
+            continue
+        case = f"{row['chip']} {row['shape']}"
+        outcome = found.setdefault(case, Outcome(case, case, "roofline", {}, "ours"))
+        timings = outcome.timings.setdefault(f"{row['operation']} {row['pass']}, counted", {})
+        for name, seconds in (("roofline", row["roofline_seconds"]), (row["implementation"], row["seconds_counted"])):
+            timings[name] = Timing(seconds, seconds, seconds, row["compile_seconds"], 0)
+    return list(found.values())
+
+
 def _contestant(name: str) -> Contestant:
     """Raises ImportError if it is not installed."""
     if name == "ours":
@@ -114,6 +130,11 @@ def _contestant(name: str) -> Contestant:
         return Contestant(jax.lax.ragged_dot, lambda *_: None)
     if name == "tokamax":
         import tokamax
+        from absl import flags, logging
+
+        logging.set_verbosity(logging.ERROR)  # it warns of every shape that it has no tuned tiles for
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS(["bench"])  # it reads absl's flags, and would parse this program's command line for them
 
         # It asks the default device whether it may run, and has its tiles in the compiled text.
         return Contestant(
