@@ -31,10 +31,14 @@ def param(
     axes: tuple[str | None, ...],
     dtype: Any = jnp.float32,
 ) -> Array:
-    """Declares parameter `name` of `module` with one logical axis name (or None) per dimension."""
+    """Declares parameter `name` of `module` with one logical axis name (or None) per dimension.
+
+    It comes as it is used (`for_use`), but for stacks of experts, which dispatch gathers itself when it runs them.
+    """
     axes = tuple(None if axis in _whole.get() else axis for axis in axes)
     _record(module, name, shape, axes)
-    return for_use(module.param(name, init, shape, dtype), axes)
+    value = module.param(name, init, shape, dtype)
+    return value if "expert" in axes else for_use(value, axes)
 
 
 class Dense(nn.Dense):

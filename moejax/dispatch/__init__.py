@@ -1,16 +1,50 @@
 """Dispatch: executing a plan on a bank. `dispatch(plan, bank, x, backend='auto')`."""
 
+from collections.abc import Callable
+
 from jaxtyping import Array, Float
 
-from moejax.dispatch.backends import ACCEPTS, BACKENDS, Bank, gather_tokens, scatter_tokens
+from moejax.dispatch.backends import (
+    Bank,
+    capacity,
+    einsum,
+    gather,
+    gather_tokens,
+    grouped,
+    merged,
+    reference,
+    scatter_tokens,
+)
+from moejax.dispatch.expert_parallel import expert_parallel, limit
 from moejax.dispatch.layout import Batched, Grouped, Layout, Merged, PerToken
 from moejax.errors import ConfigError, nearest
-from moejax.routing.plan import ExpertChoice, Merge, Plan, SoftSlots
+from moejax.parallel.mesh import batch_ways
+from moejax.parallel.scope import current
+from moejax.routing.plan import ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
 from pallas_kernels.implementations import current_chip
 
 # What the bench measured on a CPU (experiments/bench/results); a test holds `choose` to it.
 NARROW = 128  # width of tokens up to which a turn of a loop costs more than the tile it computes
 FEW_ROWS = 8  # rows per expert up to which slots waste less than loops do
+
+BACKENDS: dict[str, Callable[[Plan, Bank, Array], Array]] = {
+    "reference": reference,
+    "einsum": einsum,
+    "capacity": capacity,
+    "grouped": grouped,
+    "gather": gather,
+    "merged": merged,
+    "expert_parallel": expert_parallel,
+}
+ACCEPTS: dict[str, tuple[type, ...]] = {
+    "reference": (TokenChoice, ExpertChoice, SoftSlots, Merge),
+    "einsum": (TokenChoice, ExpertChoice, SoftSlots),
+    "capacity": (TokenChoice, ExpertChoice),
+    "grouped": (TokenChoice, ExpertChoice),
+    "gather": (TokenChoice, ExpertChoice),
+    "merged": (Merge,),
+    "expert_parallel": (TokenChoice, ExpertChoice, SoftSlots),
+}
 
 
 def dispatch(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str = "auto") -> Float[Array, "g n f"]:
@@ -29,7 +63,7 @@ def dispatch(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str = "a
     if name not in BACKENDS:
         raise ConfigError(f"backend='{name}' is unknown{nearest(name, [*BACKENDS, 'auto'])}")
     if not isinstance(plan, ACCEPTS[name]):
-        able = [b for b, kinds in ACCEPTS.items() if isinstance(plan, kinds)]
+        able = [b for b, kinds in ACCEPTS.items() if isinstance(plan, kinds) and (b != "expert_parallel" or current())]
         raise ConfigError(f"backend='{name}' cannot execute a {type(plan).__name__} plan; use one of: {', '.join(able)}, auto")
     return BACKENDS[name](plan, bank, x)
 
@@ -38,13 +72,16 @@ def choose(plan: Plan, width: int, platform: str | None = None) -> str:
     """The backend that 'auto' stands for: the fastest one measured for such a plan.
 
     Args:
-      plan: its type, sizes and capacity matter, not its data.
+      plan: its type, sizes and capacity matter, not its data. On a mesh, sorting rows under automatic sharding would gather
+        them all on every device: plans go to 'expert_parallel' there.
       width: d, of the tokens.
       platform: 'cpu', 'tpu' or 'gpu'; that of the kernels' target by default.
     """
-    platform = platform or current_chip().platform
+    platform, parallel = platform or current_chip().platform, current()
     if isinstance(plan, Merge):
         return "merged"
+    if parallel is not None and parallel.mesh.size > 1 and _splits(plan, batch_ways(parallel.mesh)):
+        return "expert_parallel"
     if isinstance(plan, SoftSlots):
         return "einsum"
     if isinstance(plan, ExpertChoice):
@@ -60,6 +97,11 @@ def choose(plan: Plan, width: int, platform: str | None = None) -> str:
     return "gather" if 4 * rows <= plan.num_experts else "grouped"
 
 
+def _splits(plan: TokenChoice | ExpertChoice | SoftSlots, ways: int) -> bool:
+    """Whether the plan can be cut into the mesh's parts of a batch. Groups of soft slots cannot be cut themselves."""
+    return not isinstance(plan, SoftSlots) or plan.dispatch.shape[0] % ways == 0
+
+
 def backend_index(name: str) -> int:
     """Position of a backend in `BACKENDS`: how statistics say which one ran."""
     return list(BACKENDS).index(name)
@@ -67,5 +109,5 @@ def backend_index(name: str) -> int:
 
 __all__ = [
     "ACCEPTS", "BACKENDS", "Bank", "Batched", "Grouped", "Layout", "Merged", "PerToken",
-    "backend_index", "choose", "dispatch", "gather_tokens", "scatter_tokens",
+    "backend_index", "choose", "dispatch", "gather_tokens", "limit", "scatter_tokens",
 ]  # fmt: skip

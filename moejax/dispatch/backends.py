@@ -1,4 +1,4 @@
-"""Backends: ways of executing a plan on a bank. All agree with `reference` in value and gradient.
+"""Backends: ways of executing a plan on a bank, on one device or under automatic sharding. All agree with `reference` in value and gradient.
 
 | backend   | what it does                                                  | cost beyond the active FLOPs              |
 |-----------|---------------------------------------------------------------|-------------------------------------------|
@@ -114,21 +114,3 @@ def scatter_tokens(plan: ExpertChoice, y: Float[Array, "g e c f"]) -> Float[Arra
 def _scatter_add(rows: Float[Array, "m f"], token: Array, weight: Array, num_tokens: int) -> Float[Array, "t f"]:
     zeros = jnp.zeros((num_tokens, rows.shape[-1]), rows.dtype)
     return zeros.at[token].add(rows * weight[:, None].astype(rows.dtype))
-
-
-BACKENDS: dict[str, Callable[[Plan, Bank, Array], Array]] = {
-    "reference": reference,
-    "einsum": einsum,
-    "capacity": capacity,
-    "grouped": grouped,
-    "gather": gather,
-    "merged": merged,
-}
-ACCEPTS: dict[str, tuple[type, ...]] = {
-    "reference": (TokenChoice, ExpertChoice, SoftSlots, Merge),
-    "einsum": (TokenChoice, ExpertChoice, SoftSlots),
-    "capacity": (TokenChoice, ExpertChoice),
-    "grouped": (TokenChoice, ExpertChoice),
-    "gather": (TokenChoice, ExpertChoice),
-    "merged": (Merge,),
-}

@@ -6,7 +6,7 @@ A bank is written once against a few operations and never learns the layout:
     layout.take(b)                    every row's own expert's vector `b[e, f]`, broadcastable against the rows
     layout.glu(x, w_gate, w_up, act)  `act(x w_gate) * (x w_up)`, which some kernels do in one pass
     layout.low_rank(x, a, b)          `(x a) b` through a narrow middle, likewise
-    layout.map(expert, params, x)     the whole expert, `expert(params, x, layout)`, which a layout may run piece by piece
+    layout.map(expert, params, x)     the whole expert, `expert(params, x, layout)`, which a layout may run piece by piece, or elsewhere
 
 so that each dispatch backend serves every kind of expert. Parameters are cast to the rows' dtype (bfloat16 compute on float32
 parameters). `layout.tied(slots, num_stored)` maps the plan's experts to stored ones, for banks in which several slots share parameters.
@@ -27,7 +27,7 @@ from pallas_kernels.implementations import resolve
 from pallas_kernels.low_rank import low_rank_grouped_matmul
 
 Activation = Callable[[Array], Array]
-Expert = Callable[[Any, Array, "Layout"], Array]
+Expert = Callable[..., Array]
 
 
 class Layout(ABC):
@@ -50,12 +50,28 @@ class Layout(ABC):
     def low_rank(self, x: Float[Array, "*m d"], a: Float[Array, "e d r"], b: Float[Array, "e r f"]) -> Float[Array, "*m f"]:
         return self.dot(self.dot(x, a), b)
 
-    def map(self, expert: Expert, params: Any, x: Float[Array, "*m d"]) -> Float[Array, "*m f"]:
-        """`expert` is a pure function of its arguments, row by row: no randomness, no statistics, no traced value closed over.
+    def map(
+        self,
+        expert: Expert,
+        params: Any,
+        x: Float[Array, "*m d"],
+        axes: Any = None,
+        summed: str | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "*m f"]:
+        """What a bank returns as it is: across devices, outputs come back already weighted and summed.
 
-        Every leaf of `params` has the experts on its first axis.
+        Args:
+          expert: `expert(params, x, layout)`, or `expert(params, x, layout, key)` when a key is given: a pure function of its
+            arguments, row by row; no statistics, no traced value closed over, no randomness but that of `key`.
+          params: pytree whose every leaf has the experts on its first axis.
+          x: the rows.
+          axes: pytree like `params`: the logical axis names that each leaf was declared with.
+          summed: logical axis that outputs are sums over ('mlp' in a feed-forward expert), so that pieces of it can be computed
+            apart and added. Leaves that lack it are terms of that sum of their own, as an output bias is.
+          key: for experts that draw; each row, chunk and device draws its own.
         """
-        return expert(params, x, self)
+        return expert(params, x, self) if key is None else expert(params, x, self, key)
 
 
 @struct.dataclass
@@ -106,15 +122,24 @@ class Grouped(Layout):
         name = "grouped_matmul" if self.implementation == "ragged_dot" else self.implementation
         return low_rank_grouped_matmul(x, a, b, self.group_sizes, implementation=name)
 
-    def map(self, expert: Expert, params: Any, x: Float[Array, "m d"]) -> Float[Array, "m f"]:
+    def map(
+        self,
+        expert: Expert,
+        params: Any,
+        x: Float[Array, "m d"],
+        axes: Any = None,
+        summed: str | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "m f"]:
+        if key is not None:
+            return expert(params, x, self, key)  # draws for all rows at once
         if resolve("grouped_matmul", self.implementation, tuple(IMPLEMENTATIONS), AUTO) != "xla":
             return expert(params, x, self)
 
         def one(params: Any, rows: Array) -> Array:
             return expert(params, rows[None], Batched())[0]
 
-        stored = jnp.arange(self.group_sizes.shape[0], dtype=jnp.int32) if self.slots is None else self.slots
-        return grouped_map(one, params, x, self.group_sizes, stored)
+        return grouped_map(one, params, x, self.group_sizes, self.slots)
 
     def tied(self, slots: Int[Array, "e"], num_stored: int) -> "Grouped":
         return self.replace(slots=slots if self.slots is None else slots[self.slots])

@@ -1,14 +1,12 @@
 """Feed-forward experts: the two-matrix FFN of T5, Switch and ViT, and the gated one of Llama and Mixtral."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.context import Context
 from moejax.dispatch.layout import Layout
-from moejax.experts.registry import activation, banks
-from moejax.params import param, per_expert
+from moejax.experts.registry import activation, banks, declare, dropout
+from moejax.params import per_expert
 
 _INIT = per_expert(nn.initializers.lecun_normal())
 
@@ -36,23 +34,24 @@ class FFN(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*m d"], layout: Layout, ctx: Context | None = None) -> Float[Array, "*m o"]:
         e, d, f, o = self.num_experts, x.shape[-1], self.hidden, self.features or x.shape[-1]
-        params = {
-            "w_in": param(self, "w_in", _INIT, (e, d, f), ("expert", "embed", "mlp")),
-            "w_out": param(self, "w_out", _INIT, (e, f, o), ("expert", "mlp", "embed")),
+        declared = {
+            "w_in": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
+            "w_out": (_INIT, (e, f, o), ("expert", "mlp", "embed")),
         }
         if self.use_bias:
-            params["b_in"] = param(self, "b_in", nn.initializers.zeros, (e, f), ("expert", "mlp"))
-            params["b_out"] = param(self, "b_out", nn.initializers.zeros, (e, o), ("expert", "embed"))
+            declared["b_in"] = (nn.initializers.zeros, (e, f), ("expert", "mlp"))
+            declared["b_out"] = (nn.initializers.zeros, (e, o), ("expert", "embed"))
+        params, axes = declare(self, declared)
 
-        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+        def expert(p: dict[str, Array], x: Array, layout: Layout, key: Array | None = None) -> Array:
             h = layout.dot(x, p["w_in"])
             if self.use_bias:
                 h = h + layout.take(p["b_in"]).astype(x.dtype)
-            y = layout.dot(drop(activation(self.activation)(h)), p["w_out"])
+            h = activation(self.activation)(h)
+            y = layout.dot(h if key is None else dropout(h, self.dropout, key), p["w_out"])
             return y + layout.take(p["b_out"]).astype(x.dtype) if self.use_bias else y
 
-        drop = _dropout(self.dropout, ctx)
-        return expert(params, x, layout) if drop is not _keep else layout.map(expert, params, x)
+        return layout.map(expert, params, x, axes, summed="mlp", key=_dropout_key(self, ctx))
 
 
 @banks.register("glu")
@@ -68,24 +67,22 @@ class GLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*m d"], layout: Layout, ctx: Context | None = None) -> Float[Array, "*m o"]:
         e, d, f, o = self.num_experts, x.shape[-1], self.hidden, self.features or x.shape[-1]
-        params = {
-            "w_gate": param(self, "w_gate", _INIT, (e, d, f), ("expert", "embed", "mlp")),
-            "w_up": param(self, "w_up", _INIT, (e, d, f), ("expert", "embed", "mlp")),
-            "w_out": param(self, "w_out", _INIT, (e, f, o), ("expert", "mlp", "embed")),
-        }
+        params, axes = declare(
+            self,
+            {
+                "w_gate": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
+                "w_up": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
+                "w_out": (_INIT, (e, f, o), ("expert", "mlp", "embed")),
+            },
+        )
 
-        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+        def expert(p: dict[str, Array], x: Array, layout: Layout, key: Array | None = None) -> Array:
             h = layout.glu(x, p["w_gate"], p["w_up"], activation(self.activation))
-            return layout.dot(drop(h), p["w_out"])
+            return layout.dot(h if key is None else dropout(h, self.dropout, key), p["w_out"])
 
-        drop = _dropout(self.dropout, ctx)
-        return expert(params, x, layout) if drop is not _keep else layout.map(expert, params, x)
-
-
-def _dropout(rate: float, ctx: Context | None) -> Callable[[Array], Array]:
-    """Dropout on the hidden layer in training, else `_keep`. Dropout draws for all rows at once, so an expert that drops is not mapped."""
-    return nn.Dropout(rate, deterministic=False) if rate and ctx is not None and ctx.train else _keep
+        return layout.map(expert, params, x, axes, summed="mlp", key=_dropout_key(self, ctx))
 
 
-def _keep(h: Array) -> Array:
-    return h
+def _dropout_key(bank: FFN | GLU, ctx: Context | None) -> Array | None:
+    """A key in training, if there is anything to drop."""
+    return bank.make_rng("dropout") if bank.dropout and ctx is not None and ctx.train else None

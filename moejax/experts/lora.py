@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 
 from moejax.context import Context
 from moejax.dispatch.layout import Layout
-from moejax.experts.registry import banks
-from moejax.params import param, per_expert
+from moejax.experts.registry import banks, declare
+from moejax.params import per_expert
 
 
 @banks.register("lora")
@@ -30,8 +30,15 @@ class LoRA(nn.Module):
         e, d, r = self.num_experts, x.shape[-1], self.rank
         # Kaiming-uniform with a = sqrt(5), as in the reference implementation: U(-1/sqrt(d), 1/sqrt(d)).
         init = per_expert(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
-        params = {
-            "a": param(self, "a", init, (e, d, r), ("expert", "embed", "rank")),
-            "b": param(self, "b", nn.initializers.zeros, (e, r, self.features), ("expert", "rank", "mlp")),
-        }
-        return self.scale * layout.map(lambda p, x, layout: layout.low_rank(x, p["a"], p["b"]), params, x)
+        params, axes = declare(
+            self,
+            {
+                "a": (init, (e, d, r), ("expert", "embed", "rank")),
+                "b": (nn.initializers.zeros, (e, r, self.features), ("expert", "rank", "mlp")),
+            },
+        )
+
+        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+            return self.scale * layout.low_rank(x, p["a"], p["b"])
+
+        return layout.map(expert, params, x, axes)

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 from jaxtyping import Array
 
 from moejax.errors import ConfigError, nearest
+from moejax.params import Initializer, param
 from moejax.registry import Registry
 
 banks = Registry("bank")
+
+Axes = tuple[str | None, ...]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -18,6 +22,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jax.numpy.tanh,
     "identity": lambda x: x,
 }
+
+
+def declare(
+    module: nn.Module, parameters: dict[str, tuple[Initializer, tuple[int, ...], Axes]]
+) -> tuple[dict[str, Array], dict[str, Axes]]:
+    """Declares a bank's parameters, each by initializer, shape and logical axis names; gives them and their axes, for `Layout.map`."""
+    values = {name: param(module, name, *declared) for name, declared in parameters.items()}
+    return values, {name: axes for name, (_, _, axes) in parameters.items()}
+
+
+def dropout(x: Array, rate: float, key: Array) -> Array:
+    """Inverted dropout: zero with probability `rate`, scaled up otherwise."""
+    return jax.numpy.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def activation(name: str) -> Callable[[Array], Array]:

@@ -84,7 +84,9 @@ class MoE(nn.Module):
         self._check_fit(logits.shape[-1], select)
         plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train)
         valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
-        y, backend = run_plan(plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend)
+        y, plan, backend = run_plan(
+            plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend, self.group_by
+        )
         routing = Routing(logits, select.probabilities(logits), plan, valid)
         sow_routing(self, routing, self.losses, backend=backend)
         y = ungroup_tokens(y, b, s, self.group_by).astype(x.dtype)

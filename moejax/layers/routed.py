@@ -4,12 +4,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import dispatch as dispatch_lib
 from moejax.context import Context
 from moejax.dispatch.backends import Bank
 from moejax.errors import ConfigError
+from moejax.parallel.mesh import BATCH_AXES, batch_ways, shard_map
+from moejax.parallel.scope import current
 from moejax.routing.losses import Loss, Routing
 from moejax.routing.losses import losses as loss_registry
 from moejax.routing.plan import Plan, TokenChoice
@@ -40,13 +43,30 @@ def plan_tokens(
     """
     if module.has_variable("overrides", "logit_bias"):
         logits = logits + module.get_variable("overrides", "logit_bias")
-    random = {"key": module.make_rng("router")} if train and select.needs_key else {}
-    plan = select(logits, valid, bias=bias, train=train, **random)
+    if train and select.needs_key:
+        # Drawn for all groups at once, so that no mesh changes what is drawn.
+        plan = select(logits, valid, bias=bias, train=train, key=module.make_rng("router"))
+    else:
+        plan = _select(select, logits, valid, bias, train)
     if module.has_variable("overrides", "expert"):
         if not isinstance(plan, TokenChoice):
             raise ConfigError(f"overrides.expert in {'/'.join(module.path)} needs token choice, not {type(plan).__name__}")
         plan = select.weigh(logits, module.get_variable("overrides", "expert"), valid, train=train)
     return plan, logits
+
+
+def _select(select: Select, logits: Array, valid: Array | None, bias: Array | None, train: bool) -> Plan:
+    """The rule's plan. On a mesh each device plans the groups that it holds: XLA cannot cut kernels, nor every top-k, by itself."""
+    parallel = current()
+    if parallel is None or parallel.mesh.size == 1 or logits.shape[0] % batch_ways(parallel.mesh):
+        return select(logits, valid, bias=bias, train=train)
+
+    def plan_own(logits: Array, valid: Array | None, bias: Array | None) -> Plan:
+        return select(logits, valid, bias=bias, train=train)
+
+    groups = PartitionSpec(BATCH_AXES)
+    own = shard_map(plan_own, parallel.mesh, in_specs=(groups, groups, PartitionSpec()), out_specs=groups)
+    return own(logits, valid, bias)
 
 
 def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], **extra: Array) -> None:
@@ -99,8 +119,29 @@ def ungroup_tokens(y: Float[Array, "g n f"], b: int, s: int, by: str) -> Float[A
     return y.reshape(b, s, y.shape[-1])
 
 
-def run_plan(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str) -> tuple[Float[Array, "g n f"], Int[Array, ""]]:
-    """Dispatch, and the index of the backend that ran."""
+def run_plan(
+    plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str, by: str = "sequence"
+) -> tuple[Float[Array, "g n f"], Plan, Int[Array, ""]]:
+    """Dispatch: its output, the plan that was executed, and the index of the backend that ran.
+
+    The executed plan has less in it than the given one where an exchange between devices has a bound (`dispatch.limit`).
+
+    Args:
+      by: how `group_tokens` grouped the tokens. Groups of one position lie across the devices that a batch is split over, and
+        a token's choices are the same in any order: a mesh executes them sequence by sequence.
+    """
     name = dispatch_lib.choose(plan, x.shape[-1]) if backend == "auto" else backend
-    y = dispatch_lib.dispatch(plan, bank, x, name)
-    return y, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)
+    if name == "expert_parallel" and by == "position" and isinstance(plan, TokenChoice):
+        turned = dispatch_lib.limit(_turned(plan), current())
+        y = dispatch_lib.dispatch(turned, bank, x.swapaxes(0, 1), name).swapaxes(0, 1)
+        plan = plan.replace(used=turned.used.swapaxes(0, 1), dropped=turned.dropped.swapaxes(0, 1))
+    else:
+        plan = dispatch_lib.limit(plan, current()) if name == "expert_parallel" else plan
+        y = dispatch_lib.dispatch(plan, bank, x, name)
+    return y, plan, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)
+
+
+def _turned(plan: TokenChoice) -> TokenChoice:
+    """Groups for tokens and tokens for groups; what capacity the groups had, they have used."""
+    leaves = {name: getattr(plan, name).swapaxes(0, 1) for name in ("expert", "weight", "used", "dropped")}
+    return plan.replace(**leaves, capacity=None, limit=None)

@@ -1,0 +1,82 @@
+"""A bank's parameters on entry to `shard_map`: split as they are stored, gathered where the device needs more than it stores."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
+
+from moejax.dispatch.expert_parallel.hops import AXIS
+from moejax.parallel.rules import RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Entering:
+    """How one bank's parameters enter.
+
+    Attributes:
+      mesh: where to.
+      axes: pytree like the parameters: logical axis names of each, experts first. None: nothing but the experts is split.
+      summed: the axis that the experts' outputs are sums over, piece by piece; None if there is none. See `Layout.map`.
+    """
+
+    mesh: Mesh
+    axes: Any
+    summed: str | None
+
+    def split(self, params: Any) -> bool:
+        """Whether each device along `tensor` computes a piece of every expert; otherwise it computes whole experts for its own tokens."""
+        tensor = self.mesh.shape["tensor"]
+        if self.axes is None or tensor == 1 or RULES.get(self.summed or "") != "tensor":
+            return False
+        return all(p.shape[axes.index(self.summed)] % tensor == 0 for p, axes in self._leaves(params) if self.summed in axes)
+
+    def specs(self, params: Any) -> Any:
+        """The parameters as they are stored."""
+        return jax.tree.unflatten(
+            jax.tree.structure(params), [PartitionSpec(*self._stored(p.shape, axes)) for p, axes in self._leaves(params)]
+        )
+
+    def gather(self, params: Any, specs: Any, split: bool, dtype: Any) -> Any:
+        """Inside `shard_map`: this device's experts, whole or its piece of each.
+
+        What travels does so in the rows' dtype, in which it is used. Its derivative is a reduce-scatter.
+        """
+
+        def whole(p: Array, spec: PartitionSpec, axes: tuple[str | None, ...]) -> Array:
+            for dim, name in enumerate(spec):
+                if name in (None, AXIS) or (split and axes[dim] == self.summed):
+                    continue
+                narrow = jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize > jnp.dtype(dtype).itemsize
+                p = jax.lax.all_gather(p.astype(dtype) if narrow else p, name, axis=dim, tiled=True)
+            if split and self.summed not in axes:
+                # A term of the sum that has no pieces: one device adds it.
+                p = jnp.where(jax.lax.axis_index("tensor") == 0, p, jnp.zeros_like(p))
+            return p
+
+        leaves, structure = jax.tree.flatten(params)
+        flat_specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        names = [axes for _, axes in self._leaves(params)]
+        return jax.tree.unflatten(structure, [whole(*each) for each in zip(leaves, flat_specs, names, strict=True)])
+
+    def _leaves(self, params: Any) -> list[tuple[Array, tuple[str | None, ...]]]:
+        leaves, structure = jax.tree.flatten(params)
+        if self.axes is None:
+            return [(p, ("expert",) + (None,) * (p.ndim - 1)) for p in leaves]
+        return list(zip(leaves, structure.flatten_up_to(self.axes), strict=True))
+
+    def _stored(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> list[str | None]:
+        """Mesh axes by the rules; a dimension that its axis does not divide is stored whole."""
+        stored: list[str | None] = [AXIS]
+        for size, axis in zip(shape[1:], axes[1:], strict=True):
+            name = RULES.get(axis or "")
+            fits = name is not None and name not in stored and self.mesh.shape[name] > 1 and size % self.mesh.shape[name] == 0
+            stored.append(name if fits else None)
+        return stored
+
+
+def pad_experts(params: Any, shards: int) -> Any:
+    """Experts that nobody chooses, so that each shard has as many."""
+    return jax.tree.map(lambda p: jnp.pad(p, ((0, -p.shape[0] % shards), *((0, 0),) * (p.ndim - 1))), params)

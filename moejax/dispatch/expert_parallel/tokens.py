@@ -1,0 +1,169 @@
+"""Token choice on a mesh: every device sends its own tokens to their experts, computes what it was sent, and gets its tokens back."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from moejax.dispatch.backends import gather, grouped
+from moejax.dispatch.expert_parallel.exchanges import TOKEN_EXCHANGES, Sizes
+from moejax.dispatch.expert_parallel.hops import AXIS, Hop, collect, send
+from moejax.dispatch.expert_parallel.parameters import Entering
+from moejax.dispatch.layout import Expert, Layout
+from moejax.parallel.mesh import BATCH_AXES, MESH_AXES, shard_map
+from moejax.parallel.scope import Parallel
+from moejax.routing.plan import TokenChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a bank handed to `Layout.map`."""
+
+    expert: Expert
+    params: Any
+    axes: Any
+    summed: str | None
+    key: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How `tokens` tokens are split over a mesh: one part to each device of the batch axes, chunks of each to devices along `tensor`.
+
+    Parts are equal; what the numbers do not divide is padded with tokens that choose nobody.
+    """
+
+    tokens: int
+    parts: int
+    tensor: int
+    chunks: int
+
+    @classmethod
+    def of(cls, tokens: int, parallel: Parallel) -> "Split":
+        sizes = parallel.mesh.shape
+        parts = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        return cls(tokens, parts, sizes["tensor"], parallel.exchange.chunks)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of one chunk of one device."""
+        return -(-self.tokens // (self.parts * self.tensor * self.chunks))
+
+    @property
+    def each(self) -> int:
+        """Tokens of one part, padding within parts not counted."""
+        return -(-self.tokens // self.parts)
+
+    def apart(self, values: Array) -> Array:
+        """`[tokens, ...]` as `[parts, tensor * chunks * chunk, ...]`; parts that are equal as they are stay where they are."""
+        values = pad_axis(values, 0, self.parts * self.each).reshape(self.parts, self.each, *values.shape[1:])
+        return pad_axis(values, 1, self.tensor * self.chunks * self.chunk)
+
+    def together(self, values: Array) -> Array:
+        """The inverse of `apart`."""
+        return values[:, : self.each].reshape(-1, *values.shape[2:])[: self.tokens]
+
+
+def run_tokens(
+    plan: TokenChoice, x: Float[Array, "g n d"], call: Call, kind: str, sizes: Sizes, parallel: Parallel
+) -> Float[Array, "g n f"]:
+    """Executes a plan by an exchange of tokens.
+
+    Devices along `tensor` share a part of the batch: each exchanges tokens of its own (none twice), and those that compute
+    pieces of the same experts show each other what they received.
+    """
+    g, n, d = x.shape
+    mesh, split = parallel.mesh, Split.of(g * n, parallel)
+    entering = Entering(mesh, call.axes, call.summed)
+    specs, pieces = entering.specs(call.params), entering.split(call.params)
+    steps = TOKEN_EXCHANGES[kind].steps(sizes) if sizes.shards > 1 else ()
+
+    def device(x: Array, choice: Array, weight: Array, params: Any, key: Array | None) -> Array:
+        params = entering.gather(params, specs, pieces, x.dtype)
+        if key is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(MESH_AXES))
+        chunks = [a[0].reshape(split.chunks, split.chunk, -1) for a in (x, choice, weight)]
+        ys = []
+        for i in range(split.chunks):
+            chunk_key = None if key is None else jax.random.fold_in(key, i)
+            compute = _compute(call.expert, params, chunk_key, sizes, pieces)
+            ys.append(_exchanged(*(a[i] for a in chunks), steps, sizes, compute))
+        return jnp.concatenate(ys)[None]
+
+    # A choice is its expert's number plus one; zero is nobody, which is also what padding is.
+    choice = jnp.where(plan.used, plan.expert + 1, 0)
+    weight = jnp.where(plan.used, plan.weight, 0).astype(jnp.float32)
+    flat = [split.apart(a.reshape(g * n, -1)) for a in (x, choice, weight)]
+    rows = PartitionSpec(BATCH_AXES, "tensor")
+    spread = shard_map(device, mesh, in_specs=(rows, rows, rows, specs, PartitionSpec()), out_specs=rows)
+    return split.together(spread(*flat, call.params, call.key)).reshape(g, n, -1)
+
+
+def _exchanged(
+    x: Float[Array, "n d"],
+    choice: Array,
+    weight: Array,
+    steps: tuple[Callable[[Array], Hop], ...],
+    sizes: Sizes,
+    compute: Callable,
+) -> Float[Array, "n f"]:
+    """There, computed, and back."""
+    hops = []
+    # Numbers of experts are exact in float32, so that choices and weights travel as one.
+    beside = jnp.concatenate([weight, choice.astype(jnp.float32)], axis=1)
+    for step in steps:
+        # Nobody, -1 here, is in shard -1.
+        hop = step((_choice(beside) - 1) // sizes.experts_per_shard)
+        x, beside = checkpoint_name(send(hop, x), "exchanged"), checkpoint_name(send(hop, beside), "exchanged")
+        hops.append(hop)
+    y = compute(x, beside)
+    for hop in reversed(hops):
+        y = checkpoint_name(collect(hop, y), "exchanged")
+    return y
+
+
+def _choice(beside: Float[Array, "n k2"]) -> Array:
+    """What travelled beside the rows, without the weights."""
+    return jax.lax.stop_gradient(beside[:, beside.shape[1] // 2 :]).astype(jnp.int32)
+
+
+def _compute(expert: Expert, params: Any, key: Array | None, sizes: Sizes, pieces: bool) -> Callable[[Array, Array], Array]:
+    """The experts of this device on the tokens that came here: `y[r] = sum of weight * expert(x[r])` over those that it chose."""
+
+    def bank(rows: Array, layout: Layout) -> Array:
+        return layout.map(expert, params, rows, key=key)
+
+    def compute(x: Array, beside: Array) -> Array:
+        if pieces:
+            x, beside = (jax.lax.all_gather(a, "tensor", tiled=True) for a in (x, beside))
+        choice, weight, experts = _choice(beside), beside[:, : sizes.k], sizes.experts_per_shard
+        local = choice - 1 - experts * _shard(sizes)
+        mine = (choice > 0) & (local >= 0) & (local < experts)
+        if experts < sizes.k:
+            # Fewer experts than choices: one row for each expert, with the sum of the weights of the choices that name it.
+            named = mine[..., None] & (local[..., None] == jnp.arange(experts))
+            weight, mine = jnp.where(named, weight[..., None], 0).sum(1), named.any(1)
+            local = jnp.broadcast_to(jnp.arange(experts), mine.shape)
+        plan = TokenChoice(jnp.where(mine, local, 0)[None], weight[None], mine[None], jnp.zeros_like(mine)[None], experts)
+        # A handful of rows, as in decoding: nobody to share the reading of an expert with.
+        run = gather if 4 * plan.expert.size <= sizes.experts_per_shard else grouped
+        y = run(plan, bank, x[None])[0]
+        return jax.lax.psum_scatter(y, "tensor", tiled=True) if pieces else y
+
+    return compute
+
+
+def _shard(sizes: Sizes) -> Array | int:
+    return jax.lax.axis_index(AXIS) if sizes.shards > 1 else 0
+
+
+def pad_axis(values: Array, axis: int, size: int) -> Array:
+    """Zeros at the end of an axis, up to a size."""
+    padding = [(0, 0)] * values.ndim
+    padding[axis] = (0, size - values.shape[axis])
+    return jnp.pad(values, padding) if size > values.shape[axis] else values

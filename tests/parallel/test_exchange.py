@@ -1,0 +1,244 @@
+"""Expert parallelism against the oracle: every exchange, mesh, plan and bank, in value and gradient, on eight devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.dispatch import Batched, choose, dispatch, limit
+from moejax.dispatch.expert_parallel import count_hosts, exchanges
+from moejax.errors import ConfigError
+from moejax.experts import FFN, GLU, LoRA
+from moejax.parallel import Exchange, Parallel, make_mesh, use
+from moejax.routing import ExpertTopK, Merge, Plan, SoftTopAll, TokenChoice, TopK
+
+G, N, D, E = 8, 6, 4, 8
+MESHES = ("expert=8", "data=2,expert=4", "fsdp=2,expert=2,tensor=2", "data=8")
+BANKS = {
+    "ffn": FFN(hidden=6, num_experts=E, use_bias=True),
+    "glu": GLU(hidden=6, num_experts=E),
+    "lora": LoRA(rank=2, features=5, num_experts=E, scale=0.5),
+}
+
+
+def logits(seed: int, g: int = G, n: int = N) -> jax.Array:
+    return 2 * jax.random.normal(jax.random.key(seed), (g, n, E))
+
+
+def ragged(plan: TokenChoice, seed: int) -> TokenChoice:
+    """Random choices switched off, and signed weights."""
+    a, b = jax.random.split(jax.random.key(seed))
+    used = plan.used & jax.random.bernoulli(a, 0.5, plan.used.shape)
+    return plan.replace(used=used, weight=jax.random.normal(b, plan.weight.shape))
+
+
+VALID = jnp.arange(N)[None] < jnp.array([N, 3, 0, 5, N, 1, N, 2])[:, None]
+
+# Plans of equal structure share a compiled program.
+ROUTINGS: dict[str, Callable[[], TokenChoice]] = {
+    "uneven": lambda: TopK(k=2)(logits(0) + 2 * jnp.arange(E) / E),
+    "empty_experts": lambda: TopK(k=2)(logits(1).at[..., jnp.array([0, 3, 4, 7])].add(-50.0)),
+    "one_expert_takes_all": lambda: TopK(k=2)(logits(2).at[..., 5].add(50.0)),
+    "one_shard_takes_all": lambda: TopK(k=2)(logits(3).at[..., 6:].add(50.0)),
+    "invalid_tokens": lambda: TopK(k=2, normalise=True)(logits(4), VALID),
+    "ragged": lambda: ragged(TopK(k=2)(logits(5)), 6),
+    "nobody": lambda: ragged(TopK(k=2)(logits(6), jnp.zeros((G, N), bool)), 7),
+}
+SLOTTED: dict[str, Callable[[], Plan]] = {
+    "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), VALID),
+    "expert_choice": lambda: ExpertTopK(capacity_factor=1.5)(logits(9), VALID),
+    "expert_choice_over_all": lambda: ExpertTopK(capacity_factor=1.0)(logits(10, 1, G * N)),
+    "soft_slots": lambda: SoftTopAll(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), VALID),
+}
+
+
+@functools.cache
+def params_of(bank: str) -> Any:
+    shapes = jax.eval_shape(BANKS[bank].init, jax.random.key(0), jnp.zeros((E, 1, D)), Batched())
+    leaves, tree = jax.tree.flatten(shapes)
+    # No zeros, biases and LoRA's B included, so that none can be ignored unnoticed.
+    return tree.unflatten([jax.random.normal(jax.random.key(30 + i), a.shape) / 2 for i, a in enumerate(leaves)])
+
+
+def weights_of(plan: Plan) -> dict[str, jax.Array]:
+    """The plan's differentiable leaves."""
+    return {name: getattr(plan, name) for name in ("weight", "dispatch", "combine") if hasattr(plan, name)}
+
+
+@functools.cache
+def compiled(mesh: str | None, exchange: Exchange, bank: str) -> Callable[..., tuple]:
+    """Output, and gradients of a random projection of it in parameters, tokens and plan weights."""
+
+    def run(params: Any, x: jax.Array, weights: Any, plan: Plan) -> tuple[jax.Array, jax.Array]:
+        backend = "reference" if mesh is None else "expert_parallel"
+        y = dispatch(plan.replace(**weights), lambda rows, layout: BANKS[bank].apply(params, rows, layout), x, backend)
+        return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
+
+    step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
+    parallel = None if mesh is None else Parallel(make_mesh(mesh), exchange)
+
+    def traced(*args: Any) -> tuple:
+        with use(parallel):
+            (_, y), gradients = step(*args)
+        return y, gradients
+
+    return traced
+
+
+def check(plan: Plan, mesh: str, exchange: Exchange, bank: str = "ffn") -> None:
+    g, n = (1, G * N) if getattr(plan, "num_tokens", N) == G * N else (G, N)
+    args = params_of(bank), jax.random.normal(jax.random.key(20), (g, n, D)), weights_of(plan), plan
+    expected, actual = compiled(None, Exchange(), bank)(*args), compiled(mesh, exchange, bank)(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
+
+
+class TestTokens:
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    @pytest.mark.parametrize("mesh", MESHES)
+    def test_padded_rows_on_every_mesh(self, mesh: str, routing: str) -> None:
+        check(ROUTINGS[routing](), mesh, Exchange("padded"))
+
+    @pytest.mark.parametrize("bank", ["glu", "lora"])
+    def test_other_banks(self, bank: str) -> None:
+        for routing in ("uneven", "invalid_tokens"):
+            check(ROUTINGS[routing](), "fsdp=2,expert=2,tensor=2", Exchange("padded"), bank)
+
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    def test_by_way_of_hosts(self, routing: str) -> None:
+        check(ROUTINGS[routing](), "expert=8", Exchange("hierarchical", hosts=2))
+
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    def test_in_chunks(self, routing: str) -> None:
+        check(ROUTINGS[routing](), "fsdp=2,expert=2,tensor=2", Exchange("padded", chunks=2))
+
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    def test_ragged_rows(self, emulated: None, routing: str) -> None:
+        check(ROUTINGS[routing](), "data=2,expert=4", Exchange("ragged"))
+
+
+class TestSlots:
+    @pytest.mark.parametrize("plan", SLOTTED)
+    @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", "expert=8"])
+    def test_slots(self, mesh: str, plan: str) -> None:
+        check(SLOTTED[plan](), mesh, Exchange("capacity", chunks=2 if "tensor" in mesh else 1))
+
+
+class TestBound:
+    def test_the_first_tokens_of_a_device_are_kept_for_each_shard(self) -> None:
+        plan = ROUTINGS["uneven"]()
+        parallel = Parallel(make_mesh("data=2,expert=4"), Exchange("padded", bound=0.5))
+        most = 2  # 0.5 times the mean: 6 tokens of 2 choices on 4 shards, rounded up
+        used = np.array(plan.used)
+        for g in range(G):
+            seen = [set() for _ in range(4)]
+            for n, j in np.ndindex(N, 2):
+                shard = int(plan.expert[g, n, j]) // 2
+                if n in seen[shard] or len(seen[shard]) < most:
+                    seen[shard].add(n)
+                else:
+                    used[g, n, j] = False
+        limited = limit(plan, parallel)
+        np.testing.assert_array_equal(limited.used, used)
+        np.testing.assert_array_equal(limited.dropped, np.asarray(plan.used) & ~used)
+        assert 0 < used.sum() < np.asarray(plan.used).sum()
+        jax.tree.map(np.testing.assert_array_equal, limit(limited, parallel), limited)
+
+    @pytest.mark.parametrize(
+        ("mesh", "exchange"),
+        [("data=2,expert=4", Exchange("padded", bound=0.5)), ("expert=8", Exchange("hierarchical", hosts=2, bound=1.0))],
+        ids=["padded", "hierarchical"],
+    )
+    def test_what_is_not_dropped_is_computed(self, mesh: str, exchange: Exchange) -> None:
+        parallel = Parallel(make_mesh(mesh), exchange)
+        plan = limit(ROUTINGS["uneven"](), parallel)
+        assert plan.dropped.any()
+        check(plan, mesh, exchange)
+
+    def test_without_a_bound_nothing_is(self) -> None:
+        plan = ROUTINGS["one_expert_takes_all"]()
+        assert limit(plan, Parallel(make_mesh("expert=8"))) is plan
+
+
+class TestChoice:
+    def test_auto_on_a_mesh_cuts_every_plan_that_can_be_cut(self) -> None:
+        plans = [make() for make in (*ROUTINGS.values(), *SLOTTED.values())]
+        with use(Parallel(make_mesh("data=8"))):
+            assert {choose(plan, D) for plan in plans} == {"expert_parallel"}
+            assert choose(SoftTopAll(slots=1)(logits(0, 1)), D) == "einsum"
+            assert choose(Merge(jnp.ones((G, E))), D) == "merged"
+        with use(Parallel(make_mesh("single"))):
+            assert "expert_parallel" not in {choose(plan, D) for plan in plans}
+
+    @pytest.mark.parametrize(
+        ("capacity", "platform", "expected"),
+        [(None, "cpu", "padded"), (None, "tpu", "ragged"), (4, "tpu", "capacity"), (100, "cpu", "padded")],
+    )
+    def test_auto_takes_what_moves_least(self, capacity: int | None, platform: str, expected: str) -> None:
+        plan = ROUTINGS["uneven"]().replace(capacity=capacity)
+        sizes = exchanges.Sizes(N, 2, E, shards=8)
+        assert exchanges.choose_exchange(plan, "auto", platform, sizes, local_groups=1) == expected
+
+    @pytest.mark.parametrize(
+        ("exchange", "message"),
+        [
+            (Exchange("raged"), "exchange.kind='raged' is unknown; did you mean 'ragged'"),
+            (Exchange("ragged"), "exchange.kind='ragged' does not run on cpu; use exchange.kind='padded'"),
+            (Exchange("capacity"), "exchange.kind='capacity' exchanges slots, and this plan has none; set capacity_factor"),
+            (Exchange(hosts=3), "exchange.hosts=3 does not divide mesh axis expert=8"),
+        ],
+    )
+    def test_what_cannot_be_done_is_refused(self, exchange: Exchange, message: str) -> None:
+        with use(Parallel(make_mesh("expert=8"), exchange)), pytest.raises(ConfigError, match=message):
+            dispatch(ROUTINGS["uneven"](), lambda x, layout: layout.map(lambda p, x, layout: x, (), x), jnp.ones((G, N, D)))
+
+    def test_a_bank_that_computes_on_its_own_is_refused(self) -> None:
+        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="hand the whole expert to"):
+            dispatch(ROUTINGS["uneven"](), lambda x, layout: layout.dot(x, jnp.ones((E, D, D))), jnp.ones((G, N, D)))
+
+    def test_a_named_backend_needs_its_mesh(self) -> None:
+        with pytest.raises(ConfigError, match="backend='expert_parallel' needs a mesh"):
+            dispatch(ROUTINGS["uneven"](), lambda x, layout: x, jnp.ones((G, N, D)), "expert_parallel")
+
+    def test_tied_experts(self) -> None:
+        """Eight experts of the plan share the parameters of four."""
+        plan, slots, w = ROUTINGS["uneven"](), jnp.array([0, 1, 2, 3, 3, 2, 1, 0]), jnp.arange(4.0)[:, None, None] * jnp.eye(D)
+
+        def bank(x: jax.Array, layout: Any) -> jax.Array:
+            return layout.tied(slots, 4).map(lambda p, x, layout: layout.dot(x, p), w, x)
+
+        x = jax.random.normal(jax.random.key(0), (G, N, D))
+        with use(Parallel(make_mesh("data=2,expert=4"))):
+            y = jax.jit(lambda plan, x: dispatch(plan, bank, x))(plan, x)
+        np.testing.assert_allclose(y, dispatch(plan, bank, x, "grouped"), rtol=1e-5, atol=1e-5)
+        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="cannot execute a ExpertChoice plan"):
+            dispatch(SLOTTED["expert_choice"](), bank, x)
+
+    def test_hosts_are_blocks_of_the_expert_axis(self) -> None:
+        for processes, hosts in (([0] * 8, 1), ([0] * 4 + [1] * 4, 2), ([0, 1] * 4, 1), ([0] * 3 + [1] * 5, 1)):
+            assert count_hosts(processes) == hosts
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ragged_all_to_all`, which XLA has no CPU code for, by its documentation: everybody sees everything and takes its part."""
+
+    def exchange(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name):
+        rows, starts, sizes, landing = (
+            jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
+        )
+        me, place = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
+        for source in range(rows.shape[0]):
+            offset = place - landing[source, me]
+            mine = (offset >= 0) & (offset < sizes[source, me])
+            taken = rows[source, jnp.clip(starts[source, me] + offset, 0, rows.shape[1] - 1)]
+            output = jnp.where(mine[:, None], taken, output)
+        return jnp.where((sizes[:, me] == recv_sizes).all(), output, jnp.nan)
+
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", exchange)
+    everywhere = dataclasses.replace(exchanges.TOKEN_EXCHANGES["ragged"], platforms=("cpu",))
+    monkeypatch.setitem(exchanges.TOKEN_EXCHANGES, "ragged", everywhere)
