@@ -51,9 +51,11 @@ NARROW = 4096  # bytes of a row
 
 
 def permute(
-    x: Float[Array, "n d"], order: Int[Array, "m"], inverse: Int[Array, "m"], k: int, implementation: str = "auto"
+    x: Float[Array, "n d"], order: Int[Array, "m"], inverse: Int[Array, "q"], k: int, implementation: str = "auto"
 ) -> Float[Array, "m d"]:
-    """`rows[r] = x[order[r] // k]`, with m = n * k.
+    """`rows[r] = x[order[r] // k]`, with q = n * k choices and m = q rows.
+
+    There may be fewer rows: then the last is of an unused choice, with a gradient of zero, and stands for all choices without a row.
 
     Args:
       x: tokens.
@@ -75,7 +77,7 @@ def unpermute(
     rows: Float[Array, "m d"],
     weight: Float[Array, "n k"],
     order: Int[Array, "m"],
-    inverse: Int[Array, "m"],
+    inverse: Int[Array, "q"],
     implementation: str = "auto",
 ) -> Float[Array, "n d"]:
     """`y[t] = sum_j weight[t, j] * rows[inverse[t * k + j]]`: outputs back in token order, weighted and summed over choices.

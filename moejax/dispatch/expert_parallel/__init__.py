@@ -49,7 +49,7 @@ def expert_parallel(plan: TokenChoice | ExpertChoice | SoftSlots, bank: Any, x: 
 def limit(plan: TokenChoice | ExpertChoice | SoftSlots, parallel: Parallel | None) -> TokenChoice | ExpertChoice | SoftSlots:
     """The plan without what the exchange's `bound` refuses: those choices are no longer used but dropped, in statistics too.
 
-    On each device and for each shard of experts, the first tokens in the order of the batch are kept, so that no token's place
+    On each device and for each shard of experts, the first choices in the order of the batch are kept, so that no token's place
     depends on later ones of its device. The same in training and evaluation. Limiting twice changes nothing.
     """
     if parallel is None or parallel.exchange.bound is None or not isinstance(plan, TokenChoice):
@@ -59,10 +59,9 @@ def limit(plan: TokenChoice | ExpertChoice | SoftSlots, parallel: Parallel | Non
         return plan
     g, n, k = plan.expert.shape
     shard = jnp.where(plan.used, plan.expert // sizes.experts_per_shard, -1)
-    shard = split.apart(shard.reshape(g * n, k) + 1).reshape(-1, split.chunk, k) - 1
-    needed = (shard[..., None] == jnp.arange(sizes.shards)).any(2)
-    kept = needed & (jnp.cumsum(needed, axis=1) <= sizes.most)
-    kept = jnp.take_along_axis(kept, jnp.maximum(shard, 0), axis=2)
+    shard = split.apart(shard.reshape(g * n, k) + 1).reshape(-1, split.chunk * k) - 1
+    chosen = shard[..., None] == jnp.arange(sizes.shards)
+    kept = (chosen & (jnp.cumsum(chosen, axis=1) <= sizes.most_rows)).any(-1)
     kept = split.together(kept.reshape(split.parts, -1, k)).reshape(g, n, k)
     return plan.replace(used=plan.used & kept, dropped=plan.dropped | (plan.used & ~kept))
 

@@ -50,11 +50,15 @@ class Sizes:
         return self.experts // self.shards
 
     @property
+    def most_rows(self) -> int:
+        """Rows (token-expert pairs) that may go from here to one shard: all, or `bound` times their mean `n * k / shards`."""
+        rows = self.tokens * min(self.k, self.experts_per_shard)
+        return rows if self.bound is None else min(rows, max(1, math.ceil(self.bound * self.tokens * self.k / self.shards)))
+
+    @property
     def most(self) -> int:
-        """Tokens that may go from here to one shard: n, or `bound` times the mean number of rows `n * k / shards`."""
-        if self.bound is None:
-            return self.tokens
-        return min(self.tokens, max(1, math.ceil(self.bound * self.tokens * self.k / self.shards)))
+        """Tokens that may go from here to one shard."""
+        return min(self.tokens, self.most_rows)
 
 
 Step = Callable[[Int[Array, "n k"]], Hop]

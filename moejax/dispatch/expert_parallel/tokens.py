@@ -10,14 +10,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from moejax.dispatch.backends import gather, grouped
 from moejax.dispatch.expert_parallel.exchanges import TOKEN_EXCHANGES, Sizes
 from moejax.dispatch.expert_parallel.hops import AXIS, Hop, collect, send
 from moejax.dispatch.expert_parallel.parameters import Entering
-from moejax.dispatch.layout import Expert, Layout
+from moejax.dispatch.layout import Expert, Grouped, Layout, PerToken
 from moejax.parallel.mesh import BATCH_AXES, MESH_AXES, shard_map
 from moejax.parallel.scope import Parallel
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenChoice, sort_by_expert
+from pallas_kernels.permute import permute, unpermute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,7 @@ def _compute(expert: Expert, params: Any, key: Array | None, sizes: Sizes, piece
         return layout.map(expert, params, rows, key=key)
 
     def compute(x: Array, beside: Array) -> Array:
+        arrived = x.shape[0]
         if pieces:
             x, beside = (jax.lax.all_gather(a, "tensor", tiled=True) for a in (x, beside))
         choice, weight, experts = _choice(beside), beside[:, : sizes.k], sizes.experts_per_shard
@@ -149,13 +150,29 @@ def _compute(expert: Expert, params: Any, key: Array | None, sizes: Sizes, piece
             named = mine[..., None] & (local[..., None] == jnp.arange(experts))
             weight, mine = jnp.where(named, weight[..., None], 0).sum(1), named.any(1)
             local = jnp.broadcast_to(jnp.arange(experts), mine.shape)
-        plan = TokenChoice(jnp.where(mine, local, 0)[None], weight[None], mine[None], jnp.zeros_like(mine)[None], experts)
-        # A handful of rows, as in decoding: nobody to share the reading of an expert with.
-        run = gather if 4 * plan.expert.size <= sizes.experts_per_shard else grouped
-        y = run(plan, bank, x[None])[0]
+        key, weight = jnp.where(mine, local, experts), jnp.where(mine, weight, 0)
+        if 4 * key.size <= experts:
+            # A handful of rows, as in decoding: nobody to share the reading of an expert with.
+            each = bank(jnp.repeat(x, key.shape[1], 0), PerToken(jnp.minimum(key, experts - 1).reshape(-1)))
+            y = jnp.einsum("rj,rjf->rf", weight.astype(each.dtype), each.reshape(*key.shape, -1))
+        else:
+            most = sizes.shards * sizes.most_rows * (x.shape[0] // arrived)
+            y = _grouped(bank, x, key, weight, experts, most)
         return jax.lax.psum_scatter(y, "tensor", tiled=True) if pieces else y
 
     return compute
+
+
+def _grouped(
+    bank: Callable[[Array, Layout], Array], x: Float[Array, "n d"], key: Array, weight: Array, experts: int, most: int
+) -> Float[Array, "n f"]:
+    """Rows sorted by expert, of which at most `most` are anybody's."""
+    order, inverse, group_sizes = sort_by_expert(key.reshape(-1), experts)
+    if most < order.shape[0]:
+        # One row more than there can be, nobody's, stands for all of nobody's.
+        order, inverse = order[: most + 1], jnp.minimum(inverse, most)
+    rows = permute(x, order, inverse, key.shape[1])
+    return unpermute(bank(rows, Grouped(group_sizes, num_rows=order.shape[0])), weight, order, inverse)
 
 
 def _shard(sizes: Sizes) -> Array | int:
