@@ -37,7 +37,8 @@ _ROWS, _WIDTH, _RANK = 64, 64, 128  # of a tile of rows; of d and of f; the larg
 
 def refuses(x: Array, a: Array, b: Array) -> str | None:
     """Why the kernels cannot take these arrays, or None."""
-    return _refuses_dtypes(x, a, b) or (f"rank {a.shape[2]} exceeds {_RANK}" if a.shape[2] > _RANK else None)
+    largest = _RANK if x.dtype.itemsize < 4 else _RANK // 2  # float32 of the largest rank spills
+    return _refuses_dtypes(x, a, b) or (f"rank {a.shape[2]} of {x.dtype} exceeds {largest}" if a.shape[2] > largest else None)
 
 
 def forward(
