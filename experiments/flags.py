@@ -13,17 +13,18 @@ DEFAULT_PRESET = "cpu"
 
 # Flag -> the modes in which it means something.
 MODES = {
-    "study": ("study", "list", "report"),
-    "preset": ("study", "report"),
-    "ablation": ("study", "report"),
-    "arms": ("study",),
+    "study": ("study", "list", "report", "compile_for"),
+    "preset": ("study", "report", "compile_for"),
+    "ablation": ("study", "report", "compile_for"),
+    "arms": ("study", "compile_for"),
     "seeds": ("study", "config"),
     "fresh": ("study", "config"),
     "accept_numerics": ("study", "config"),
-    "overrides": ("study", "config"),
+    "overrides": ("study", "config", "compile_for"),
     "family": ("list",),
     "workdir": ("config",),
-    "runs": ("study", "config", "report"),
+    "runs": ("study", "config", "report", "compile_for"),
+    "compile_for": ("study", "config"),
 }
 
 EPILOG = """examples:
@@ -32,6 +33,7 @@ EPILOG = """examples:
   python -m experiments.run --study=switch --preset=smoke     one study, in seconds
   python -m experiments.run --study=switch --ablation=capacity
   python -m experiments.run --config=configs/base_lm.py --config.train.steps=50
+  python -m experiments.run --config=configs/pods/mixtral_8x7b.py --compile_for=v5e:16x16
   python -m experiments.run --report                          rebuild reports and index from finished runs
 """
 
@@ -49,6 +51,7 @@ class Options:
     config: str = ""
     overrides: dict[str, str] = field(default_factory=dict)
     family: str = ""
+    compile_for: str = ""
     runs: str = ""
     workdir: str = ""
     fresh: bool = False
@@ -73,8 +76,9 @@ def parse(argv: Sequence[str]) -> Options:
         raise ConfigError(f"--{wanted[0]} does not go with --{wanted[1]}; give one of them")
     mode = wanted[0] if wanted else "study"
     for name, modes in MODES.items():
-        if values[name] and mode not in modes:
-            raise ConfigError(f"{_flag(name, values[name])} does not go with --{mode}; it belongs to {_owners(modes)}")
+        for other in (mode, "compile_for") if values["compile_for"] and name != "compile_for" else (mode,):
+            if values[name] and other not in modes:
+                raise ConfigError(f"{_flag(name, values[name])} does not go with --{other}; it belongs to {_owners(modes)}")
     if values["seeds"] is not None and values["seeds"] < 1:
         raise ConfigError(f"--seeds={values['seeds']} is not a number of runs; give 1 or more")
     arms = tuple(name.strip() for name in values["arms"].split(",") if name.strip())
@@ -128,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--arms", default="", metavar="A,B", help="run these arms only (no ledger entry)")
     add("--seeds", type=int, default=None, metavar="N", help="runs of each arm (a ledger entry needs the declared number)")
     add("--config", default="", metavar="FILE.py[:ARG]", help="train one config instead of a study")
+    add("--compile_for", default="", metavar="CHIP:SLICE", help="compile, do not train: v5e:16x16, v5p:4x4x8, cpu:8 ...")
     add("--list", action="store_true", help="print the catalogue; with --study, one study in detail")
     add("--family", default="", metavar="NAME", help="with --list: methods of this family")
     add("--report", action="store_true", help="rebuild reports and index from finished runs")

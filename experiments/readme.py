@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import catalog, record, tables
+from experiments import catalog, pods, record, tables
 from experiments.environment import REPOSITORY
 from experiments.study import load
 
@@ -19,7 +19,7 @@ DEMO = "first_mixture"
 
 def render(text: str, ledger: Path = LEDGER) -> str:
     """`text` with its count, and what stands between `<!-- ledger:NAME -->` and `<!-- end -->`, made anew."""
-    tables = {"demo": demo_table, "verdicts": verdict_table}
+    tables = {"demo": demo_table, "verdicts": verdict_table, "pods": pod_table}
 
     def table(match: re.Match[str]) -> str:
         return f"<!-- ledger:{match[1]} -->\n{tables[match[1]](ledger)}\n<!-- end -->"
@@ -48,6 +48,11 @@ def verdict_table(ledger: Path) -> str:
         if entry.get("slug", DEMO) != DEMO and entry["preset"] == "cpu" and not entry["ablation"]:
             lines += [f"| {entry['slug']} {_row(claim)}" for claim in entry["claims"] if claim["headline"]]
     return "\n".join(lines)
+
+
+def pod_table(ledger: Path) -> str:
+    """What compiling the configs of published sizes for pods says."""
+    return pods.markdown(ledger / pods.RECORD.name)
 
 
 def _row(claim: dict[str, Any]) -> str:

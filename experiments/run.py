@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status. A mistake in it is one line on stderr and status 2."""
     try:
         options = flags.parse(sys.argv[1:] if argv is None else argv)
-        return _MODES[options.mode](options, make_console())
+        run = _run_compile if options.compile_for else _MODES[options.mode]
+        return run(options, make_console())
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -87,6 +88,27 @@ def _run_config(options: Options, console: Console) -> int:
     for seed, run in found.items():
         say(console, f"seed {seed}: {short(run.path)}" + (f"  diverged: {run.diverged}" if run.diverged else ""))
     say(console, f"curves: tensorboard --logdir={short(found[0].path)}")
+    return 0
+
+
+def _run_compile(options: Options, console: Console) -> int:
+    """Compiles one config, or each arm of a study, for devices that need not be there, and shows what it needs."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # looking for an accelerator takes a while, and none is needed
+    from experiments import flags, overrides, pods
+    from experiments import study as studies
+    from experiments.execute import choose
+
+    if options.config:
+        name, config = flags.load_config(options.config)
+        overrides.apply(config, _overrides(config, options), "the command line")
+        configs = {name: config}
+    else:
+        study, preset = studies.load(options.study or flags.DEFAULT_STUDY), options.preset or flags.DEFAULT_PRESET
+        configs = {}
+        for arm in choose(study, options.ablation, options.arms):
+            extra = _overrides(studies.resolve(study, preset, arm), options)
+            configs[f"{study.slug}.{preset}.{arm}"] = studies.resolve(study, preset, arm, extra)
+    pods.compile_configs(configs, options.compile_for, _runs_folder(options) / "pods", console)
     return 0
 
 
