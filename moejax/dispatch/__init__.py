@@ -43,7 +43,7 @@ ACCEPTS: dict[str, tuple[type, ...]] = {
     "grouped": (TokenChoice, ExpertChoice),
     "gather": (TokenChoice, ExpertChoice),
     "merged": (Merge,),
-    "expert_parallel": (TokenChoice, ExpertChoice, SoftSlots),
+    "expert_parallel": (TokenChoice, ExpertChoice, SoftSlots, Merge),
 }
 
 
@@ -78,10 +78,10 @@ def choose(plan: Plan, width: int, platform: str | None = None) -> str:
       platform: 'cpu', 'tpu' or 'gpu'; that of the kernels' target by default.
     """
     platform, parallel = platform or current_chip().platform, current()
-    if isinstance(plan, Merge):
-        return "merged"
     if parallel is not None and parallel.mesh.size > 1 and _splits(plan, batch_ways(parallel.mesh)):
         return "expert_parallel"
+    if isinstance(plan, Merge):
+        return "merged"
     if isinstance(plan, SoftSlots):
         return "einsum"
     if isinstance(plan, ExpertChoice):
@@ -97,8 +97,10 @@ def choose(plan: Plan, width: int, platform: str | None = None) -> str:
     return "gather" if 4 * rows <= plan.num_experts else "grouped"
 
 
-def _splits(plan: TokenChoice | ExpertChoice | SoftSlots, ways: int) -> bool:
-    """Whether the plan can be cut into the mesh's parts of a batch. Groups of soft slots cannot be cut themselves."""
+def _splits(plan: Plan, ways: int) -> bool:
+    """Whether the plan can be cut into the mesh's parts of a batch. Groups of soft slots and of one expert cannot be cut themselves."""
+    if isinstance(plan, Merge):
+        return plan.weight.shape[0] % ways == 0
     return not isinstance(plan, SoftSlots) or plan.dispatch.shape[0] % ways == 0
 
 

@@ -8,8 +8,12 @@ between the router's plan and the combined output happens inside `shard_map`:
     expert  the local layouts, `Grouped` or `Batched`, run this device's experts, so every kernel serves here too
     back    outputs return, already summed over the experts of a device, and are summed over devices
 
+Merged experts are the exception: there parameters travel, and tokens stay (merging.py).
+
 Parameters enter split over `expert` as they are stored; shards along `fsdp` are gathered, pieces along `tensor` stay pieces where
 the bank's outputs are sums over them (parameters.py). Devices along `tensor` exchange each a share of their common tokens.
+
+With `chunks`, one chunk's exchange can overlap another's experts; TPUs' XLA must be given `OVERLAP_OPTIONS` to use that.
 
 Backward passes take the same ways in the opposite direction. What an exchange brought is named 'exchanged' for
 `jax.checkpoint_policies.save_only_these_names`, so that rematerialisation need not exchange again.
@@ -22,17 +26,25 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from moejax.dispatch.expert_parallel.exchanges import EXCHANGES, Sizes, choose_exchange, count_hosts, exchanged_bytes
+from moejax.dispatch.expert_parallel.exchanges import (
+    EXCHANGES,
+    OVERLAP_OPTIONS,
+    Sizes,
+    choose_exchange,
+    count_hosts,
+    exchanged_bytes,
+)
+from moejax.dispatch.expert_parallel.merging import run_merge
 from moejax.dispatch.expert_parallel.parameters import pad_experts
 from moejax.dispatch.expert_parallel.slots import run_slots
 from moejax.dispatch.expert_parallel.tokens import Call, Split, run_tokens
 from moejax.dispatch.layout import Expert, Layout
 from moejax.errors import ConfigError
 from moejax.parallel.scope import Parallel, current
-from moejax.routing.plan import ExpertChoice, SoftSlots, TokenChoice
+from moejax.routing.plan import ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
 
 
-def expert_parallel(plan: TokenChoice | ExpertChoice | SoftSlots, bank: Any, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def expert_parallel(plan: Plan, bank: Any, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Executes a plan over the mesh that is traced for.
 
     Raises:
@@ -46,7 +58,7 @@ def expert_parallel(plan: TokenChoice | ExpertChoice | SoftSlots, bank: Any, x: 
     return bank(x, Spread(limit(plan, parallel), parallel))
 
 
-def limit(plan: TokenChoice | ExpertChoice | SoftSlots, parallel: Parallel | None) -> TokenChoice | ExpertChoice | SoftSlots:
+def limit(plan: Plan, parallel: Parallel | None) -> Plan:
     """The plan without what the exchange's `bound` refuses: those choices are no longer used but dropped, in statistics too.
 
     On each device and for each shard of experts, the first choices in the order of the batch are kept, so that no token's place
@@ -70,7 +82,7 @@ def limit(plan: TokenChoice | ExpertChoice | SoftSlots, parallel: Parallel | Non
 class Spread(Layout):
     """Tokens of a plan, spread over a mesh. A bank gives its whole expert to `map`, whose result is the combined output."""
 
-    plan: TokenChoice | ExpertChoice | SoftSlots
+    plan: Plan
     parallel: Parallel = struct.field(pytree_node=False)
 
     def map(
@@ -82,6 +94,10 @@ class Spread(Layout):
         summed: str | None = None,
         key: Array | None = None,
     ) -> Float[Array, "g n f"]:
+        if isinstance(self.plan, Merge):
+            shards = self.parallel.mesh.shape["expert"]
+            call = Call(expert, pad_experts(params, shards), axes, summed, key)
+            return run_merge(self.plan, x, call, math.ceil(self.plan.num_experts / shards) * shards, self.parallel)
         kind, sizes, _ = _exchange_of(self.plan, self.parallel, self.plan.num_experts)
         call = Call(expert, pad_experts(params, sizes.shards), axes, summed, key)
         if kind == "capacity":
@@ -134,4 +150,4 @@ def _exchange_of(plan: TokenChoice | ExpertChoice | SoftSlots, parallel: Paralle
     return choose_exchange(plan, parallel.exchange.kind, along[0].platform, sizes, local_groups), sizes, split
 
 
-__all__ = ["EXCHANGES", "Sizes", "Spread", "count_hosts", "exchanged_bytes", "expert_parallel", "limit"]
+__all__ = ["EXCHANGES", "OVERLAP_OPTIONS", "Sizes", "Spread", "count_hosts", "exchanged_bytes", "expert_parallel", "limit"]

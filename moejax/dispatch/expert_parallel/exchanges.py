@@ -127,6 +127,11 @@ TOKEN_EXCHANGES: dict[str, TokenExchange] = {
 }
 EXCHANGES = (*TOKEN_EXCHANGES, "capacity")
 
+# What XLA needs to be told, by platform, to exchange one chunk while it computes another.
+OVERLAP_OPTIONS: dict[str, dict[str, str]] = {
+    "tpu": {"xla_tpu_enable_async_all_to_all": "true", "xla_tpu_enable_async_ragged_all_to_all": "true"}
+}
+
 
 def exchanged_bytes(
     kind: str, sizes: Sizes, width: int, out_width: int, itemsize: int, slots: int = 0, copies: float | None = None
@@ -147,7 +152,7 @@ def exchanged_bytes(
       copies: for 'ragged', shards that a token needs on average: at most `min(k, shards)`, which is the default.
     """
     if kind == "capacity":
-        return sizes.experts * slots * (width + out_width) * itemsize
+        return float(sizes.experts * slots * (width + out_width) * itemsize)
     rows = float(sum(TOKEN_EXCHANGES[kind].rows(sizes)))
     if kind == "ragged":
         rows = sizes.tokens * (min(sizes.k, sizes.shards) if copies is None else copies)

@@ -39,15 +39,17 @@ class Entering:
             jax.tree.structure(params), [PartitionSpec(*self._stored(p.shape, axes)) for p, axes in self._leaves(params)]
         )
 
-    def gather(self, params: Any, specs: Any, split: bool, dtype: Any) -> Any:
-        """Inside `shard_map`: this device's experts, whole or its piece of each.
+    def gather(self, params: Any, specs: Any, split: bool, dtype: Any, experts: bool = False) -> Any:
+        """Inside `shard_map`: this device's experts (or all `experts`), whole or its piece of each.
 
         What travels does so in the rows' dtype, in which it is used. Its derivative is a reduce-scatter.
         """
 
         def whole(p: Array, spec: PartitionSpec, axes: tuple[str | None, ...]) -> Array:
             for dim, name in enumerate(spec):
-                if name in (None, AXIS) or (split and axes[dim] == self.summed):
+                if name is None or self.mesh.shape[name] == 1 or (name == AXIS and not experts):
+                    continue
+                if split and axes[dim] == self.summed:
                     continue
                 narrow = jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize > jnp.dtype(dtype).itemsize
                 p = jax.lax.all_gather(p.astype(dtype) if narrow else p, name, axis=dim, tiled=True)
