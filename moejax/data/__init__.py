@@ -11,7 +11,18 @@ folder that TFDS prepared. `python -m moejax.data` prepares the embedded ones an
 
 from moejax.data.catalog import DATASETS
 from moejax.data.config import DataConfig, ImageConfig, TextConfig
+from moejax.data.frequencies import token_frequencies
 from moejax.data.iterator import DataInfo, info, make_iterator
 from moejax.data.storage import prepare
 
-__all__ = ["DATASETS", "DataConfig", "DataInfo", "ImageConfig", "TextConfig", "info", "make_iterator", "prepare"]
+__all__ = [
+    "DATASETS",
+    "DataConfig",
+    "DataInfo",
+    "ImageConfig",
+    "TextConfig",
+    "info",
+    "make_iterator",
+    "prepare",
+    "token_frequencies",
+]

@@ -13,6 +13,7 @@ from moejax.layers.dense import sum_shared
 from moejax.layers.registry import ffns
 from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
 from moejax.registry import Given, Many
+from moejax.routing.balancers import Balancer, balancers, fresh_state
 from moejax.routing.losses import Loss, Routing, losses
 from moejax.routing.routers import check_num_experts, routers
 from moejax.routing.select import Select, selects
@@ -24,6 +25,7 @@ SLOTS = {
     "bank": banks,
     "shared": Given(banks, {"num_experts": 1}),
     "losses": Many(losses),
+    "balancer": balancers,
 }
 
 
@@ -42,12 +44,14 @@ class MoE(nn.Module):
       eval_select: the rule outside training, for methods that select differently there; `select` by default.
       shared: a bank whose experts every token uses, with weight 1 (DeepSeekMoE); None for none.
       losses: balance and other routing losses, sown weighted into 'losses'.
+      balancer: balances the load without a loss, by a bias on the selection that is kept in 'router_state'; None for none.
       backend: of dispatch; 'auto' or a name.
       group_by: who competes for capacity: tokens of one 'sequence', of the 'batch', or of one 'position'.
       num_experts: only for configs, where it fills the router's and the bank's field of the same name (not the shared bank's,
         which is one expert unless its own spec says otherwise).
 
-    Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'overrides'.
+    Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'overrides'; keeps
+    a balancer's state in 'router_state', which training updates.
     """
 
     router: nn.Module
@@ -56,6 +60,7 @@ class MoE(nn.Module):
     eval_select: Any = None
     shared: nn.Module | None = None
     losses: tuple[Loss, ...] = ()
+    balancer: Balancer | None = None
     backend: str = "auto"
     group_by: Literal["sequence", "batch", "position"] = "sequence"
     num_experts: int | None = None
@@ -82,17 +87,26 @@ class MoE(nn.Module):
         select: Select = self.select if ctx.train or self.eval_select is None else self.eval_select
         logits = self.router(tokens, grouped_ctx).astype(jnp.float32)
         self._check_fit(logits.shape[-1], select)
-        plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train)
+        state = self._balance_state()
+        bias = None if state is None else self.balancer.bias(state.value)
+        plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train, bias)
         valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
         y, plan, backend = run_plan(
             plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend, self.group_by
         )
         routing = Routing(logits, select.probabilities(logits), plan, valid)
         sow_routing(self, routing, self.losses, backend=backend)
+        if state is not None and ctx.train and self.is_mutable_collection("router_state"):
+            state.value = self.balancer.update(state.value, routing)
         y = ungroup_tokens(y, b, s, self.group_by).astype(x.dtype)
         if self.shared is not None:
             y = y + sum_shared(self.shared, x, ctx)
         return y
+
+    def _balance_state(self) -> nn.Variable | None:
+        if self.balancer is None:
+            return None
+        return self.variable("router_state", "balance", lambda: fresh_state(self.bank.num_experts))
 
     def _check_fit(self, outputs: int, select: Select) -> None:
         """Refuses a router whose logits are not what the rule and the bank expect; dispatch would clamp indices in silence."""

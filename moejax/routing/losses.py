@@ -57,21 +57,28 @@ class Balance:
       count: 'all' choices (OLMoE, Mixtral up to their factor k), or only the 'first' (GShard, ST-MoE).
       over: 'group' averages f and P inside each group and then over groups, which is the same however a batch is cut into
         microbatches as long as groups stay whole; 'batch' averages over all tokens first.
+      share: f as a share of all 'choices', or of all 'tokens', for rules under which the number of choices varies: a token with
+        three experts then counts three times, and uniform routing costs `coef` times the mean number of experts (Huang et al. 2024).
     """
 
     coef: float = 0.01
     count: Literal["all", "first"] = "all"
     over: Literal["group", "batch"] = "group"
+    share: Literal["choices", "tokens"] = "choices"
 
     def __post_init__(self) -> None:
         _check_choice("count", self.count, ("all", "first"))
+        _check_choice("share", self.share, ("choices", "tokens"))
         _check_choice("over", self.over, ("group", "batch"))
 
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         wanted = _first(routing.plan) if self.count == "first" else routing.plan.wanted()
         wanted = jax.lax.stop_gradient(wanted) * routing.valid[..., None]
         axes = (0, 1) if self.over == "batch" else (1,)
-        share = wanted.sum(axes) / jnp.maximum(wanted.sum(axes).sum(-1, keepdims=True), 1e-9)
+        if self.share == "tokens":
+            share = masked_mean(wanted, routing.valid, axes)
+        else:
+            share = wanted.sum(axes) / jnp.maximum(wanted.sum(axes).sum(-1, keepdims=True), 1e-9)
         mean_prob = masked_mean(routing.probs, routing.valid, axes)
         per_group = routing.probs.shape[-1] * (share * mean_prob).sum(-1)
         if self.over == "batch":
@@ -112,6 +119,19 @@ class ZLoss:
 
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         return self.coef * masked_mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)), routing.valid, (0, 1))
+
+
+@losses.register("entropy")
+@dataclasses.dataclass(frozen=True)
+class Entropy:
+    """`coef * mean_t H(probs_t)`, in nats, minimised: a token's router is to make up its mind (Huang et al. 2024)."""
+
+    coef: float = 1e-4
+
+    def __call__(self, routing: Routing) -> Float[Array, ""]:
+        # The logarithm's derivative at 0 is infinite, and 0 * log 0 is 0.
+        safe = jnp.where(routing.probs > 0, routing.probs, 1)
+        return self.coef * masked_mean(-(routing.probs * jnp.log(safe)).sum(-1), routing.valid, (0, 1))
 
 
 def masked_mean(values: Float[Array, "g n *e"], valid: Bool[Array, "g n"], axes: tuple[int, ...]) -> Array:
