@@ -37,7 +37,7 @@ class Costs:
 
     Attributes:
       flops: of matrix products and convolutions, and what kernels say of themselves.
-      bytes: read from and written to HBM; on a CPU, memory.
+      bytes: read from and written to HBM (on a CPU, memory), without those of exchanges.
       compute_seconds: each operation at the chip's peak or at its bandwidth, whichever takes longer; one after the other.
       exchange_seconds: what it sends, at the rate of all its links together.
       exposed_seconds: the part of that beside which nothing is computed.
@@ -71,7 +71,7 @@ def costs(module: Module, exchanges: Sequence[Collective] = (), chip: Tpu | None
             f, b = _work(module, computation, instruction)
             flops, moved = flops + times * f, moved + times * b
             # A copy that is only started runs beside other work.
-            if chip is not None and not instruction.op.endswith("-start") and instruction.op not in KINDS:
+            if chip is not None and not instruction.op.endswith("-start"):
                 seconds += times * max(f / chip.flops, b / chip.bandwidth)
     if chip is None:
         return Costs(flops, moved, None, None, None)
@@ -88,7 +88,7 @@ def costs(module: Module, exchanges: Sequence[Collective] = (), chip: Tpu | None
 def _work(module: Module, computation: Computation, instruction: Instruction) -> tuple[float, float]:
     """FLOPs and bytes of one instruction of a computation that runs as such."""
     op = instruction.op
-    if op in _FREE or op.endswith(("-done", "-update")):
+    if op in _FREE or op.removesuffix("-start") in KINDS or op.endswith(("-done", "-update")):
         return 0.0, 0.0
     if estimate := re.search(r'"cost_estimate":(\{[^}]*\})', instruction.attributes):
         known = json.loads(estimate[1])
@@ -118,21 +118,34 @@ def _fused_flops(module: Module, body: Computation) -> float:
 
 
 def _fused_bytes(module: Module, body: Computation, outer: Computation, fusion: Instruction) -> float:
-    """Operands and results of a fusion; of an operand or a result of which only a window is touched, that window."""
+    """Operands and results of a fusion; of an operand or a result of which only a window is touched, that window.
+
+    What a fusion passes on, so that a transfer goes on beside its own work, costs nothing.
+    """
     total = 0.0
     for parameter in (i for i in body.instructions if i.op == "parameter"):
         whole = in_hbm(outer.by_name[fusion.operands[int(parameter.operands[0])]].shape)
-        users = _users(body, parameter.name)
+        users = [
+            (user, name)
+            for user, name in _users(body, parameter.name)
+            if not (_passes(user) or (user is body.root and user.op == "tuple"))
+        ]
         if whole and users and all(user.op in _WINDOWS and user.operands[0] == name for user, name in users):
             total += min(whole, sum(shape_bytes(user.shape) for user, _ in users))
-        elif not (users and all(user.op == "dynamic-update-slice" and user.operands[0] == name for user, name in users)):
+        elif any(user.op != "dynamic-update-slice" or user.operands[0] != name for user, name in users):
             total += whole
-    roots = [body.by_name[name] for name in body.root.operands] if body.root.op == "tuple" else [body.root]
-    written = in_hbm(fusion.shape)
-    for root in roots:
-        if root.op == "dynamic-update-slice" and written:
-            written -= min(written, shape_bytes(root.shape) - shape_bytes(body.by_name[root.operands[1]].shape))
-    return total + written
+    several = body.root.op == "tuple"
+    for result in [body.by_name[name] for name in body.root.operands] if several else [body.root]:
+        written = in_hbm(result.shape if several else fusion.shape)
+        if result.op == "dynamic-update-slice" and written:
+            written = min(written, shape_bytes(body.by_name[result.operands[1]].shape))
+        total += 0 if _passes(result) or result.op == "parameter" else written
+    return total
+
+
+def _passes(instruction: Instruction) -> bool:
+    """Whether this belongs to a transfer."""
+    return instruction.op in KINDS or "AsyncCollective" in (instruction.attribute("custom_call_target") or "")
 
 
 def _users(body: Computation, name: str) -> list[tuple[Instruction, str]]:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.parallel import make_mesh, shard_map
+from moejax.parallel.cost import costs
 from moejax.parallel.hlo import Collective, collectives
 from moejax.parallel.hlo_text import parse, shape_bytes
 from pallas_kernels import ahead
@@ -120,7 +121,8 @@ def test_a_partitioned_layer_on_tpu_gathers_weights_beside_its_products():
     w = _shape(mesh, (layers, d, d), P(None, None, "fsdp")), _shape(mesh, (layers, d, d), P(None, "fsdp"))
     x = _shape(mesh, (8192, d), P(("data", "fsdp")), jnp.bfloat16)
     step = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda a: a.sharding, w))
-    found = collectives(step.lower(w, x).compile().as_text(), mesh)
+    module = parse(step.lower(w, x).compile().as_text())
+    found = collectives(module, mesh)
     gathers = [c for c in found if c.kind == "all-gather"]
     assert {(c.axes, c.group, c.times, c.result_bytes) for c in gathers} == {(("fsdp",), 8, layers, d * d * 2)}
     assert len(gathers) == 4  # two matrices, forward and backward
@@ -129,6 +131,10 @@ def test_a_partitioned_layer_on_tpu_gathers_weights_beside_its_products():
     summed = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.times == layers]
     assert {c.axes for c in summed} == {("fsdp",), ("data",)}
     assert sum(c.operand_bytes for c in summed if c.axes == ("data",)) == 2 * d * d * 2 // 8
+    # Two products forward, one of them again, four backward, of 512 rows. Matrices that only pass by are not counted as read.
+    counted = costs(module)
+    assert counted.flops == layers * 7 * 2 * 512 * d * d
+    assert counted.bytes < layers * 7 * 6 * d * d * 2
 
 
 @pytest.mark.tpu_aot
