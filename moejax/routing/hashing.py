@@ -11,7 +11,7 @@ from moejax.context import Context
 from moejax.errors import ConfigError
 from moejax.routing.routers import routers
 
-KINDS = ("random", "balanced", "position", "previous", "bigram")
+HASHES = ("random", "balanced", "position", "previous", "bigram")
 # Small enough for a probability of exactly 0, and finite, so that no loss or statistic meets an infinity.
 _NEVER = -1e9
 
@@ -26,29 +26,27 @@ class Hash(nn.Module):
 
     Attributes:
       num_experts: e.
-      kind: 'random' or 'balanced' over vocabulary ids; 'position' in the document; the 'previous' token's id; the 'bigram' of
+      hash: 'random' or 'balanced' over vocabulary ids; 'position' in the document; the 'previous' token's id; the 'bigram' of
         both (the paper's ablations; the last two need whole sequences, in order, and cannot decode with a cache).
       seed: of the hash.
       frequencies: for 'balanced', how often each id occurs in the training data: ids are given out by descending frequency, each
         to the expert with the lowest sum so far. `moejax.data.token_frequencies` counts them.
 
     Raises:
-      ConfigError: unknown kind, frequencies missing or not wanted, no token ids in the context, decoding where it cannot.
+      ConfigError: unknown hash, frequencies missing or not wanted, no token ids in the context, decoding where it cannot.
     """
 
     num_experts: int
     outputs_per_expert: int = 1
-    kind: Literal["random", "balanced", "position", "previous", "bigram"] = "random"
+    hash: Literal["random", "balanced", "position", "previous", "bigram"] = "random"
     seed: int = 0
     frequencies: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"hash kind='{self.kind}' is unknown; valid names: {', '.join(KINDS)}")
-        if (self.kind == "balanced") != (self.frequencies is not None):
-            raise ConfigError(
-                f"hash kind='{self.kind}' with frequencies={self.frequencies}; kind='balanced' needs them, others do not"
-            )
+        if self.hash not in HASHES:
+            raise ConfigError(f"hash='{self.hash}' is unknown; valid names: {', '.join(HASHES)}")
+        if (self.hash == "balanced") != (self.frequencies is not None):
+            raise ConfigError(f"hash='{self.hash}' with frequencies={self.frequencies}; 'balanced' needs them, others do not")
         super().__post_init__()
 
     @nn.compact
@@ -57,18 +55,18 @@ class Hash(nn.Module):
         return jnp.where(expert[..., None] == jnp.arange(self.num_experts), 0.0, _NEVER)
 
     def _expert(self, ctx: Context, n: int) -> Int[Array, "g n"]:
-        ids = ctx.positions if self.kind == "position" else ctx.token_ids
+        ids = ctx.positions if self.hash == "position" else ctx.token_ids
         if ids is None:
             raise ConfigError(
-                f"the router 'hash' of kind='{self.kind}' needs the context's token ids or positions; models of tokens give them"
+                f"the router 'hash' with hash='{self.hash}' needs the context's token ids or positions; models of tokens give them"
             )
-        if self.kind == "balanced":
+        if self.hash == "balanced":
             return jnp.asarray(balanced_table(self.frequencies, self.num_experts))[ids]
-        if self.kind in ("previous", "bigram"):
+        if self.hash in ("previous", "bigram"):
             if ctx.decode:
-                raise ConfigError(f"hash kind='{self.kind}' cannot decode with a cache: the token before is not there")
+                raise ConfigError(f"hash='{self.hash}' cannot decode with a cache: the token before is not there")
             before = self._previous(ctx, ids)
-            ids = before if self.kind == "previous" else (_mix(before, self.seed + 1) ^ ids.astype(jnp.uint32))
+            ids = before if self.hash == "previous" else (_mix(before, self.seed + 1) ^ ids.astype(jnp.uint32))
         return (_mix(ids, self.seed) % self.num_experts).astype(jnp.int32)
 
     @staticmethod

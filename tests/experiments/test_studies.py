@@ -28,7 +28,7 @@ def trace(config: ConfigDict) -> tuple[int, tuple[int, ...]]:
     streams = {"params": key, "router": key, "dropout": key}
     variables = jax.eval_shape(lambda x: model.init(streams, x), inputs)
     out, sown = jax.eval_shape(
-        lambda v, x: model.apply({"params": v["params"]}, x, Context(train=True), rngs=streams, mutable=["losses", "stats"]),
+        lambda v, x: model.apply(v, x, Context(train=True), rngs=streams, mutable=["losses", "stats"]),
         variables,
         inputs,
     )

@@ -40,7 +40,7 @@ def test_balanced_gives_the_next_most_frequent_id_to_the_lightest_expert(rng: np
     assert sums.max() / sums.mean() < 1.1
     random = experts(Hash(E), np.arange(64)[None])[0]
     assert sums.max() < np.bincount(random, weights=zipf, minlength=E).max()
-    np.testing.assert_array_equal(experts(Hash(E, kind="balanced", frequencies=zipf), np.arange(64)[None])[0], table)
+    np.testing.assert_array_equal(experts(Hash(E, hash="balanced", frequencies=zipf), np.arange(64)[None])[0], table)
     assert balanced_table((5.0, 3.0, 2.0, 2.0), 2).tolist() == [0, 1, 1, 0]
 
 
@@ -48,14 +48,14 @@ def test_previous_bigram_and_position_look_where_they_say(rng: np.random.Generat
     ids = rng.integers(0, 50, size=(1, 40))
     positions = jnp.asarray(np.r_[np.arange(25), np.arange(15)][None])
     previous, bigram, position = (
-        experts(Hash(E, kind=k), ids, positions=positions) for k in ("previous", "bigram", "position")
+        experts(Hash(E, hash=k), ids, positions=positions) for k in ("previous", "bigram", "position")
     )
     np.testing.assert_array_equal(previous[0, 1:25], experts(Hash(E), ids)[0, :24])
     assert previous[0, 0] == previous[0, 25]  # documents start alike, whatever was packed before
     np.testing.assert_array_equal(position[0], experts(Hash(E), np.asarray(positions))[0])
     changed = ids.copy()
     changed[0, 10] += 1
-    assert set(np.flatnonzero(experts(Hash(E, kind="bigram"), changed, positions=positions)[0] != bigram[0])) <= {10, 11}
+    assert set(np.flatnonzero(experts(Hash(E, hash="bigram"), changed, positions=positions)[0] != bigram[0])) <= {10, 11}
 
 
 def test_a_layer_without_router_parameters(rng: np.random.Generator) -> None:
@@ -76,8 +76,8 @@ def test_what_cannot_be_hashed_raises() -> None:
     with pytest.raises(ConfigError, match="needs the context's token ids"):
         Hash(E).apply({}, x, Context())
     with pytest.raises(ConfigError, match="needs them"):
-        Hash(E, kind="balanced")
-    with pytest.raises(ConfigError, match="kind='hashed' is unknown"):
-        Hash(E, kind="hashed")
+        Hash(E, hash="balanced")
+    with pytest.raises(ConfigError, match="hash='hashed' is unknown"):
+        Hash(E, hash="hashed")
     with pytest.raises(ConfigError, match="cannot decode"):
-        Hash(E, kind="bigram").apply({}, x, Context(token_ids=jnp.zeros((1, 2), jnp.int32), decode=True))
+        Hash(E, hash="bigram").apply({}, x, Context(token_ids=jnp.zeros((1, 2), jnp.int32), decode=True))

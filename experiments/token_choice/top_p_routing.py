@@ -1,0 +1,102 @@
+"""Dynamic routing by top-p (Huang et al. 2024): harder tokens take more experts.
+
+Byte language models with a mixture of 8 experts in every layer. A token takes experts until their probabilities sum to p, and
+an entropy loss keeps the router from spreading. Compare quality at the mean number of experts that a token really uses.
+
+Departures: bytes, 400 steps, 8 experts; the entropy loss is 1e-2 by default (1e-4 acts over 100B tokens, not over 3M).
+"""
+
+from configs import base_lm
+from experiments.study import SMOKE, Arm, Preset, Study, below, lower
+
+MOE = "model.blocks.moe.ffn"
+
+
+def base():
+    """Four layers of width 96, all mixtures; p = 0.4, balance 1e-2, entropy 1e-2."""
+    config = base_lm.get_config()
+    config.model.d_model = 96
+    config.model.pattern = ("moe",)
+    for block in config.model.blocks.values():
+        block.mixer.num_heads, block.mixer.num_kv_heads = 2, 1
+    ffn = config.model.blocks.moe.ffn
+    ffn.bank.hidden = 128
+    ffn.select = {"kind": "top_p", "p": 0.4, "max_experts": None}
+    ffn.losses = {"balance": {"coef": 1e-2, "share": "tokens", "over": "batch"}, "entropy": {"coef": 1e-2}}
+    config.data.seq_len = 128
+    config.train = {"steps": 400, "accumulation": 1, "log_every": 20}
+    config.eval = {"every": 50, "batches": 12, "split": "validation"}
+    config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
+    return config
+
+
+def top_k(k: int) -> dict:
+    """The usual rule: raw probabilities of k experts."""
+    return {
+        f"{MOE}.select": {"kind": "top_k", "k": k},
+        f"{MOE}.losses": {"balance": {"coef": 1e-2, "over": "batch"}, "entropy": None},
+    }
+
+
+STUDY = Study(
+    slug="top_p_routing",
+    title="Top-p routing: harder tokens need more experts",
+    arxiv="2403.07652",
+    base=base(),
+    arms=(
+        Arm("top1", top_k(1), note="one expert per token"),
+        Arm("top2", top_k(2), note="two experts per token"),
+        Arm("top_p", note="p 0.4, entropy loss 1e-2"),
+        Arm("no_entropy", {f"{MOE}.losses.entropy": None}, note="top_p without its entropy loss"),
+    ),
+    ablations={
+        "p": tuple(Arm(f"p_{p:g}", {f"{MOE}.select.p": p}) for p in (0.2, 0.3, 0.5, 0.6)),
+        "entropy": tuple(Arm(f"entropy_{c:g}", {f"{MOE}.losses.entropy.coef": c}) for c in (1e-4, 1e-3, 1e-1)),
+    },
+    claims=(
+        lower(
+            "eval/bits_per_byte",
+            "top_p",
+            "top2",
+            headline=True,
+            text="top-p beats top-2",
+        ),
+        below("eval/stats/experts_per_token", "top_p", 1.8, text="with less than 90 % of its active experts"),
+        lower(
+            "eval/stats/experts_per_token",
+            "top_p",
+            "no_entropy",
+            text="without the entropy loss, tokens take more and more experts",
+        ),
+        lower("eval/bits_per_byte", "top_p", "top1", text="top-p beats top-1"),
+    ),
+    presets={
+        "smoke": SMOKE,
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 1024,
+                "model.num_layers": 24,
+                "model.pattern": ("moe", "dense"),
+                **{f"model.blocks.{b}.mixer.{key}": 16 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
+                "model.blocks.dense.ffn.hidden": 2816,
+                f"{MOE}.num_experts": 16,
+                f"{MOE}.bank.hidden": 2816,
+                f"{MOE}.losses.entropy.coef": 1e-4,
+                "model.dtype": "bfloat16",
+                "model.remat": "full",
+                "data.name": "c4",
+                "data.domains": None,
+                "data.seq_len": 2048,
+                "data.batch_size": 2048,
+                "train.steps": 24_000,
+                "train.log_every": 100,
+                "optimizer.learning_rate": 3e-4,
+                "optimizer.warmup_steps": 2_000,
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            }
+        ),
+    },
+    metrics=("eval/stats/experts_per_token", "eval/stats/entropy"),
+)
