@@ -175,19 +175,29 @@ class TestChoice:
             assert "expert_parallel" not in {choose(plan, D) for plan in plans}
 
     @pytest.mark.parametrize(
-        ("capacity", "platform", "expected"),
-        [(None, "cpu", "padded"), (None, "tpu", "ragged"), (4, "tpu", "capacity"), (100, "cpu", "padded")],
+        ("capacity", "devices", "expected"),
+        [
+            (None, exchanges.Devices(8, "cpu"), "padded"),
+            (None, exchanges.Devices(256, "tpu", "TPU v6 lite"), "ragged"),
+            (None, exchanges.Devices(16, "tpu", "TPU v5 lite"), "ragged"),
+            (None, exchanges.Devices(32, "tpu", "TPU v5 lite"), "padded"),
+            (4, exchanges.Devices(8, "tpu", "TPU v5p"), "capacity"),
+            (100, exchanges.Devices(8, "gpu"), "ragged"),
+        ],
     )
-    def test_auto_takes_what_moves_least(self, capacity: int | None, platform: str, expected: str) -> None:
+    def test_auto_takes_what_moves_least(self, capacity: int | None, devices: exchanges.Devices, expected: str) -> None:
         plan = ROUTINGS["uneven"]().replace(capacity=capacity)
         sizes = exchanges.Sizes(N, 2, E, shards=8)
-        assert exchanges.choose_exchange(plan, "auto", platform, sizes, local_groups=1) == expected
+        assert exchanges.choose_exchange(plan, "auto", devices, sizes, local_groups=1) == expected
 
     @pytest.mark.parametrize(
         ("exchange", "message"),
         [
             (Exchange("raged"), "exchange.kind='raged' is unknown; did you mean 'ragged'"),
-            (Exchange("ragged"), "exchange.kind='ragged' does not run on cpu; use exchange.kind='padded'"),
+            (
+                Exchange("ragged"),
+                "exchange.kind='ragged' does not run here: XLA has no ragged all-to-all for CPU; use exchange.kind='padded'",
+            ),
             (Exchange("capacity"), "exchange.kind='capacity' exchanges slots, and this plan has none; set capacity_factor"),
             (Exchange(hosts=3), "exchange.hosts=3 does not divide mesh axis expert=8"),
         ],
@@ -240,5 +250,5 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.where((sizes[:, me] == recv_sizes).all(), output, jnp.nan)
 
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", exchange)
-    everywhere = dataclasses.replace(exchanges.TOKEN_EXCHANGES["ragged"], platforms=("cpu",))
+    everywhere = dataclasses.replace(exchanges.TOKEN_EXCHANGES["ragged"], refuses=lambda devices: None)
     monkeypatch.setitem(exchanges.TOKEN_EXCHANGES, "ragged", everywhere)

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from moejax.dispatch.expert_parallel.exchanges import (
     EXCHANGES,
     OVERLAP_OPTIONS,
+    Devices,
     Sizes,
     choose_exchange,
     count_hosts,
@@ -144,10 +145,11 @@ def _exchange_of(plan: TokenChoice | ExpertChoice | SoftSlots, parallel: Paralle
     hosts = parallel.exchange.hosts or count_hosts([device.process_index for device in along])
     if shards % hosts:
         raise ConfigError(f"exchange.hosts={hosts} does not divide mesh axis expert={shards}; the axis is cut into equal hosts")
+    devices = Devices(parallel.mesh.size, along[0].platform, along[0].device_kind)
     padded = math.ceil(experts / shards) * shards
     sizes = Sizes(split.chunk, k, padded, shards, hosts, parallel.exchange.bound)
     local_groups = g // split.parts if g % split.parts == 0 else 0
-    return choose_exchange(plan, parallel.exchange.kind, along[0].platform, sizes, local_groups), sizes, split
+    return choose_exchange(plan, parallel.exchange.kind, devices, sizes, local_groups), sizes, split
 
 
 __all__ = ["EXCHANGES", "OVERLAP_OPTIONS", "Sizes", "Spread", "count_hosts", "exchanged_bytes", "expert_parallel", "limit"]

@@ -2,7 +2,7 @@
 
 | kind         | what travels                                                                    | for                                    |
 |--------------|----------------------------------------------------------------------------------|----------------------------------------|
-| ragged       | the rows that are needed, no more                                                | token choice; TPU and GPU              |
+| ragged       | the rows that are needed, no more                                                | token choice, where XLA has it         |
 | padded       | as many rows to each shard, full or not                                          | token choice, on any platform          |
 | hierarchical | padded rows to the host first, once, and from there to the host's shards         | token choice, experts of several hosts |
 | capacity     | the slots of the plan, full or not (GShard)                                      | plans with slots                       |
@@ -65,18 +65,27 @@ Step = Callable[[Int[Array, "n k"]], Hop]
 
 
 @dataclasses.dataclass(frozen=True)
+class Devices:
+    """What a mesh is made of: how many, of which platform ('cpu', 'gpu', 'tpu'), and which kind, as JAX calls it."""
+
+    count: int
+    platform: str
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenExchange:
     """An exchange of tokens.
 
     Attributes:
       steps: from the sizes, the hops to be taken; each is planned from the shard of each choice, negative for no choice.
       rows: from the sizes, rows of the buffers that a device sends from, one for each hop.
-      platforms: where it runs.
+      refuses: why it cannot run on some devices, or None if it can.
     """
 
     steps: Callable[[Sizes], tuple[Step, ...]]
     rows: Callable[[Sizes], tuple[int, ...]]
-    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    refuses: Callable[[Devices], str | None] = lambda devices: None
 
 
 def _needed(place: Int[Array, "n k"], places: int) -> Bool[Array, "n w"]:
@@ -94,6 +103,15 @@ def _ragged(sizes: Sizes) -> tuple[Step, ...]:
 
 def _ragged_rows(sizes: Sizes) -> tuple[int, ...]:
     return (min(sizes.tokens * min(sizes.k, sizes.shards), sizes.shards * sizes.most),)
+
+
+def _ragged_refuses(devices: Devices) -> str | None:
+    if devices.platform == "cpu":
+        return "XLA has no ragged all-to-all for CPU"
+    if "v5 lite" in devices.kind.lower() and devices.count > 16:
+        # Found by compiling for slices of all kinds: of v5e, those of up to 4x4 chips can, larger ones cannot; others all can.
+        return f"XLA has no ragged all-to-all for v5e slices of more than 16 chips, and there are {devices.count}"
+    return None
 
 
 def _hierarchical(sizes: Sizes) -> tuple[Step, ...]:
@@ -121,7 +139,7 @@ def _hierarchical_rows(sizes: Sizes) -> tuple[int, ...]:
 
 
 TOKEN_EXCHANGES: dict[str, TokenExchange] = {
-    "ragged": TokenExchange(_ragged, _ragged_rows, platforms=("gpu", "tpu")),
+    "ragged": TokenExchange(_ragged, _ragged_rows, _ragged_refuses),
     "padded": TokenExchange(_padded, lambda sizes: (sizes.shards * sizes.most,)),
     "hierarchical": TokenExchange(_hierarchical, _hierarchical_rows),
 }
@@ -160,17 +178,17 @@ def exchanged_bytes(
 
 
 def choose_exchange(
-    plan: TokenChoice | ExpertChoice | SoftSlots, kind: str, platform: str, sizes: Sizes, local_groups: int
+    plan: TokenChoice | ExpertChoice | SoftSlots, kind: str, devices: Devices, sizes: Sizes, local_groups: int
 ) -> str:
     """The exchange that runs: the named one, or what 'auto' stands for.
 
     Plans with slots (expert choice, soft slots) exchange slots, whatever is named for token choice. 'auto' takes the slots of a token
-    choice with capacity when they are fewer rows than `padded` would send; else the needed rows where the platform can
+    choice with capacity when they are fewer rows than `padded` would send; else the needed rows where the devices can
     (TPU, GPU), else padded ones. It is a matter of counted bytes, not of timings.
 
     Args:
       kind: a name of `EXCHANGES`, or 'auto'.
-      platform: of the devices.
+      devices: of the mesh.
       local_groups: whole groups on each device; 0 if groups lie across devices.
 
     Raises:
@@ -184,14 +202,14 @@ def choose_exchange(
         few = plan.capacity is not None and sizes.experts * local_groups * plan.capacity <= sizes.shards * sizes.most
         if local_groups and few:
             return "capacity"
-        return "ragged" if platform in TOKEN_EXCHANGES["ragged"].platforms and sizes.shards > 1 else "padded"
+        return "padded" if sizes.shards == 1 or TOKEN_EXCHANGES["ragged"].refuses(devices) else "ragged"
     if kind == "capacity" and plan.capacity is None:
         raise ConfigError(
             "exchange.kind='capacity' exchanges slots, and this plan has none; set capacity_factor of the select rule, or "
             "exchange.kind='auto'"
         )
-    if kind in TOKEN_EXCHANGES and platform not in TOKEN_EXCHANGES[kind].platforms and sizes.shards > 1:
-        raise ConfigError(f"exchange.kind='{kind}' does not run on {platform}; use exchange.kind='padded' or 'auto'")
+    if kind in TOKEN_EXCHANGES and sizes.shards > 1 and (reason := TOKEN_EXCHANGES[kind].refuses(devices)):
+        raise ConfigError(f"exchange.kind='{kind}' does not run here: {reason}; use exchange.kind='padded' or 'auto'")
     return kind
 
 
