@@ -2,8 +2,8 @@
 
     python -m experiments.run --config=configs/pods/deepseek_moe_16b.py --compile_for=v5e:16x16
 
-Experts are split over one axis of the mesh and tokens travel to them; the other axis splits the rest (fsdp). The paper's first layer
-is dense, here all layers are alike. `data.tokenizer` is a file that you provide.
+Experts are split over one axis of the mesh and tokens travel to them, at most twice as many to a chip as on average; the other axis
+splits the rest (fsdp). The paper's first layer is dense, here all layers are alike. `data.tokenizer` is a file that you provide.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             mesh="fsdp x ep=8",
+            exchange=dict(kind="auto", bound=2.0),
             model=dict(
                 kind="decoder_lm",
                 vocab_size=102_400,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moejax.data.config import TextConfig, parse
+from moejax.dispatch.expert_parallel import OVERLAP_OPTIONS
 from moejax.errors import ConfigError, nearest
 from moejax.parallel.mesh import make_mesh
 from moejax.parallel.scope import Exchange, Parallel
@@ -100,18 +101,42 @@ def lower_train(program: Program, where: Topology) -> jax.stages.Lowered:
         return program.lower_train()
 
 
-def compile_lowered(lowered: jax.stages.Lowered, where: Topology) -> jax.stages.Compiled:
+def compile_lowered(
+    lowered: jax.stages.Lowered, where: Topology, options: Mapping[str, str] | None = None
+) -> jax.stages.Compiled:
     """The program for the topology, by the chip's compiler.
+
+    Args:
+      lowered: from `lower_train`.
+      where: what it was lowered for.
+      options: of the compiler, such as those of `overlap_options`.
 
     Raises:
       DoesNotFit: the compiler found no way to stay within the chip's memory; says by how much.
+      ConfigError: it refuses the program for another reason; says which.
     """
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=dict(options or {}) or None)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or where.chip is None:
+        if where.chip is None:
             raise
-        raise DoesNotFit(_needed(str(error), where)) from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFit(_needed(str(error), where)) from error
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"the compiler refuses this program for {where.name}; another mesh or exchange may do: {reason}"
+        ) from error
+
+
+def overlap_options(program: Program, where: Topology) -> dict[str, str]:
+    """What the compiler has to be told so that one chunk is exchanged while another is computed; empty if there are no chunks.
+
+    v5e slices of more than 16 chips have no such exchanges, and the compiler refuses the option there.
+    """
+    limited = where.kind == "v5e" and len(where.devices) > 16
+    if where.chip is None or limited or program.parallel.exchange.chunks == 1:
+        return {}
+    return OVERLAP_OPTIONS["tpu"]
 
 
 def batch_shapes(config: Mapping[str, Any] | ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

@@ -164,3 +164,30 @@ def test_what_does_not_fit_is_refused_with_what_to_change():
     x = jax.ShapeDtypeStruct((300_000, 300_000), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(where.devices[0]))
     with pytest.raises(ahead.DoesNotFit, match=r"it needs \d{3}\.\d\d GB a chip, and v5e has 16\.91 GB"):
         ahead.compile_lowered(jax.jit(lambda x: x * 2 + 1).lower(x), where)
+
+
+@pytest.mark.tpu_aot
+def test_what_the_compiler_refuses_is_one_sentence(monkeypatch):
+    where = ahead.topology("v5e:16x16")
+
+    def refuse(self, compiler_options):
+        assert compiler_options is None
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such exchange\n\n%all-to-all = ...")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    with pytest.raises(ConfigError, match=r"refuses this program for v5e:16x16; .*: UNIMPLEMENTED: no such exchange$"):
+        ahead.compile_lowered(jax.jit(jnp.sin).lower(1.0), where)
+
+
+@pytest.mark.tpu_aot
+def test_chunks_are_overlapped_where_the_compiler_can():
+    def options(topology, **exchange):
+        config = tiny(batch_size=512)
+        config.mesh, config.exchange = "ep=4 x dp", exchange
+        where = ahead.topology(topology)
+        return ahead.overlap_options(ahead.program_for(config, where), where)
+
+    assert options("v5e:4x4", chunks=1) == {}
+    assert options("v5e:4x4", chunks=2) == ahead.OVERLAP_OPTIONS["tpu"]
+    assert options("v5e:4x8", chunks=2) == {}
+    assert options("v5p:4x4x8", chunks=2) == ahead.OVERLAP_OPTIONS["tpu"]
