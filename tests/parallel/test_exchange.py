@@ -94,7 +94,7 @@ def compiled(mesh: str | None, exchange: Exchange, bank: str) -> Callable[..., t
 
 def check(plan: Plan, mesh: str, exchange: Exchange, bank: str = "ffn") -> None:
     g = jax.tree.leaves(plan)[0].shape[0]
-    n = getattr(plan, "num_tokens", N)
+    n = plan.expert.shape[1] if isinstance(plan, TokenChoice) else getattr(plan, "num_tokens", N)
     args = params_of(bank), jax.random.normal(jax.random.key(20), (g, n, D)), weights_of(plan), plan
     expected, actual = compiled(None, Exchange(), bank)(*args), compiled(mesh, exchange, bank)(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
@@ -113,6 +113,9 @@ class TestTokens:
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_by_way_of_hosts(self, routing: str) -> None:
         check(ROUTINGS[routing](), "expert=8", Exchange("hierarchical", hosts=2))
+
+    def test_one_token_a_device_as_in_decoding(self) -> None:
+        check(TopK(k=1)(logits(14, G, 1)), "data=8", Exchange())
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_in_chunks(self, routing: str) -> None:

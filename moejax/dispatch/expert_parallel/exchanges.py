@@ -96,6 +96,10 @@ def _padded(sizes: Sizes) -> tuple[Step, ...]:
     return (lambda shard: Padded.plan(_needed(shard, sizes.shards), sizes.most),)
 
 
+def _padded_rows(sizes: Sizes) -> tuple[int, ...]:
+    return (sizes.shards * sizes.most,)
+
+
 def _ragged(sizes: Sizes) -> tuple[Step, ...]:
     (most,) = _ragged_rows(sizes)
     return (lambda shard: Ragged.plan(_needed(shard, sizes.shards), most, sizes.shards * sizes.most),)
@@ -116,6 +120,8 @@ def _ragged_refuses(devices: Devices) -> str | None:
 
 def _hierarchical(sizes: Sizes) -> tuple[Step, ...]:
     """To the device of the same place in each host, then within the host. Only one copy of a token crosses to a host."""
+    if sizes.hosts == 1:
+        return _padded(sizes)
     hosts, local = sizes.hosts, sizes.shards // sizes.hosts
     to_host, within = (rows // places for rows, places in zip(_hierarchical_rows(sizes), (hosts, local), strict=True))
     across = tuple(tuple(host * local + i for host in range(hosts)) for i in range(local))
@@ -132,6 +138,8 @@ def _hierarchical(sizes: Sizes) -> tuple[Step, ...]:
 
 
 def _hierarchical_rows(sizes: Sizes) -> tuple[int, ...]:
+    if sizes.hosts == 1:
+        return _padded_rows(sizes)
     # Within a host, every source host's tokens are bounded as in a flat exchange: the same tokens are dropped.
     hosts, local = sizes.hosts, sizes.shards // sizes.hosts
     to_host = min(sizes.tokens, local * sizes.most)
@@ -140,7 +148,7 @@ def _hierarchical_rows(sizes: Sizes) -> tuple[int, ...]:
 
 TOKEN_EXCHANGES: dict[str, TokenExchange] = {
     "ragged": TokenExchange(_ragged, _ragged_rows, _ragged_refuses),
-    "padded": TokenExchange(_padded, lambda sizes: (sizes.shards * sizes.most,)),
+    "padded": TokenExchange(_padded, _padded_rows),
     "hierarchical": TokenExchange(_hierarchical, _hierarchical_rows),
 }
 EXCHANGES = (*TOKEN_EXCHANGES, "capacity")
