@@ -105,7 +105,7 @@ def test_factored_moments_are_split():
 def test_names_of_two_dimensions_take_a_mesh_axis_once():
     axes = {("w",): ("embed", "embed"), ("v",): ("mlp", "heads")}
     params = {"w": np.zeros((4, 4)), "v": np.zeros((3, 4)), "plain": np.zeros((4, 4))}
-    with pytest.raises(ConfigError, match="'mlp' of size 3|hidden"):
+    with pytest.raises(ConfigError, match=r"'mlp' of size 3|hidden"):
         rules.param_specs(params, axes, make_mesh("fsdp=4,tensor=2"))
     params["v"] = np.zeros((6, 4))
     found = rules.param_specs(params, axes, make_mesh("fsdp=4,tensor=2"))
