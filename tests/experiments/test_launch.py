@@ -188,3 +188,11 @@ def test_mistakes_are_found_before_anything_is_started(arguments, message, capsy
     monkeypatch.setattr(subprocess, "run", None)
     assert launch.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_readmes_jobs_are_right(capsys, monkeypatch):
+    monkeypatch.chdir(launch.REPOSITORY)
+    lines = [line for line in (launch.REPOSITORY / "README.md").read_text().splitlines() if "-m experiments.launch" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert launch.main([*shlex.split(line)[3:], "--dry_run"]) == 0
