@@ -33,31 +33,34 @@ PARTS = ("parameters", "optimizer", "inputs", "temporaries", "results", "code")
 GB = 1e9
 
 
-def compile_configs(configs: Mapping[str, Any], topology: str, folder: Path, console: Console) -> list["Report"]:
-    """Compiles the train step of each config, shows what it needs, and writes JSON and a picture of each.
+def compile_configs(configs: Mapping[str, Any], topology: str, folder: Path, console: Console) -> None:
+    """Compiles the train step of each config, shows what it needs, and writes `<name>.<topology>.json` with a picture beside it.
 
     Args:
       configs: name -> config.
       topology: 'v5e:16x16', or 'cpu:8' for simulated devices.
-      folder: where `<name>.<topology>.json` and `.png` go.
+      folder: where to.
 
     Raises:
       ConfigError: a config is wrong; one that does not fit raises `DoesNotFit` after those before it have been written.
     """
+    for name, config in configs.items():
+        file = write(compile_one(name, config, topology, console), folder)
+        shown = picture([json.loads(file.read_text())], file.with_suffix(".png"))
+        say(console, f"wrote {short(file)} and {short(shown)}\n")
+
+
+def compile_one(name: str, config: Any, topology: str, console: Console) -> "Report":
+    """Compiles one config and shows what it needs."""
     from moejax.parallel import ahead, report
 
     where = ahead.topology(topology)
-    found = []
-    for name, config in configs.items():
-        with _phases(console, f"{name} for {topology}") as phase:
-            made = report.make_report(name, config, where, phase)
-        found.append(made)
-        say(console, f"\n{made.name} on {made.topology}: {made.devices} devices, mesh {made.mesh}\n")
-        for table in tables(made):
-            show(console, table)
-        json_file, picture = write(made, folder)
-        say(console, f"wrote {short(json_file)} and {short(picture)}\n")
-    return found
+    with _phases(console, f"{name} for {topology}") as phase:
+        made = report.make_report(name, config, where, phase)
+    say(console, f"\n{made.name} on {made.topology}: {made.devices} devices, mesh {made.mesh}\n")
+    for table in tables(made):
+        show(console, table)
+    return made
 
 
 def tables(report: "Report") -> tuple[Table, Table, Table]:
@@ -71,7 +74,7 @@ def tables(report: "Report") -> tuple[Table, Table, Table]:
     of = "of the limit" if memory.limit else "of all"
     work = [
         ("parameters, active", f"{quantity(report.params)}, {quantity(report.active_params)}"),
-        ("tokens a step", f"{quantity(report.tokens)}, {quantity(report.tokens / report.devices)} a device"),
+        ("tokens or images a step", f"{quantity(report.tokens)}, {quantity(report.tokens / report.devices)} a device"),
         ("FLOPs of a device", f"{costs.flops:.3g}"),
         ("bytes of memory traffic", f"{costs.bytes:.3g}"),
     ]
@@ -107,42 +110,40 @@ def tables(report: "Report") -> tuple[Table, Table, Table]:
     )
 
 
-def write(report: "Report", folder: Path) -> tuple[Path, Path]:
-    """JSON and picture of a report; returns their paths."""
+def write(report: "Report", folder: Path) -> Path:
+    """A report as JSON; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{report.name}.{report.topology.replace(':', '-')}"
-    file = folder / f"{stem}.json"
+    file = folder / f"{report.name}.{report.topology.replace(':', '-')}.json"
     file.write_text(json.dumps({**report.to_json(), "made": describe()}, indent=1) + "\n")
-    return file, picture([report], folder / f"{stem}.png")
+    return file
 
 
-def picture(reports: Sequence["Report"], path: Path) -> Path:
-    """A bar a report: what a device's memory holds, and its limit."""
+def picture(reports: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """A bar a report, as JSON has them: what a device's memory holds, and its limit."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from experiments.plots import COLOURS, STYLE
 
+    memories = [report["memory"] for report in reports]
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(8.5, 1.7 + 0.7 * len(reports)), layout="constrained")
         axes = figure.subplots()
-        names = [f"{r.name}\n{r.topology}, {r.mesh}" for r in reports]
-        left = [0.0] * len(reports)
+        rows, left = range(len(reports)), [0.0] * len(reports)
         for part, colour in zip(PARTS, COLOURS, strict=False):
-            sizes = [getattr(r.memory, part) / GB for r in reports]
-            axes.barh(names, sizes, left=left, color=colour, label=part, height=0.55)
+            sizes = [memory[part] / GB for memory in memories]
+            axes.barh(rows, sizes, left=left, color=colour, label=part, height=0.55)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
-        for i, r in enumerate(reports):
-            if r.memory.limit:
-                axes.plot([r.memory.limit / GB] * 2, [i - 0.4, i + 0.4], color="black", linewidth=2)
-                axes.annotate(" limit", (r.memory.limit / GB, i + 0.4), ha="right", va="bottom", fontsize=9)
-        axes.set_xlim(0, 1.04 * max(max(r.memory.limit or 0, r.memory.total) for r in reports) / GB)
-        axes.set_xlabel("GB of a device's memory")
+        for row, memory in enumerate(memories):
+            if memory["limit"]:
+                axes.plot([memory["limit"] / GB] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2)
+        axes.set_yticks(rows, [f"{r['name']}\n{r['topology']}, {r['mesh']}" for r in reports])
+        axes.set_xlim(0, 1.04 * max(max(memory["limit"] or 0, memory["total"]) for memory in memories) / GB)
+        axes.set_xlabel("GB of a device's memory" + (" (black: its limit)" if memories[0]["limit"] else ""))
         axes.invert_yaxis()
         figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=9)
         FigureCanvasAgg(figure)
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return path
 
@@ -153,8 +154,7 @@ def markdown(record: Path = RECORD) -> str:
         "| config | chips | mesh | parameters (active) | memory a chip, GB (of which temporaries) | FLOPs a chip | sent a chip, GB (overlapped) | step, estimated | compiled in |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for file in sorted(record.glob("*.json")):
-        r = json.loads(file.read_text())
+    for r in _recorded(record):
         memory, costs = r["memory"], r["costs"]
         sent = sum(e["bytes"] for e in r["exchanges"])
         hidden = sum(e["bytes"] * e["overlapped"] for e in r["exchanges"])
@@ -182,12 +182,19 @@ def main(argv: Sequence[str]) -> int:
                 raise ConfigError(f"unknown config '{name}' in configs/pods{nearest(name, files)}")
         for topology in topologies:
             for name in wanted:
-                compile_configs({name: load_config(str(files[name]))[1]}, topology, RECORD, console)
+                write(compile_one(name, load_config(str(files[name]))[1], topology, console), RECORD)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    picture(_recorded(RECORD), RECORD / "memory.png")
     readme.renew(readme.LEDGER)
     return 0
+
+
+def _recorded(record: Path) -> list[dict[str, Any]]:
+    """All reports of the record, by chip and then by name."""
+    found = [json.loads(file.read_text()) for file in record.glob("*.json")]
+    return sorted(found, key=lambda report: (report["topology"], report["name"]))
 
 
 @contextlib.contextmanager
@@ -222,10 +229,10 @@ def _phases(console: Console, what: str) -> Iterator[Callable[[str], None]]:
 
 def _size(count: float) -> str:
     """Bytes as `2.19 GB`, `48.3 MB` or `12 kB`."""
-    for unit, letter in ((1e9, "G"), (1e6, "M")):
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g} {letter}B"
-    return f"{count / 1e3:.3g} kB"
+    return f"{count:.0f} B"
 
 
 def _ms(seconds: float) -> str:
