@@ -159,15 +159,17 @@ class TestTpu:
         n, d, k = 64, 256, 2
         with target("v5e"):
             program = Program(
-                "data=2,expert=4", Exchange("ragged"), TopK(k), FFN(128, num_experts=E), devices=devices_of("v5e:2x4"),
+                "fsdp=2,expert=4", Exchange("ragged"), TopK(k), FFN(128, num_experts=E), devices=devices_of("v5e:2x4"),
                 sizes=(G, n, d), dtype=jnp.bfloat16,
             )  # fmt: skip
+            parameters = [c.kind for c in program.exchanges() if c.axes == ("fsdp",)]
             found = [c for c in program.exchanges() if c.axes == ("expert",)]
         ragged = [c for c in found if c.kind == "ragged-all-to-all"]
         rows = {c.operand_bytes // (2 * d) for c in ragged if c.dtype == "bf16"}
         assert rows == {n * k, 4 * n}  # what may leave, and what may arrive
         assert sum(c.dtype == "bf16" for c in ragged) == 4  # there and back, twice
         assert all(c.operand_bytes <= 2 * 4 * 8 for c in found if c.kind != "ragged-all-to-all")  # sizes and offsets
+        assert sorted(parameters) == ["all-gather"] * 2 + ["reduce-scatter"] * 2
         assert {"grouped_matmul", "grouped_matmul_dw"} <= set(custom_calls(program.compiled))
 
     @pytest.mark.tpu_aot
