@@ -26,7 +26,7 @@ from moejax.errors import ConfigError
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
 NUMERICS_VERSION = 2
-COSMETIC = ("checkpoint", "train.log_every")
+COSMETIC = ("checkpoint", "train.log_every", "mesh", "exchange")
 RESULT_FIELDS = ("params", "active_params", "flops_per_step", "steps", "seconds", "first_step_seconds")
 
 
@@ -83,32 +83,44 @@ class Cache:
         """Where the run of `config` with `seed` lives, finished or not."""
         return self.root / "trained" / key(config, seed)
 
+    def has(self, config: ConfigDict, seed: int) -> bool:
+        """Whether the run has finished."""
+        return (self.path(config, seed) / "run.json").exists()
+
     def load(self, config: ConfigDict, seed: int, arm: str) -> Run | None:
         """The finished run, or None."""
         return read_run(self.path(config, seed), arm, seed, cached=True)
 
     def train(self, config: ConfigDict, seed: int, arm: str, fit: Callable[..., Any], progress: Callable[..., None]) -> Run:
         """Trains what is not finished yet, or goes on with it, and returns the run."""
+        from moejax.parallel import hosts
+
         path = self.path(config, seed)
-        with _claimed(path):
+        with _claimed(path) if hosts.is_first() else contextlib.nullcontext():
             # Another process may have finished it while this one was busy with other arms.
-            return read_run(path, arm, seed, cached=True) or train_in(path, config, seed, arm, fit, progress)
+            found = hosts.share(self.has(config, seed))
+            return read_run(path, arm, seed, cached=True) if found else train_in(path, config, seed, arm, fit, progress)
 
     def forget(self, config: ConfigDict, seed: int) -> None:
         """Deletes a finished run, so that it is trained again. An interrupted one stays, for the same command to go on with."""
+        from moejax.parallel import hosts
+
         path = self.path(config, seed)
-        with _claimed(path):
-            if (path / "run.json").exists():
-                shutil.rmtree(path)
+        if hosts.is_first():
+            with _claimed(path):
+                if self.has(config, seed):
+                    shutil.rmtree(path)
+        hosts.barrier()
 
 
 def train_in(
     path: Path, config: ConfigDict, seed: int, arm: str, fit: Callable[..., Any], progress: Callable[..., None]
 ) -> Run:
-    """Calls `fit` in directory `path` and writes `run.json` when it has ended.
+    """Calls `fit` in directory `path` and writes `run.json` when it has ended; of several processes, the first writes.
 
     A training whose numbers are no longer finite has ended too: that an arm diverges is a result.
     """
+    from moejax.parallel import hosts
     from moejax.train import NonFiniteLoss
 
     diverged, metrics = "", {}
@@ -129,7 +141,9 @@ def train_in(
         "metrics": {**_last_scalars(_lines(path / "metrics.jsonl")), **metrics},
         "meta": environment.describe(),
     }
-    write_json(path / "run.json", record)
+    if hosts.is_first():
+        write_json(path / "run.json", record)
+    hosts.barrier()
     return read_run(path, arm, seed, cached=False)
 
 

@@ -164,7 +164,15 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache) -> Fit:
 
 
 def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
-    """Stops if the library's numbers are not those that cached runs and ledger entries were made with."""
+    """Stops if the library's numbers are not those that cached runs and ledger entries were made with.
+
+    The canary sings for one process. Where there are several, numbers on the mesh are compared by the tests.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        say(console, "several processes: the canary is not asked")
+        return
     record_file = record.ledger_folder(cache.root) / "canary.json"
     canary.check(cache.root, record_file, fit, accept, lambda text: say(console, text))
 
@@ -177,12 +185,15 @@ def _train_all(
     fresh: bool,
     console: Console,
 ) -> dict[str, dict[int, Run]]:
+    from moejax.parallel import hosts
+
     if fresh:
         for arm, seed in todo:
             cache.forget(configs[arm], seed)
 
     def train(arm: str, seed: int, line: Line) -> Run:
-        return cache.load(configs[arm], seed, arm) or cache.train(configs[arm], seed, arm, fit, line)
+        found = cache.load(configs[arm], seed, arm) if hosts.share(cache.has(configs[arm], seed)) else None
+        return found or cache.train(configs[arm], seed, arm, fit, line)
 
     return _with_board(todo, configs, train, console)
 

@@ -25,6 +25,10 @@ MODES = {
     "workdir": ("config",),
     "runs": ("study", "config", "report", "compile_for"),
     "compile_for": ("study", "config"),
+    "devices": ("study", "config"),
+    "coordinator": ("study", "config"),
+    "processes": ("study", "config"),
+    "process": ("study", "config"),
 }
 
 EPILOG = """examples:
@@ -33,6 +37,7 @@ EPILOG = """examples:
   python -m experiments.run --study=switch --preset=smoke     one study, in seconds
   python -m experiments.run --study=switch --ablation=capacity
   python -m experiments.run --config=configs/base_lm.py --config.train.steps=50
+  python -m experiments.run --config=configs/base_lm.py --config.mesh='data=2,expert=4' --devices=8
   python -m experiments.run --config=configs/pods/mixtral_8x7b.py --compile_for=v5e:16x16
   python -m experiments.run --report                          rebuild reports and index from finished runs
 """
@@ -56,6 +61,10 @@ class Options:
     workdir: str = ""
     fresh: bool = False
     accept_numerics: bool = False
+    devices: int | None = None
+    coordinator: str = ""
+    processes: int | None = None
+    process: int | None = None
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -81,6 +90,8 @@ def parse(argv: Sequence[str]) -> Options:
                 raise ConfigError(f"{_flag(name, values[name])} does not go with --{other}; it belongs to {_owners(modes)}")
     if values["seeds"] is not None and values["seeds"] < 1:
         raise ConfigError(f"--seeds={values['seeds']} is not a number of runs; give 1 or more")
+    if values["devices"] is not None and values["devices"] < 1:
+        raise ConfigError(f"--devices={values['devices']} is not a number of devices; give 1 or more")
     arms = tuple(name.strip() for name in values["arms"].split(",") if name.strip())
     values |= {"arms": arms, "mode": mode}
     return Options(**{name: values[name] for name in Options.__dataclass_fields__})
@@ -140,6 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", default="", metavar="DIR", help="with --config: train here instead of in the cache")
     add("--fresh", action="store_true", help="train again what is finished")
     add("--accept_numerics", action="store_true", help="record the canary's new numbers")
+    add("--devices", type=int, default=None, metavar="N", help="simulate N devices on the CPU (with --config.mesh)")
+    add("--coordinator", default="", metavar="HOST:PORT|auto", help="process 0 of several ($MOEJAX_COORDINATOR)")
+    add("--processes", type=int, default=None, metavar="N", help="how many they are ($MOEJAX_PROCESSES)")
+    add("--process", type=int, default=None, metavar="I", help="which of them this one is ($MOEJAX_PROCESS)")
     # Shown in the help; taken out of the command line by `_take_overrides`.
     add("--config.KEY", default=None, metavar="VALUE", help="override a config value, in every arm: --config.train.steps=50")
     return parser

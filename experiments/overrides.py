@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from moejax.errors import ConfigError, nearest
 
 FREE = ("model", "blocks")
+# Where a run computes: every config has these, named or not, and they do not change what it is. No mesh is one device.
+PLACE = {"mesh": "", "exchange": {"kind": "auto", "chunks": 1, "bound": None, "hosts": None}}
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
@@ -60,12 +62,12 @@ def parse(config: ConfigDict, key: str, text: str, where: str) -> Any:
 
 
 def copy(config: ConfigDict) -> ConfigDict:
-    """The config with every sub-dict its own: one that stands in two places would change in both."""
+    """The config with every sub-dict its own (one that stands in two places would change in both), and with `PLACE`."""
 
     def plain(node: ConfigDict) -> dict[str, Any]:
         return {name: plain(value) if isinstance(value, ConfigDict) else value for name, value in node.items()}
 
-    return ConfigDict(plain(config))
+    return ConfigDict({**PLACE, **plain(config), "exchange": {**PLACE["exchange"], **plain(config.get("exchange") or {})}})
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.cache import RESULT_FIELDS, Run, write_json
+from experiments.overrides import PLACE
 from experiments.study import Claim, Study
 from experiments.verdict import Verdict, judge, summary
 
@@ -56,8 +57,9 @@ class Outcome:
         absent = [arm.name for arm in self.study.group(self.ablation) if arm.name not in self.runs]
         if self.preset not in LEDGER_PRESETS:
             return f"preset '{self.preset}' checks the machinery, not the claims"
-        if self.overrides:
-            return f"--config.{next(iter(self.overrides))} changes the study"
+        changes = [key for key in self.overrides if key.split(".")[0] not in PLACE]
+        if changes:
+            return f"--config.{changes[0]} changes the study"
         if absent:
             return f"without arm {', '.join(absent)}"
         if any(sorted(seeds) != list(range(declared)) for seeds in self.runs.values()):

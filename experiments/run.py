@@ -23,14 +23,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status. A mistake in it is one line on stderr and status 2."""
     try:
         options = flags.parse(sys.argv[1:] if argv is None else argv)
-        run = _run_compile if options.compile_for else _MODES[options.mode]
-        return run(options, make_console())
+        if options.compile_for or options.mode not in TRAINS:
+            run = _run_compile if options.compile_for else _MODES[options.mode]
+            return run(options, make_console())
+        return _train(options)
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
+
+
+def _train(options: Options) -> int:
+    """Runs a study or a config, in this process alone or together with others; of several, the first one talks."""
+    from moejax.parallel import hosts
+
+    if options.devices is not None:
+        hosts.simulate(options.devices)
+    try:
+        together = hosts.start(options.coordinator or None, options.processes, options.process) > 1
+    except TimeoutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
+        return _MODES[options.mode](options, make_console(quiet=together and not hosts.is_first()))
+    except hosts.LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Python's own way out would wait for the process that is gone.
+        os._exit(LOST)
 
 
 def _run_study(options: Options, console: Console) -> int:
@@ -43,6 +64,7 @@ def _run_study(options: Options, console: Console) -> int:
 
     from experiments.execute import choose, execute, finish
     from experiments.record import ledger_folder
+    from moejax.parallel import hosts
 
     first = choose(study, ablation, options.arms)[0]
     runs = _runs_folder(options)
@@ -58,7 +80,7 @@ def _run_study(options: Options, console: Console) -> int:
         accept_numerics=options.accept_numerics,
         console=console,
     )
-    return finish(outcome, runs, ledger_folder(runs), console)
+    return finish(outcome, runs, ledger_folder(runs), console) if hosts.is_first() else 0
 
 
 def _run_config(options: Options, console: Console) -> int:
@@ -174,6 +196,8 @@ def _runs_folder(options: Options) -> Path:
     return Path(options.runs or os.environ.get("MOEJAX_RUNS") or "runs")
 
 
+TRAINS = ("study", "config")
+LOST = 75  # the exit status that asks to be started again (EX_TEMPFAIL)
 _MODES: dict[str, Callable[[Options, Console], int]] = {
     "study": _run_study,
     "config": _run_config,

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 160  # columns where no terminal says how many it has
 
 
-def make_console() -> Console:
-    """Standard output, wide enough for tables in a log."""
-    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+def make_console(quiet: bool = False) -> Console:
+    """Standard output, wide enough for tables in a log; or nowhere."""
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, quiet=quiet)
 
 
 def say(console: Console, text: str) -> None:

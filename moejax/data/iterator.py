@@ -41,7 +41,7 @@ def make_iterator(
       split: `train`, `validation` or `test`; some corpora lack one.
       seed: of the order and of augmentation, in training. The other splits have one fixed order.
       shard_index: this host.
-      shard_count: hosts. Together their batches are those of a single host (streamed training excepted: see
+      shard_count: hosts. Their batches, one after the other, are those of a single host (streamed training excepted: see
         `TextConfig.streaming`), and in a finite pass all hosts have equally many.
       num_epochs: passes over the split; the last batch of a finite iterator is filled with rows that are not valid. None is
         endless for `train` and one pass for the other splits.

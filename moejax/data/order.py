@@ -1,7 +1,7 @@
 """The order of examples, their division among hosts, and batches: the part that text and images share.
 
-One global order is drawn from the seed, and host i of n takes elements i, i + n, ... of it. The hosts' batches of a step
-together are therefore the batch that a single host would have had, whatever n is.
+One global order is drawn from the seed, and host i of n takes the i-th of n equal blocks of each batch. The hosts' batches
+of a step, one after the other, are therefore the batch that a single host would have had, whatever n is.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def padded(examples: grain.MapDataset, padding: Mapping[str, Any], multiple: int
 
 def batched(examples: grain.MapDataset, config: DataConfig, shard_index: int, shard_count: int) -> grain.IterDataset:
     """One host's batches, prepared ahead by a thread (or by processes)."""
-    own = examples[shard_index::shard_count].batch(config.batch_size // shard_count)
+    own = examples.batch(config.batch_size // shard_count)[shard_index::shard_count]
     batches = own.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch))
     return with_workers(batches, config)
 

@@ -135,7 +135,7 @@ def _streamed(
         batches = rows.batch(config.batch_size // shard_count)
     else:
         batches = rows.batch(config.batch_size, batch_fn=partial(_pad, batch_size=config.batch_size)).map(
-            lambda batch: {key: value[shard_index::shard_count] for key, value in batch.items()}
+            lambda batch: {key: np.split(value, shard_count)[shard_index] for key, value in batch.items()}
         )
     if config.workers:
         return with_workers(batches, config)

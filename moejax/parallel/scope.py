@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from moejax.parallel.mesh import BATCH_AXES
+from moejax.errors import ConfigError
+from moejax.parallel.mesh import BATCH_AXES, SINGLE, make_mesh
 
 # Logical axis -> mesh axes, of activations. Parameters' rules are in rules.py.
 _ACTIVATIONS = {
@@ -45,6 +46,21 @@ class Parallel:
 
     mesh: Mesh
     exchange: Exchange = Exchange()
+
+
+def make_parallel(mesh: str | None, exchange: Exchange | None = None) -> Parallel | None:
+    """`config.mesh` over all devices of all processes; None where one device computes everything.
+
+    Raises:
+      ConfigError: the spec is wrong, or leaves out devices of other processes.
+    """
+    made = make_mesh(mesh or SINGLE)
+    if jax.process_count() > made.size:
+        raise ConfigError(
+            f"mesh='{mesh or SINGLE}' uses {made.size} device, and there are {jax.process_count()} processes; set config.mesh to "
+            f"'dp' or another that uses them all"
+        )
+    return Parallel(made, exchange or Exchange()) if made.size > 1 else None
 
 
 _current: ContextVar[Parallel | None] = ContextVar("parallel", default=None)

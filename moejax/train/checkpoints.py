@@ -7,6 +7,10 @@
 `checksums.json` holds the SHA-256 of every file of the four items. It is written before Orbax's atomic rename, so a step
 folder that carries its final name is complete, and a process killed at any moment leaves either a whole checkpoint or none.
 A checkpoint that fails the check is moved aside to `<step>.corrupt` with a warning, and the one before it is used.
+
+An array is one array in a checkpoint, however it was split: each process writes the parts that it holds, and reading splits
+them anew, over any mesh. The processes of a run share the folder and do everything here together; the first of them writes
+the checksums, when all parts are there, and looks for damage while the others wait.
 """
 
 import base64
@@ -24,6 +28,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from moejax.errors import ConfigError
+from moejax.parallel import hosts
 from moejax.train.metrics import write_atomically
 from moejax.train.step import TrainState
 
@@ -61,7 +66,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int, asynchronous: bool):
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.newest = newest_good(self.directory)
+        self.newest = hosts.share(newest_good(self.directory) if hosts.is_first() else None)
         self._asynchronous = asynchronous
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -87,7 +92,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 variables=ocp.args.StandardSave(variables),
                 state=ocp.args.StandardSave(rest),
-                data=ocp.args.JsonSave(_encoded(data_state)),
+                data=ocp.args.JsonSave(_gathered(data_state)),
                 meta=ocp.args.JsonSave({**meta, "step": step, "shapes": shapes(state)}),
             ),
             force=True,
@@ -123,7 +128,7 @@ class Checkpoints:
         )
         collections = dict(items.variables)
         state = TrainState(params=collections.pop("params"), collections=collections, **items.state)
-        return Restored(state, _decoded(items.data), meta)
+        return Restored(state, _own(items.data, self.path(step)), meta)
 
     def wait(self) -> None:
         """Waits for a save in progress, and raises what went wrong in it."""
@@ -280,6 +285,22 @@ def _encoded(data_state: Any) -> dict[str, Any]:
         return {"base64": base64.b64encode(data_state).decode()}
     # Dumped here and not by Orbax: numpy integers become numbers, and key order is kept.
     return {"json": json.dumps(data_state, default=lambda value: value.tolist())}
+
+
+def _gathered(data_state: Any) -> dict[str, Any]:
+    """The states of all processes' iterators; one for all where they are equal, as they are unless documents are streamed."""
+    states = hosts.gather(_encoded(data_state))
+    return states[0] if all(state == states[0] for state in states) else {"processes": states}
+
+
+def _own(data: Mapping[str, Any], path: Path) -> Any:
+    states = data.get("processes", [data] * jax.process_count())
+    if len(states) != jax.process_count():
+        raise ConfigError(
+            f"checkpoint {path} says where {len(states)} processes were in streamed data, and there are {jax.process_count()}; go on "
+            f"with {len(states)}"
+        )
+    return _decoded(states[jax.process_index()])
 
 
 def _decoded(data: Mapping[str, Any]) -> Any:

@@ -4,6 +4,11 @@
 
 The same call goes on where an earlier process stopped. What it writes to metrics.jsonl, and the parameters it ends with, are
 the same bits whether it was stopped or not: both depend on (config, seed) alone.
+
+`config.mesh` says how the training is split over devices (see `moejax.parallel.mesh`), of one process or of several that call
+`fit` together (see `moejax.parallel.hosts`). Numbers then agree with those of one device to rounding, and a run may go on on
+another mesh, or with another number of processes, than it began on. Of several processes, which share the folder, the first
+writes all files but the checkpoints, to which each adds its part; all of them stop together.
 """
 
 import contextlib
@@ -22,8 +27,9 @@ from ml_collections import ConfigDict
 
 from moejax import data
 from moejax.errors import ConfigError
+from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
-from moejax.train.metrics import Line, MetricLog, expand, numbers, read_lines, write_atomically
+from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers, read_lines, write_atomically
 from moejax.train.program import Program, get_program
 from moejax.train.results import Progress, ProgressCallback, RunResult, Speed
 from moejax.train.settings import (
@@ -52,37 +58,47 @@ def fit(
     make_iterator: MakeIterator | None = None,
     info: Any = None,
 ) -> RunResult:
-    """Trains one model on this process's default device.
+    """Trains one model, on this process's default device or on the devices of `config.mesh`.
 
     Args:
-      config: sections model, data, task, optimizer, train, and optionally eval and checkpoint; see `settings.py`.
+      config: sections model, data, task, optimizer, train, and optionally eval, checkpoint, mesh and exchange; see
+        `settings.py`.
       seed: of parameters, data order and all noise.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
         end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated.
-      progress: called with a `Progress` whenever a phase begins and whenever metrics are logged.
+      progress: called with a `Progress` whenever a phase begins and whenever metrics are logged; of several processes, in the
+        first.
       label: name of the run in progress reports.
       model: takes the place of `config.model`.
-      make_iterator: takes the place of `moejax.data.make_iterator`.
+      make_iterator: takes the place of `moejax.data.make_iterator`; given shard_index and shard_count if there are several
+        processes.
       info: takes the place of `moejax.data.info(config.data)`.
 
     Raises:
-      ConfigError: the config is wrong, or `workdir` holds a run with another config or seed.
+      ConfigError: the config is wrong, its sizes do not fit the mesh, or `workdir` holds a run with another config or seed.
       NonFiniteLoss: training has diverged; no state from after that step is saved.
-      Interrupted: SIGTERM or SIGINT came; a checkpoint has been saved. A `SystemExit` with code 143 or 130.
+      Interrupted: SIGTERM or SIGINT came, to any of the processes; a checkpoint has been saved. A `SystemExit` with code 143
+        or 130.
+      LostProcess: another process is gone. Nothing more can be saved: all start again from the newest checkpoint.
     """
     started = time.perf_counter()
     config = normalized(config)
     run = _Run(config, seed, Path(workdir), progress or (lambda report: None), label, started)
     with contextlib.closing(run), Signals() as signals:
-        finished = run.finished()
-        if finished is not None:
-            return finished
-        run.open(
-            model,
-            make_iterator or data.make_iterator,
-            info if info is not None or make_iterator is not None else data.info(config.data),
-        )
-        return run.train(signals)
+        try:
+            finished = run.finished()
+            if finished is not None:
+                return finished
+            run.open(
+                model,
+                make_iterator or data.make_iterator,
+                info if info is not None or make_iterator is not None else data.info(config.data),
+            )
+            return run.train(signals)
+        except jax.errors.JaxRuntimeError as error:
+            if not hosts.lost(error):
+                raise
+            raise run.abandon(error) from error
 
 
 class _Run:
@@ -94,7 +110,8 @@ class _Run:
         self.training = section(TrainSettings, config, "train")
         self.evaluation = section(EvalSettings, config, "eval")
         self.saving = section(CheckpointSettings, config, "checkpoint")
-        self._progress = progress
+        self.parallel = make_parallel(config.get("mesh"), section(Exchange, config, "exchange"))
+        self._progress = progress if hosts.is_first() else lambda report: None
         self.step = 0
         self._loss: float | None = None
         self._speed: Speed | None = None
@@ -107,7 +124,7 @@ class _Run:
     def finished(self) -> RunResult | None:
         """The result of a run that has ended already, or None."""
         step, path = self.checkpoints.newest, self.workdir / "result.json"
-        if step is None or not path.exists():
+        if step is None or not hosts.share(path.exists()):
             return None
         meta = self.checkpoints.meta(step)
         if step != self.training.steps or self._differs(meta):
@@ -121,19 +138,21 @@ class _Run:
         """Data, programs and state, from the newest checkpoint if there is one."""
         self._report("data")
         self._make_iterator = make_iterator
-        self.batches = make_iterator(self.config.data, split="train", seed=self.seed)
+        self._shard = (0, 1) if self.parallel is None else batches.data_shard(self.parallel.mesh)
+        self.batches = self._iterator(split="train", seed=self.seed)
         fresh = self.batches.get_state()
-        first = _on_device(next(self.batches))
+        first = batches.global_shapes(_model_inputs(next(self.batches)), self._shard[1])
         self.batches.set_state(fresh)
         context = {"domains": tuple(getattr(info, "domains", ())), "bytes_per_token": getattr(info, "bytes_per_token", 1.0)}
-        self.program: Program = get_program(self.plain, self.training, first, context, model)
+        self.program: Program = get_program(self.plain, self.training, first, context, model, self.parallel)
         self.state: TrainState
         if self.checkpoints.newest is None:
             self.state = self.program.init(jax.random.key(self.seed))
         else:
             self._resume(self.checkpoints.newest)
-        write_atomically(self.workdir / "config.json", json.dumps(self.plain, indent=2, sort_keys=True) + "\n")
-        self.log = MetricLog(self.workdir, self.step)
+        if hosts.is_first():
+            write_atomically(self.workdir / "config.json", json.dumps(self.plain, indent=2, sort_keys=True) + "\n")
+        self.log = (MetricLog if hosts.is_first() else SilentLog)(self.workdir, self.step)
         self._files.callback(self.log.close)
 
     def train(self, signals: Signals) -> RunResult:
@@ -143,12 +162,16 @@ class _Run:
         train_step = self.program.train if self.step < settings.steps else None
         tokens = self.program.task.size(self.program.batch)
         recent = RecentBatches(settings.log_every)
+        # A signal reaches one process; the step at which all of them stop is one that all of them know.
+        agree = None if jax.process_count() == 1 else hosts.Agreement(self.parallel.mesh)
         first_step_seconds = None
         self._report("train")
         while self.step < settings.steps:
             batch = next(self.batches)
-            self.state, metrics = train_step(self.state, _on_device(batch))
+            self.state, metrics = train_step(self.state, self._place(batch))
             self.step += 1
+            stop = signals.received or 0
+            stop = stop if agree is None else agree(stop)
             recent.add(self.step, np.asarray(batch.get("example_id", ())))
             if first_step_seconds is None:
                 jax.block_until_ready(metrics)
@@ -165,11 +188,11 @@ class _Run:
                 line |= self._evaluate()
             if line:
                 self.log.write(self.step, numbers(line))
-            if last or signals.received or self._due(self.saving.every):
+            if last or stop or self._due(self.saving.every):
                 self._check_finite(recent)
                 self._save()
-            if signals.received and not last:
-                self._leave(signals.received)
+            if stop and not last:
+                self._leave(stop)
         result = self._result(first_step_seconds or time.perf_counter() - self.started)
         if signals.received:
             self._leave(signals.received)
@@ -177,6 +200,26 @@ class _Run:
 
     def close(self) -> None:
         self._files.close()
+
+    def abandon(self, error: Exception) -> hosts.LostProcess:
+        """Leaves everything as it is: closing would wait for a process that is gone. The error to raise."""
+        self._files.pop_all()
+        newest = "none" if self.checkpoints.newest is None else self.checkpoints.path(self.checkpoints.newest)
+        reason = str(error).splitlines()[0]
+        return hosts.LostProcess(
+            f"{self.label or self.workdir}: process {jax.process_index()} of {jax.process_count()} has lost another one near step "
+            f"{self.step} ({reason}); the newest checkpoint is {newest}: start all processes again to go on from there"
+        )
+
+    def _iterator(self, **arguments: Any) -> Any:
+        index, count = self._shard
+        shards = {"shard_index": index, "shard_count": count} if count > 1 else {}
+        return self._make_iterator(self.config.data, **arguments, **shards)
+
+    def _place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What a step is given."""
+        inputs = _model_inputs(batch)
+        return inputs if self.parallel is None else batches.to_global(inputs, self.program.batch)
 
     def _resume(self, step: int) -> None:
         restored = self.checkpoints.restore(step, self.program.state)
@@ -224,7 +267,7 @@ class _Run:
         totals: dict[str, Any] = defaultdict(float)
         stat_totals: dict[str, Any] = defaultdict(float)
         for batch in self._eval_batches():
-            sums, stats = jax.device_get(evaluate(self.state, _on_device(batch)))
+            sums, stats = jax.device_get(evaluate(self.state, self._place(batch)))
             # In float64: a float32 sum of a large split would depend on how it is cut into batches.
             for name, value in sums.items():
                 totals[name] += np.asarray(value, np.float64)
@@ -238,8 +281,7 @@ class _Run:
         return {f"eval/{name}": value for name, value in line.items()}
 
     def _eval_batches(self) -> Iterator[Mapping[str, Any]]:
-        batches = self._make_iterator(self.config.data, split=self.evaluation.split, seed=0, num_epochs=1)
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(self._iterator(split=self.evaluation.split, seed=0, num_epochs=1)):
             if self.evaluation.batches and i == self.evaluation.batches:
                 return
             yield batch
@@ -248,7 +290,8 @@ class _Run:
         bad = int(self.state.first_bad_step)
         if bad >= 0:
             newest = self.checkpoints.newest
-            raise NonFiniteLoss(bad, recent.ids(bad), None if newest is None else self.checkpoints.path(newest))
+            ids = [i for ids in hosts.gather(recent.ids(bad)) for i in ids]
+            raise NonFiniteLoss(bad, ids, None if newest is None else self.checkpoints.path(newest))
 
     def _save(self) -> None:
         self.log.sync()
@@ -257,12 +300,13 @@ class _Run:
 
     def _leave(self, signum: int) -> None:
         self.close()
-        print(
-            f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; "
-            f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there",
-            file=sys.stderr,
-            flush=True,
-        )
+        if hosts.is_first():
+            print(
+                f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; "
+                f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
         raise Interrupted(signum, self.step)
 
     def _report(self, phase: str, tokens_per_second: float = 0.0, seconds_left: float | None = None) -> None:
@@ -273,6 +317,7 @@ class _Run:
 
     def _result(self, first_step_seconds: float) -> RunResult:
         self.checkpoints.wait()
+        hosts.barrier()  # the first process has written the last line
         history = self.log.history()
         final = next(line for line in reversed(history) if any(key.startswith("eval/") for key in line))
         result = RunResult(
@@ -286,10 +331,11 @@ class _Run:
             flops_per_step=self.program.flops,
             variables={"params": self.state.params, **self.state.collections},
         )
-        result.write(self.workdir)
+        if hosts.is_first():
+            result.write(self.workdir)
         return result
 
 
-def _on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a step is given: example ids are 64 bits wide and stay on the host."""
+def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a batch but the example ids, which are 64 bits wide and stay on the host."""
     return {name: value for name, value in batch.items() if name != "example_id"}

@@ -117,6 +117,25 @@ class MetricLog:
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+class SilentLog(MetricLog):
+    """What the other processes of a run have: it writes nothing, and reads what the first one wrote in the shared folder."""
+
+    def __init__(self, workdir: Path, step: int):
+        self.path = workdir / "metrics.jsonl"
+
+    def write(self, step: int, line: Mapping[str, Any]) -> None:
+        pass
+
+    def write_timing(self, step: int, line: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_lines(path: Path) -> list[Line]:
     """The whole lines of a JSON-lines file; a last line that was cut off is left out."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

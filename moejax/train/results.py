@@ -47,7 +47,7 @@ class RunResult:
       params: number of parameters.
       active_params: number of parameters one token uses.
       flops_per_step: floating point operations of the matrix products of one train step.
-      variables: the final variables (`{'params': ..., 'router_state': ...}`).
+      variables: the final variables (`{'params': ..., 'router_state': ...}`); with a mesh, split over its devices.
     """
 
     metrics: dict[str, float]

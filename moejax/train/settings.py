@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from moejax.errors import ConfigError, nearest
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
-OPTIONAL = ("eval", "checkpoint", "parallel")
-# What defines a run. The other sections say how long it goes on and what is written down.
+OPTIONAL = ("eval", "checkpoint", "mesh", "exchange")
+# What defines a run. The other sections say how long it goes on, what is written down, and on which devices it runs.
 IDENTITY = ("model", "data", "task", "optimizer")
 
 Section = TypeVar("Section")
