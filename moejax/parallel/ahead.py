@@ -131,10 +131,11 @@ def compile_lowered(
 def overlap_options(program: Program, where: Topology) -> dict[str, str]:
     """What the compiler has to be told so that one chunk is exchanged while another is computed; empty if there are no chunks.
 
-    v5e slices of more than 16 chips have no such exchanges, and the compiler refuses the option there.
+    Slices that are too large for such exchanges get none: the compiler refuses the option there.
     """
-    limited = where.kind == "v5e" and len(where.devices) > 16
-    if where.chip is None or limited or program.parallel.exchange.chunks == 1:
+    if where.chip is None or program.parallel.exchange.chunks == 1:
+        return {}
+    if where.chip.asynchronous is not None and len(where.devices) > where.chip.asynchronous:
         return {}
     return OVERLAP_OPTIONS["tpu"]
 
