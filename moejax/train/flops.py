@@ -14,8 +14,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """Floating point operations (2 per multiply-add) of all matrix products and convolutions of a program.
 
-    A `cond` counts as its most expensive branch, a loop whose length depends on data as one turn, and a program
-    under `shard_map` as one device's share. Elementwise work is left out: it is a few per cent of a network, and its count says nothing about time.
+    A `cond` counts as its most expensive branch, a loop whose length depends on data as one turn, and a program under
+    `shard_map` as often as there are devices. Elementwise work is left out: it is a few per cent of a network, and its count
+    says nothing about time.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return float(sum(_COUNTS.get(eqn.primitive.name, _nested)(eqn) for eqn in jaxpr.eqns))
@@ -50,6 +51,10 @@ def _scan(eqn: Any) -> float:
 
 def _cond(eqn: Any) -> float:
     return max(matmul_flops(branch) for branch in eqn.params["branches"])
+
+
+def _shard_map(eqn: Any) -> float:
+    return eqn.params["mesh"].size * matmul_flops(eqn.params["jaxpr"])
 
 
 def _call(eqn: Any) -> float:
@@ -101,6 +106,7 @@ _COUNTS: dict[str, Callable[[Any], float]] = {
     "conv_general_dilated": _convolution,
     "scan": _scan,
     "cond": _cond,
+    "shard_map": _shard_map,
     "pallas_call": _kernel,
     "jit": _call,
     "pjit": _call,

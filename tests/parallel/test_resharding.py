@@ -2,17 +2,18 @@
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worker
 
 from moejax.errors import ConfigError
-from moejax.parallel import Parallel, make_mesh
+from moejax.parallel import MESH_AXES, Parallel, make_mesh, parse_mesh
 from moejax.parallel.batches import data_shard, to_global
 from moejax.train import CorruptCheckpoint, load, program
 from moejax.train.checkpoints import Checkpoints
@@ -118,24 +119,25 @@ def test_wrong_meshes_are_named_before_anything_is_compiled(tmp_path):
         worker.run(tmp_path, exchange={"kinds": "ring"})
 
 
-def test_each_process_reads_the_rows_of_its_devices():
-    """Processes are simulated: what matters of a device is its process."""
+class Device:
+    """What matters of a device here: the process it belongs to, two of them to each."""
 
-    class Device:
-        def __init__(self, i, process):
-            self.id, self.process_index, self.platform = i, process, "cpu"
+    def __init__(self, i):
+        self.id, self.process_index, self.platform = i, i // 2, "cpu"
 
-    def shards(spec, processes, each=2):
-        return [
-            data_shard_of(p, make_mesh(spec, [Device(i, i // each) for i in range(each * processes)])) for p in range(processes)
-        ]
 
-    def data_shard_of(process, mesh):
-        from unittest import mock
-
+def shards(spec, processes):
+    """What each of some processes would read."""
+    devices = np.array([Device(i) for i in range(2 * processes)], object)
+    mesh = Mesh(devices.reshape(tuple(parse_mesh(spec, devices.size).values())), MESH_AXES)
+    found = []
+    for process in range(processes):
         with mock.patch("jax.process_index", return_value=process), mock.patch("jax.local_device_count", return_value=2):
-            return data_shard(mesh)
+            found.append(data_shard(mesh))
+    return found
 
+
+def test_each_process_reads_the_rows_of_its_devices():
     assert shards("data=2,expert=2", 2) == [(0, 2), (1, 2)]
     assert shards("data=2,expert=4", 4) == [(0, 4), (1, 4), (2, 4), (3, 4)]
     # A layer that spans two processes: both read the same rows.

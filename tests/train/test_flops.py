@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from moejax.parallel import make_mesh, shard_map
 from moejax.train.flops import matmul_flops
 
 
@@ -48,3 +50,12 @@ def test_convolution_batched_product_and_cond():
     assert count(lambda a, b: jnp.einsum("gij,gjk->gik", a, b), (4, 2, 3), (4, 3, 5)) == 2 * 4 * 2 * 3 * 5
     branch = lambda x: jax.lax.cond(x.sum() > 0, lambda x: x @ x @ x, lambda x: x @ x, x)  # noqa: E731
     assert count(branch, (4, 4)) == 2 * 2 * 64
+
+
+def test_a_program_split_by_hand_counts_on_every_device():
+    mesh = make_mesh("data=4,tensor=2")
+
+    def f(x, w):
+        return shard_map(lambda x, w: x @ w, mesh, (P("data"), P(None, "tensor")), P("data", "tensor"))(x, w)
+
+    assert count(f, (8, 16), (16, 6)) == 2 * 8 * 16 * 6
