@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(options: Options) -> int:
     """Runs a study or a config, in this process alone or together with others; of several, the first one talks."""
+    if options.mode == "study":
+        from experiments import study as studies
+
+        studies.load(options.study or flags.DEFAULT_STUDY)  # a wrong name is told before anything heavy is imported
+
     from moejax.parallel import hosts
 
     if options.devices is not None:

@@ -25,6 +25,7 @@ from pallas_kernels.implementations import current_chip
 
 # What the bench measured on a CPU (experiments/bench/results); a test holds `choose` to it.
 NARROW = 128  # width of tokens up to which a turn of a loop costs more than the tile it computes
+FEWEST_ROWS = 2  # rows for which no loop is worth its start
 FEW_ROWS = 8  # rows per expert up to which slots waste less than loops do
 
 BACKENDS: dict[str, Callable[[Plan, Bank, Array], Array]] = {
@@ -92,7 +93,7 @@ def choose(plan: Plan, width: int, platform: str | None = None) -> str:
         few = rows <= FEW_ROWS * plan.num_experts
         if plan.capacity is not None:
             return "capacity" if few or width <= NARROW else "grouped"
-        return "gather" if rows <= plan.num_experts and width <= NARROW else "grouped"
+        return "gather" if rows <= FEWEST_ROWS or (rows <= plan.num_experts and width <= NARROW) else "grouped"
     # Not measured: a row that gathers its expert has nobody to share the reading with.
     return "gather" if 4 * rows <= plan.num_experts else "grouped"
 
