@@ -154,8 +154,8 @@ def _uneven(
     unit = parts // math.gcd(parts, size // value) if isinstance(value, int) and value and size % value == 0 else parts
     fits = " or ".join(map(str, _multiples(value or size, unit)))
     if axis == "expert" and size < parts:
-        fewer = f"take at least {parts} experts, or fewer shards, such as mesh='data,expert={size}'"
-        return ConfigError(f"{what} has fewer experts than the {ways}={parts} shards of mesh='{describe(mesh)}' {of}; {fewer}")
+        fewer = f"take at least {parts} experts, or fewer shards, such as mesh='data,expert={math.gcd(size, mesh.size)}'"
+        return ConfigError(f"{what} is fewer than the {ways}={parts} shards of mesh='{describe(mesh)}' {of}; {fewer}")
     return ConfigError(
         f"{what} does not divide among {ways}={parts} of mesh='{describe(mesh)}' {of}; take {fits}, or another size of {ways}"
     )

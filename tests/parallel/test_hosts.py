@@ -102,6 +102,25 @@ def test_devices_are_simulated_only_before_jax_starts():
         hosts.simulate(0)
 
 
+def test_the_command_line_says_where_a_run_computes_and_that_does_not_make_it_another_run():
+    from experiments import cache, flags, overrides
+
+    options = flags.parse(
+        ["--config=configs/base_lm.py", "--config.mesh=data=2,expert=4", "--config.exchange.kind=ring", "--devices=8"]
+    )
+    assert options.devices == 8
+    _, config = flags.load_config(options.config)
+    before = cache.key(config, 0)
+    overrides.apply(config, {k: overrides.parse(config, k, v, "") for k, v in options.overrides.items()}, "the command line")
+    assert config.mesh == "data=2,expert=4"
+    assert config.exchange.kind == "ring"
+    assert cache.key(config, 0) == before
+    with pytest.raises(ConfigError, match="--devices=0 is not a number of devices"):
+        flags.parse(["--devices=0"])
+    with pytest.raises(ConfigError, match="--devices=8 does not go with --list"):
+        flags.parse(["--list", "--devices=8"])
+
+
 # What follows runs for real: two processes with two devices each.
 
 

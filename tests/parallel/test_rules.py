@@ -130,7 +130,7 @@ def test_names_of_two_dimensions_take_a_mesh_axis_once():
         (
             "ep",
             {},
-            r"model.blocks.moe.ffn.num_experts=4 has fewer experts than the expert=8 shards of mesh='expert=8' .*take at least 8 "
+            r"model.blocks.moe.ffn.num_experts=4 is fewer than the expert=8 shards of mesh='expert=8' .*take at least 8 "
             r"experts, or fewer shards, such as mesh='data,expert=4'",
         ),
         (
