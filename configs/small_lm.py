@@ -1,0 +1,29 @@
+"""The small byte language model that the studies of single methods start from: seconds a run on two cores.
+
+    python -m experiments.run --config=configs/small_lm.py
+
+`base_lm` at width 64 with sequences of 64 bytes, every other feed-forward layer a dropless mixture of 8 experts, two per token.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base_lm
+
+
+def get_config() -> ConfigDict:
+    """The config; a study replaces what its method is about."""
+    config = base_lm.get_config()
+    config.model.d_model = 64
+    for block in config.model.blocks.values():
+        block.mixer.num_heads, block.mixer.num_kv_heads = 4, 2
+    config.model.blocks.dense.ffn.hidden = 128
+    ffn = config.model.blocks.moe.ffn
+    ffn.bank.hidden = 64
+    ffn.select = {"kind": "top_k", "k": 2, "normalise": True}
+    ffn.losses = {"balance": {"coef": 1e-2, "over": "batch"}}
+    config.data.seq_len = 64
+    config.optimizer.warmup_steps = 30
+    config.train = {"steps": 300, "accumulation": 1, "log_every": 20}
+    config.eval = {"every": 0, "batches": 16, "split": "validation"}
+    config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
+    return config
