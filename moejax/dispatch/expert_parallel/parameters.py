@@ -1,11 +1,13 @@
 """A bank's parameters on entry to `shard_map`: split as they are stored, gathered where the device needs more than it stores."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -53,7 +55,7 @@ class Entering:
                 if split and axes[dim] == self.summed:
                     continue
                 narrow = jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize > jnp.dtype(dtype).itemsize
-                p = _all_gather(p.astype(dtype) if narrow else p, name, dim)
+                p = _all_gather(p.astype(dtype) if narrow else p, name, dim, torus_ways(self.mesh, name))
             if split and self.summed not in axes:
                 # A term of the sum that has no pieces: one device adds it.
                 p = jnp.where(jax.lax.axis_index("tensor") == 0, p, jnp.zeros_like(p))
@@ -80,23 +82,53 @@ class Entering:
         return stored
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_gather(p: Array, name: str, dim: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_gather(p: Array, name: str, dim: int, ways: tuple[int, ...]) -> Array:
     """The pieces along mesh axis `name`, one after another in dimension `dim`.
 
-    The derivative brings the pieces to the front before it sums them: XLA for TPU would make an all-reduce, twice the bytes, of a
-    reduce-scatter along the last dimension.
+    XLA for TPU makes an all-reduce, twice the bytes and a whole gradient of memory, of a reduce-scatter along the last dimension,
+    and of one whose devices lie along several dimensions of the torus. So the derivative brings the pieces to the front, and
+    sums along one dimension of the torus after the other.
     """
     return jax.lax.all_gather(p, name, axis=dim, tiled=True)
 
 
-def _scatter_sums(name: str, dim: int, _: None, dp: Array) -> tuple[Array]:
-    ways = jax.lax.axis_size(name)
-    pieces = dp.reshape(*dp.shape[:dim], ways, -1, *dp.shape[dim + 1 :])
-    return (jax.lax.psum_scatter(jnp.moveaxis(pieces, dim, 0), name, scatter_dimension=0),)
+def _scatter_sums(name: str, dim: int, ways: tuple[int, ...], _: None, dp: Array) -> tuple[Array]:
+    size = math.prod(ways)
+    pieces = jnp.moveaxis(dp.reshape(*dp.shape[:dim], size, -1, *dp.shape[dim + 1 :]), dim, 0)
+    pieces = pieces.reshape(*ways, *pieces.shape[1:])
+    devices = np.arange(size).reshape(ways)
+    for i, way in enumerate(ways):
+        lines = np.moveaxis(devices, i, -1).reshape(-1, way).tolist() if len(ways) > 1 else None
+        pieces = jax.lax.psum_scatter(pieces, name, scatter_dimension=0, axis_index_groups=lines)
+    return (pieces,)
 
 
-_all_gather.defvjp(lambda p, name, dim: (_all_gather(p, name, dim), None), _scatter_sums)
+_all_gather.defvjp(lambda p, name, dim, ways: (_all_gather(p, name, dim, ways), None), _scatter_sums)
+
+
+def torus_ways(mesh: Mesh, name: str) -> tuple[int, ...]:
+    """How the devices of mesh axis `name` fill the torus, line by line: the length of its lines in each dimension, slowest first.
+
+    The axis's size alone where devices have no coordinates (anything but TPU), or do not lie in such an order.
+    """
+    size = mesh.shape[name]
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(name), -1).reshape(-1, size)
+    if not hasattr(devices[0, 0], "coords"):
+        return (size,)
+    found = []  # (how many devices apart the coordinate changes, how many values it takes)
+    for values in np.array([[device.coords for device in line] for line in devices]).transpose(2, 0, 1):
+        changed = np.flatnonzero((values != values[:, :1]).any(0))
+        if len(changed):
+            apart, many = int(changed[0]), len(np.unique(values[0]))
+            cycle = np.arange(size) // apart % many
+            if (values != values[:, ::apart][:, :many][:, cycle]).any():
+                return (size,)
+            found.append((apart, many))
+    found.sort(reverse=True)
+    ways = tuple(many for _, many in found)
+    aligned = all(apart == math.prod(ways[i + 1 :]) for i, (apart, _) in enumerate(found))
+    return ways if aligned and math.prod(ways) == size else (size,)
 
 
 def pad_experts(params: Any, shards: int) -> Any:
