@@ -115,6 +115,36 @@ def test_the_check_sees_comparisons(code: str, bad: bool) -> None:
     assert any(map(decides_by_name, ast.walk(ast.parse(code)))) == bad
 
 
+# JAX changes these from release to release; whoever needs one takes it from `moejax.parallel`.
+OWNED = ("jax.shard_map", "jax.make_mesh", "jax.set_mesh", "jax.sharding.Mesh(", "jax.sharding.AxisType.")
+GONE = ("jax.experimental.pjit", "jax.experimental.shard_map", "jax.experimental.maps")
+
+
+def test_one_module_owns_meshes_and_shard_map() -> None:
+    owner = "moejax.parallel.mesh"
+    everywhere = {**modules("moejax"), **modules("pallas_kernels"), **modules("experiments")}
+    calls = {
+        name: {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Call))}
+        for name, tree in everywhere.items()
+    }
+    uses = {name: any(call.startswith(OWNED) for call in found) for name, found in calls.items()}
+    assert {name for name, used in uses.items() if used} == {owner}
+    old = {name for name, tree in everywhere.items() for used in imported(tree) if used.startswith(GONE)}
+    assert not old
+
+
+def test_a_skipped_test_fails_the_suite(tmp_path: Path) -> None:
+    """With the hook of this suite, and without what else its conftest sets up."""
+    tree = ast.parse((ROOT / "tests/conftest.py").read_text())
+    (hook,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "pytest_sessionfinish"]
+    (tmp_path / "conftest.py").write_text("import pytest\n\n" + ast.unparse(hook))
+    (tmp_path / "test_one.py").write_text("import pytest\n\ndef test_one():\n    pytest.skip('no TPU')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "1 tests were skipped; a test that cannot run must fail" in done.stdout
+
+
 def test_public_names_resolve_and_the_package_itself_imports_no_jax() -> None:
     for name in moejax.__all__:
         assert getattr(moejax, name).__name__ == name
