@@ -3,5 +3,6 @@
 from moejax.experts.ffn import FFN, GLU
 from moejax.experts.lora import LoRA
 from moejax.experts.registry import ACTIVATIONS, banks
+from moejax.experts.train_only import TrainOnly
 
-__all__ = ["ACTIVATIONS", "FFN", "GLU", "LoRA", "banks"]
+__all__ = ["ACTIVATIONS", "FFN", "GLU", "LoRA", "TrainOnly", "banks"]

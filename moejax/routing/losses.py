@@ -80,12 +80,37 @@ class Balance:
         else:
             share = wanted.sum(axes) / jnp.maximum(wanted.sum(axes).sum(-1, keepdims=True), 1e-9)
         mean_prob = masked_mean(routing.probs, routing.valid, axes)
-        per_group = routing.probs.shape[-1] * (share * mean_prob).sum(-1)
+        per_group = self._cost(share, mean_prob)
         if self.over == "batch":
             return self.coef * per_group
         # Groups count by their number of valid tokens, so that an empty group counts nothing.
         tokens = routing.valid.sum(1)
         return self.coef * (per_group * tokens).sum() / jnp.maximum(tokens.sum(), 1)
+
+    def _cost(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
+        return share.shape[-1] * (share * mean_prob).sum(-1)
+
+
+@losses.register("device_balance")
+@dataclasses.dataclass(frozen=True)
+class DeviceBalance(Balance):
+    """`coef * D * sum_d F_d P_d` over D devices of `e / D` neighbouring experts each, F_d and P_d being the sums of f and P over a
+    device's experts (DeepSeekMoE, Dai et al. 2024, eq. 15-17): devices are to be loaded alike, experts of one device need not.
+
+    Fields as in `Balance`, and on the same scale: 1 under uniform routing, D when one device takes everything.
+
+    Attributes:
+      devices: D.
+    """
+
+    coef: float = 0.05
+    devices: int = 1
+
+    def _cost(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
+        if share.shape[-1] % self.devices:
+            raise ConfigError(f"losses.device_balance.devices={self.devices} must divide num_experts={share.shape[-1]}")
+        share, mean_prob = (x.reshape(*x.shape[:-1], self.devices, -1).sum(-1) for x in (share, mean_prob))
+        return super()._cost(share, mean_prob)
 
 
 @losses.register("importance")

@@ -18,6 +18,8 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
     - experts_per_token: mean number of experts that process a token (for soft plans: 1).
     - entropy: mean entropy of a token's distribution, in nats.
     - z: mean squared log-partition of the logits.
+    - max_logit: largest absolute logit.
+    - load_entropy: entropy of the load, in nats; log e is perfect balance.
     - max_violation: largest load relative to the mean, minus 1 (0 is perfect balance).
     - capacity: slots per expert, on average over groups with valid tokens, or -1 for dropless and soft plans.
     """
@@ -30,7 +32,8 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
     load = per_expert / jnp.maximum(per_expert.sum(), 1e-9)
     probs = jax.lax.stop_gradient(routing.probs)
     entropy = -(probs * jnp.log(probs + 1e-20)).sum(-1)
-    z = jnp.square(jax.nn.logsumexp(jax.lax.stop_gradient(routing.logits), axis=-1))
+    logits = jax.lax.stop_gradient(routing.logits)
+    z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     return {
         "load": load,
         "importance": masked_mean(probs, valid, (0, 1)),
@@ -39,9 +42,23 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
         "experts_per_token": assigned.sum() / tokens,
         "entropy": masked_mean(entropy, valid, (0, 1)),
         "z": masked_mean(z, valid, (0, 1)),
+        "max_logit": jnp.where(mask, jnp.abs(logits), 0).max(),
+        "load_entropy": -(load * jnp.log(load + 1e-20)).sum(),
         "max_violation": load.max() * load.shape[0] - 1,
         "capacity": _mean_capacity(plan, valid),
     }
+
+
+def routing_overlap(plan: TokenChoice, other: TokenChoice, valid: Bool[Array, "g n"]) -> Float[Array, ""]:
+    """Mean share of a token's experts under `other` that it also has under `plan`; tokens without any there count nothing.
+
+    Between an early and the final checkpoint of one training this is router saturation (Muennighoff et al. 2024); one minus it,
+    between successive checkpoints, is the change rate (Nguyen et al. 2025). Both plans are of the same tokens.
+    """
+    ours, theirs = plan.assigned() > 0, other.assigned() > 0
+    count = theirs.sum(-1)
+    shared = (ours & theirs).sum(-1) / jnp.maximum(count, 1)
+    return masked_mean(shared, valid & (count > 0), (0, 1))
 
 
 def _mean_capacity(plan: Plan, valid: Bool[Array, "g n"]) -> Float[Array, ""]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy_routing import admit, capacity, expert_choice, service_order, softmax, top_k
 
-from moejax.routing import ExpertTopK, Routing, SoftTopAll, TopK, routing_stats
+from moejax.routing import ExpertTopK, Routing, SoftTopAll, TopK, routing_overlap, routing_stats
 
 G, N, E = 2, 9, 4
 VALID = np.array([[True] * N, [True, False, True, True, False, True, False, True, False]])
@@ -63,6 +63,8 @@ def test_statistics_are_numpys(rng: np.random.Generator, name: str) -> None:
         "experts_per_token": used.sum() / VALID.sum(),
         "entropy": -(probs * np.log(probs)).sum(-1).mean(),
         "z": (np.log(np.exp(logits.astype(np.float64)).sum(-1)) ** 2)[VALID].mean(),
+        "max_logit": np.abs(logits[VALID]).max(),
+        "load_entropy": -(load * np.log(load)).sum(),
         "max_violation": load.max() / load.mean() - 1,
         "capacity": slots,
     }
@@ -84,3 +86,15 @@ def test_statistics_pass_no_gradient_and_padding_alone_gives_finite_numbers(rng:
     x = jnp.asarray(rng.normal(size=(G, N, E)), jnp.float32)
     assert not np.any(jax.grad(total)(x, jnp.asarray(VALID)))
     assert np.isfinite(total(x, valid))
+
+
+def test_overlap_is_numpys(rng: np.random.Generator) -> None:
+    """Router saturation and change rate: counted token by token, padding and tokens without experts left out."""
+    first, second = (rng.normal(size=(G, N, E)).astype(np.float32) for _ in range(2))
+    rule = TopK(k=2)
+    plans = [rule(jnp.asarray(x), jnp.asarray(VALID)) for x in (first, second)]
+    chosen = [[set(row) for g in range(G) for row in top_k(x[g], 2)[0]] for x in (first, second)]
+    shares = [len(a & b) / 2 for a, b, valid in zip(*chosen, VALID.ravel(), strict=True) if valid]
+    np.testing.assert_allclose(routing_overlap(*plans, jnp.asarray(VALID)), np.mean(shares), rtol=1e-6)
+    assert 0 < np.mean(shares) < 1
+    assert routing_overlap(plans[0], plans[0], jnp.ones((G, N), bool)) == 1

@@ -31,6 +31,12 @@ class TopK:
       eval_capacity_factor: the factor outside training; 'same' by default, since another one changes the function.
       priority: who is served first when experts fill up; see `capacity.drop_over_capacity`.
       scale: multiplies the weights (DeepSeek's routed scaling factor).
+      groups: experts stand in this many groups of neighbours (devices, nodes).
+      groups_kept: a token's experts all come from its best `groups_kept` groups (device- and node-limited routing of DeepSeek-V2 and
+        V3); None for any.
+      group_score: what ranks a group: its best expert's score ('best', V2), or the sum of its two best ('best_two', V3).
+      skip: leaves out each token's `skip` best experts and takes the k next: measures, as an `eval_select`, how far the others stand
+        in for them (DeepSeekMoE, section 4.5).
       constant_gate: with k=1, weights normalised over the selection are the constant 1 and the router gets no task gradient.
         That is refused unless asked for here.
     """
@@ -42,6 +48,10 @@ class TopK:
     eval_capacity_factor: float | None | Literal["same"] = "same"
     priority: Priority = "token"
     scale: float = 1.0
+    groups: int = 1
+    groups_kept: int | None = None
+    group_score: Literal["best", "best_two"] = "best"
+    skip: int = 0
     constant_gate: bool = False
     num_outputs_per_expert: ClassVar[int] = 1
     needs_key: ClassVar[bool] = False
@@ -50,6 +60,12 @@ class TopK:
         check_scores(self.score, SCORES)
         if self.k < 1:
             raise ConfigError(f"k={self.k} must be at least 1")
+        if self.skip < 0:
+            raise ConfigError(f"skip={self.skip} must not be negative")
+        if self.group_score not in ("best", "best_two"):
+            raise ConfigError(f"group_score='{self.group_score}' is unknown; valid names: best, best_two")
+        if self.groups < 1 or not 1 <= (self.groups_kept or 1) <= self.groups:
+            raise ConfigError(f"groups_kept={self.groups_kept} must lie between 1 and groups={self.groups}")
         if self.priority not in PRIORITIES:
             raise ConfigError(f"priority='{self.priority}' is unknown; valid names: {', '.join(PRIORITIES)}")
         for name in ("capacity_factor", "eval_capacity_factor"):
@@ -84,8 +100,11 @@ class TopK:
         e = logits.shape[-1]
         self.check_num_experts(e)
         # Logits rather than scores where possible: a saturated softmax rounds different logits to equal scores.
-        _, expert = jax.lax.top_k(logits if bias is None else self._scores(logits) + bias, self.k)
-        return self.weigh(logits, expert, valid, train=train)
+        ranking = logits if bias is None else self._scores(logits) + bias
+        if self.groups_kept is not None:
+            ranking = jnp.where(self._in_kept_groups(logits, bias), ranking, -jnp.inf)
+        _, expert = jax.lax.top_k(ranking, self.k + self.skip)
+        return self.weigh(logits, expert[..., self.skip :], valid, train=train)
 
     def weigh(
         self,
@@ -118,6 +137,14 @@ class TopK:
         """Raises ConfigError if there are fewer experts than choices."""
         if self.k > num_experts:
             raise ConfigError(f"k={self.k} exceeds num_experts={num_experts}; lower k or add experts")
+        if num_experts % self.groups:
+            raise ConfigError(f"groups={self.groups} does not divide num_experts={num_experts}; take groups of equal size")
+        within_reach = num_experts // self.groups * (self.groups_kept or self.groups)
+        if self.k + self.skip > within_reach:
+            raise ConfigError(
+                f"k={self.k} and skip={self.skip} exceed the {within_reach} experts in a token's reach (num_experts={num_experts}, "
+                f"groups={self.groups}, groups_kept={self.groups_kept}); lower k or skip, or keep more groups"
+            )
 
     def mean_experts(self, num_experts: int) -> float:
         """Experts per token."""
@@ -127,6 +154,15 @@ class TopK:
         if self.score == "softmax":
             return jax.nn.softmax(logits, axis=-1)
         return jax.nn.sigmoid(logits) if self.score == "sigmoid" else logits
+
+    def _in_kept_groups(self, logits: Float[Array, "g n e"], bias: Float[Array, "e"] | None) -> Bool[Array, "g n e"]:
+        """Whether an expert is in one of its token's best groups; ties go to the lowest group."""
+        scores = self._scores(logits) + (0 if bias is None else bias)
+        scores = scores.reshape(*logits.shape[:2], self.groups, -1)
+        best, _ = jax.lax.top_k(scores, min(scores.shape[-1], 1 if self.group_score == "best" else 2))
+        _, kept = jax.lax.top_k(best.sum(-1), self.groups_kept)
+        in_kept = (kept[..., None] == jnp.arange(self.groups)).any(-2)
+        return jnp.repeat(in_kept, scores.shape[-1], axis=-1)
 
     def _factor(self, train: bool) -> float | None:
         return self.capacity_factor if train or self.eval_capacity_factor == "same" else self.eval_capacity_factor
