@@ -3,14 +3,16 @@
 `MixtureOfDepths` wraps a whole block and is imported with the models: `moejax.layers.depth`.
 """
 
+from moejax.layers.chain import ChainOfExperts
 from moejax.layers.dense import DenseFFN, DenseGLU
 from moejax.layers.lora import LoRAMixture, WithLoRA, adapted_layers
 from moejax.layers.moe import MoE
 from moejax.layers.norms import LayerNorm, RMSNorm
+from moejax.layers.product_keys import ProductKeys
 from moejax.layers.registry import ffns, norms
 from moejax.layers.soft_moe import SoftMoE
 
 __all__ = [
-    "DenseFFN", "DenseGLU", "LayerNorm", "LoRAMixture", "MoE", "RMSNorm", "SoftMoE", "WithLoRA", "adapted_layers", "ffns",
+    "ChainOfExperts", "DenseFFN", "DenseGLU", "LayerNorm", "LoRAMixture", "MoE", "ProductKeys", "RMSNorm", "SoftMoE", "WithLoRA", "adapted_layers", "ffns",
     "norms",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from moejax.context import Context
 from moejax.dispatch.backends import gather_tokens, scatter_tokens
@@ -89,7 +89,8 @@ class MixtureOfDepths(nn.Module):
     def _chosen(self, x: Float[Array, "b s d"], plan: ExpertChoice, ctx: Context) -> Float[Array, "b s d"]:
         """The block on the plan's tokens alone: costs `capacity` of the block (less in attention)."""
         rows = gather_tokens(plan, x)[:, 0]
-        inner = ctx.map_tokens(lambda a: gather_tokens(plan, a)[:, 0]).replace(valid=plan.used[:, 0])
+        inner = ctx.map_tokens(lambda a: gather_tokens(plan, a)[:, 0], lambda new, old: _put_back(plan, new, old))
+        inner = inner.replace(valid=plan.used[:, 0])
         branch = self.block(rows, inner) - rows
         plan = plan.replace(weight=GATES[self.gate](plan.weight))
         return x + scatter_tokens(plan, branch[:, None])
@@ -98,7 +99,8 @@ class MixtureOfDepths(nn.Module):
         self, x: Float[Array, "b s d"], r: Float[Array, "b s 1"], used: Bool[Array, "b s"], ctx: Context
     ) -> tuple[Float[Array, "b s d"], ExpertChoice]:
         """The block on all tokens, with those not used invisible to the others: any number may be used."""
-        branch = self.block(x, ctx.replace(valid=used)) - x
+        inner = ctx.map_tokens(lambda a: a, lambda new, old: _where(used, new, old)).replace(valid=used)
+        branch = self.block(x, inner) - x
         weight = jnp.where(used[..., None], GATES[self.gate](r), 0).astype(x.dtype)
         everyone = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), used.shape)[:, None]
         plan = ExpertChoice(everyone, r.swapaxes(1, 2), used[:, None], num_tokens=x.shape[1])
@@ -135,3 +137,13 @@ class MixtureOfDepths(nn.Module):
         if self.eval_select == "top_k":
             return "eval_select='top_k' selects over the whole sequence; set eval_select='causal'"
         return self.block.decodable() if hasattr(self.block, "decodable") else None
+
+
+def _put_back(plan: ExpertChoice, new: Shaped[Array, "b c *d"], old: Shaped[Array, "b s *d"]) -> Shaped[Array, "b s *d"]:
+    """`old` with the rows of the chosen tokens replaced."""
+    token = jnp.where(plan.used[:, 0], plan.token[:, 0], old.shape[1])  # out of bounds: not written
+    return old.at[jnp.arange(old.shape[0])[:, None], token].set(new, mode="drop")
+
+
+def _where(used: Bool[Array, "b s"], new: Shaped[Array, "b s *d"], old: Shaped[Array, "b s *d"]) -> Shaped[Array, "b s *d"]:
+    return jnp.where(used.reshape(*used.shape, *(1,) * (old.ndim - 2)), new, old)

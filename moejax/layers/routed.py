@@ -1,7 +1,5 @@
 """The path of a token, once for all routed layers: logits -> plan -> dispatch, with losses and statistics sown on the way."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -9,15 +7,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax import dispatch as dispatch_lib
 from moejax.context import Context
+from moejax.control import control
 from moejax.dispatch.backends import Bank
 from moejax.errors import ConfigError
 from moejax.parallel.mesh import BATCH_AXES, batch_ways, shard_map
 from moejax.parallel.scope import current
+from moejax.routing.adaptive import AdaptiveLoss
 from moejax.routing.losses import Loss, Routing
 from moejax.routing.losses import losses as loss_registry
 from moejax.routing.plan import Plan, TokenChoice
 from moejax.routing.select import Select
 from moejax.routing.stats import routing_stats
+from moejax.sowing import sow
 
 GROUPINGS = ("sequence", "batch", "position")
 
@@ -28,7 +29,7 @@ def plan_tokens(
     select: Select,
     valid: Bool[Array, "g n"] | None,
     train: bool,
-    bias: Float[Array, "o"] | None = None,
+    bias: Float[Array, "e"] | None = None,
 ) -> tuple[Plan, Float[Array, "g n o"]]:
     """The plan of `select`, after the interventions in the module's 'overrides' collection.
 
@@ -75,28 +76,17 @@ def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], *
     A loss is named '<kind>_loss': NNX keeps the collections of a bridged layer in one namespace, where 'z' is a statistic.
     """
     for loss in losses:
-        sow(module, "losses", f"{loss_registry.kind_of(loss)}_loss", loss(routing))
+        kind = loss_registry.kind_of(loss)
+        if isinstance(loss, AdaptiveLoss):
+            state = module.variable("router_state", kind, loss.fresh_state).value
+            control(module, kind, loss, loss.measure(routing))
+            sow(module, "losses", f"{kind}_loss", loss(routing, state))
+        else:
+            sow(module, "losses", f"{kind}_loss", loss(routing))
     for name, value in {**routing_stats(routing), **extra}.items():
         sow(module, "stats", name, value)
     sow(module, "routing", "logits", routing.logits)
     sow(module, "routing", "plan", routing.plan)
-
-
-def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
-    """Sows one value (not a tuple of values); a module called twice keeps the sum of losses and the last of the rest.
-
-    Nothing is added to 'losses' by `init`, whose variables are passed to the first `apply`: it would count twice there.
-    """
-    add = collection == "losses"
-    if add and module.is_initializing():
-        return
-    module.sow(
-        collection,
-        name,
-        value,
-        reduce_fn=(lambda old, new: new if old is None else old + new) if add else (lambda _, new: new),
-        init_fn=lambda: None,
-    )
 
 
 def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float[Array, "g n d"], Context]:
@@ -106,9 +96,10 @@ def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float
     tokens (expert choice) do not see the future of their own sequence.
     """
     if by == "batch":
-        return x.reshape(1, -1, x.shape[-1]), ctx.map_tokens(lambda a: a.reshape(1, -1))
+        flat = ctx.map_tokens(lambda a: a.reshape(1, -1, *a.shape[2:]), lambda new, old: new.reshape(old.shape))
+        return x.reshape(1, -1, x.shape[-1]), flat
     if by == "position":
-        return x.swapaxes(0, 1), ctx.map_tokens(lambda a: a.swapaxes(0, 1))
+        return x.swapaxes(0, 1), ctx.map_tokens(lambda a: a.swapaxes(0, 1), lambda new, old: new.swapaxes(0, 1))
     return x, ctx
 
 

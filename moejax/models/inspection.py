@@ -1,29 +1,14 @@
 """Questions about a network that its parts answer: is it causal, can it decode, how many parameters does a token use."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from moejax.errors import ConfigError
-from moejax.models.stack import SCANNED, UNROLLED, NamedBlock, block_name, pattern_blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A module or rule inside a block: its place in the config, its path in the block's parameters, and who holds it."""
-
-    where: str
-    path: tuple[str, ...]
-    value: Any
-    owner: Any
-
-
-def walk(block: NamedBlock) -> Iterator[Part]:
-    """The block's module and everything it is made of, outermost first."""
-    yield from _walk(Part(block.where, (), block.module, None))
+from moejax.models.parts import NamedBlock, walk
+from moejax.models.stack import SCANNED, UNROLLED, block_name, pattern_blocks
 
 
 def check_causal(blocks: tuple[NamedBlock, ...]) -> None:
@@ -84,22 +69,6 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
                     bank = _at(repeat[block_name(i, block.name)], (*part.path, "bank"))
                     total -= (1.0 - fraction) * count_params(bank)
     return round(total)
-
-
-def _walk(part: Part) -> Iterator[Part]:
-    yield part
-    for field in dataclasses.fields(part.value):
-        # Flax's own fields; `parent` would lead back up.
-        if field.name in ("parent", "name") or not field.init:
-            continue
-        value = getattr(part.value, field.name)
-        children = value if isinstance(value, tuple) else (value,)
-        for i, child in enumerate(children):
-            if not dataclasses.is_dataclass(child) or isinstance(child, type):
-                continue
-            at, key = (f"[{i}]", f"_{i}") if isinstance(value, tuple) else ("", "")
-            where, path = f"{part.where}.{field.name}{at}", (*part.path, f"{field.name}{key}")
-            yield from _walk(Part(where, path, child, part.value))
 
 
 def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

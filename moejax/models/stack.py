@@ -3,13 +3,14 @@
     pattern=('dense', 'moe'), num_layers=6   ->   dense moe dense moe dense moe
 
 The repeats are one `nn.scan`, so compile time does not grow with depth; parameters, caches, losses, stats, router state and
-overrides of the scanned body carry a leading layers axis (one entry a repeat). `scan=False` unrolls them under names of
+overrides of the scanned body carry a leading layers axis (one entry a repeat). What layers pass to later layers, or share, is in
+`moejax.memory`: values go along with the tokens, and parameters that all layers share lie beside the repeats, in 'shared'. `scan=False` unrolls them under names of
 their own; `to_scanned` and `to_unrolled` move any such tree from one layout to the other.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,8 @@ from jaxtyping import Array, Float
 
 from moejax.context import Context
 from moejax.errors import ConfigError, nearest
+from moejax.memory import Memory, Shared, carried_by, shared_by
+from moejax.models.parts import NamedBlock, walk
 from moejax.models.registries import blocks
 from moejax.parallel import constrain
 from moejax.registry import Many
@@ -31,18 +34,6 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedBlock:
-    """A block of a config: its name, its place, and the module of which every layer makes its own copy.
-
-    Flax does not look into it, so the module gets parameters only through its copies.
-    """
-
-    name: str
-    where: str
-    module: nn.Module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +87,24 @@ class Stack(nn.Module):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
         parts = pattern_blocks(self)
         repeats = self.num_layers // len(parts)
+        inside = [part for block in parts for part in walk(block)]
+        declared = shared_by(inside, x.shape[-1])
+        if declared:
+            ctx = ctx.replace(shared=Shared(name="shared")(declared))
+        carry = x, carried_by(inside, *x.shape[:2])
         if not self.scan:
             for i in range(repeats):
-                x, _ = Repeat(parts, self.remat, prevent_cse=True, name=f"{UNROLLED}{i}")(x, ctx)
-            return x
+                carry, _ = Repeat(parts, self.remat, prevent_cse=True, name=f"{UNROLLED}{i}")(carry, ctx)
+            return carry[0]
         # True: whatever collection a block uses, known to this file or not, gets a layers axis; none is lost.
         scanned = nn.scan(Repeat, variable_axes={True: 0}, split_rngs={True: True}, in_axes=(nn.broadcast,), length=repeats)
         # Inside a scan the compiler cannot merge recomputation with the forward pass, and the guard only costs.
-        x, _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(x, ctx)
+        (x, _), _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(carry, ctx)
         return x
+
+
+# The residual stream `[b, s, d]`, and what the layers so far have left for later ones.
+Carry: TypeAlias = tuple[Array, dict[str, Any]]
 
 
 class Repeat(nn.Module):
@@ -115,14 +115,16 @@ class Repeat(nn.Module):
     prevent_cse: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> tuple[Float[Array, "b s d"], None]:
+    def __call__(self, carry: Carry, ctx: Context) -> tuple[Carry, None]:
+        x, memory = carry
         call = _call
         if self.remat != "none":
             call = nn.remat(_call, policy=REMAT[self.remat], prevent_cse=self.prevent_cse)
         for i, part in enumerate(self.parts):
-            x = call(part.module.copy(name=block_name(i, part.name)), x, ctx)
+            x, memory = call(part.module.copy(name=block_name(i, part.name)), x, memory, ctx)
             x = constrain(x, "batch", "seq", "embed")
-        return x, None
+            memory = jax.tree.map(lambda a: constrain(a, "batch", "seq", *(None,) * (a.ndim - 2)), memory)
+        return (x, memory), None
 
 
 def pattern_blocks(net: Any) -> tuple[NamedBlock, ...]:
@@ -173,5 +175,6 @@ def to_unrolled(tree: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _call(block: nn.Module, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
-    return block(x, ctx)
+def _call(block: nn.Module, x: Float[Array, "b s d"], memory: dict[str, Any], ctx: Context) -> Carry:
+    box = Memory(memory)
+    return block(x, ctx.replace(memory=box)), box.values
