@@ -15,8 +15,8 @@ from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan,
 from moejax.registry import Given, Many
 from moejax.routing.balancers import Balancer, balancers, fresh_state
 from moejax.routing.losses import Loss, Routing, losses
-from moejax.routing.routers import check_num_experts, routers
-from moejax.routing.select import Select, selects
+from moejax.routing.routers import check_num_experts, routers, with_null_outputs
+from moejax.routing.select import Select, num_outputs, selects
 
 SLOTS = {
     "router": routers,
@@ -72,6 +72,7 @@ class MoE(nn.Module):
         for rule in (self.select, self.eval_select):
             if hasattr(rule, "check_num_experts"):
                 rule.check_num_experts(self.bank.num_experts)
+        object.__setattr__(self, "router", with_null_outputs(self.router, getattr(self.select, "num_null", 0)))
         super().__post_init__()
 
     @nn.compact
@@ -110,11 +111,13 @@ class MoE(nn.Module):
 
     def _check_fit(self, outputs: int, select: Select) -> None:
         """Refuses a router whose logits are not what the rule and the bank expect; dispatch would clamp indices in silence."""
-        each = select.num_outputs_per_expert
-        if outputs != each * self.bank.num_experts:
+        each, wanted = select.num_outputs_per_expert, num_outputs(select, self.bank.num_experts)
+        if outputs != wanted:
+            null = wanted - each * self.bank.num_experts
+            also = f" and {null} for null experts" if null else ""
             raise ConfigError(
                 f"the router gives {outputs} logits a token, but {type(select).__name__} needs {each} for each of the bank's "
-                f"{self.bank.num_experts} experts; set the router's outputs_per_expert={each} and equal num_experts"
+                f"{self.bank.num_experts} experts{also}; set the router's outputs_per_expert={each} and equal num_experts"
             )
 
     def active_fraction(self) -> float:

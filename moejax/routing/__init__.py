@@ -4,15 +4,29 @@ from moejax.routing import select
 from moejax.routing.adaptive import AdaptiveL1, AdaptiveLoss
 from moejax.routing.balancers import LossFree, balancers
 from moejax.routing.capacity import compute_capacity
+from moejax.routing.equal_norm import EqualNorm
 from moejax.routing.hashing import Hash
-from moejax.routing.losses import Balance, DeviceBalance, Entropy, Importance, Routing, ZLoss, losses
+from moejax.routing.losses import Balance, DeviceBalance, Entropy, Importance, Routing, Spread, ZLoss, losses
 from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
 from moejax.routing.routers import Cosine, Linear, Random, routers
-from moejax.routing.select import ExpertTopK, NullBalance, NullExperts, RandomSecond, ReLU, SoftTopAll, TopK, TopP, selects
+from moejax.routing.select import (
+    ExpertDropout,
+    ExpertTopK,
+    NullBalance,
+    NullExperts,
+    RandomSecond,
+    ReLU,
+    SoftTopAll,
+    TopK,
+    TopP,
+    selects,
+)
 from moejax.routing.stats import routing_overlap, routing_stats
 
 __all__ = [
-    "AdaptiveL1", "AdaptiveLoss", "Balance", "Cosine", "DeviceBalance", "Entries", "Entropy", "ExpertChoice", "ExpertTopK", "Hash", "Importance", "Linear", "LossFree", "Merge",
-    "NullBalance", "NullExperts", "Plan", "Random", "RandomSecond", "ReLU", "Routing", "SoftSlots", "SoftTopAll", "TokenChoice", "TopK", "TopP", "ZLoss", "balancers",
-    "compute_capacity", "losses", "routers", "routing_overlap", "routing_stats", "select", "selects",
+    "AdaptiveL1", "AdaptiveLoss", "Balance", "Cosine", "DeviceBalance", "Entries", "Entropy", "EqualNorm",
+    "ExpertChoice", "ExpertDropout", "ExpertTopK", "Hash", "Importance", "Linear", "LossFree", "Merge", "NullBalance",
+    "NullExperts", "Plan", "Random", "RandomSecond", "ReLU", "Routing", "SoftSlots", "SoftTopAll", "Spread",
+    "TokenChoice", "TopK", "TopP", "ZLoss", "balancers", "compute_capacity", "losses", "routers", "routing_overlap",
+    "routing_stats", "select", "selects",
 ]  # fmt: skip

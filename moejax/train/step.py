@@ -13,8 +13,10 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from moejax.control import record_controllers
 from moejax.errors import ConfigError
 from moejax.parallel import constrain
+from moejax.train.controllers import apply_controllers
 from moejax.train.metrics import flatten
 from moejax.train.optim import Optimizer
 from moejax.train.tasks import Batch, Sums, Task
@@ -94,6 +96,9 @@ def make_train_step(
 
     `place` says where a tree like the parameters lies, for gradients: their identity, with a sharding.
 
+    After the update, controllers that layers have declared change state and parameters by what was measured over the whole
+    batch; see `moejax.control`.
+
     Metrics: 'train/loss' (the task's, nats), 'train/objective', 'train/grad_norm' (before clipping), 'train/param_norm',
     'train/learning_rate', 'losses/<name>' (summed over layers), 'stats/<module>/<name>' (see `metrics.flatten`), and
     'sums': the task's sums, for `task.metrics`.
@@ -110,7 +115,7 @@ def make_train_step(
             inputs,
             ctx,
             rngs=_streams(key),
-            mutable=["losses", "stats", *state.collections],
+            mutable=["losses", "stats", "measured", *state.collections],
         )
         sums = task.sums(outputs, batch)
         loss = sums["nll"] / jnp.maximum(sums["count"], 1)
@@ -118,7 +123,7 @@ def make_train_step(
         total = loss + sum(losses.values())
         means = {"train/loss": loss, "train/objective": total, **losses, **flatten(changed.get("stats", {}), "stats")}
         collections = {name: changed.get(name, tree) for name, tree in state.collections.items()}
-        return total, (sums, means, collections)
+        return total, (sums, means, collections, changed.get("measured", {}))
 
     def gradients(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, tuple[Any, ...]]:
         grads, aux = jax.grad(objective, has_aux=True)(state.params, state, batch, key)
@@ -126,13 +131,21 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        if accumulation == 1:
-            grads, (sums, means, collections) = gradients(state, batch, jax.random.fold_in(key, 0))
-        else:
-            zeros = place(jax.tree.map(jnp.zeros_like, state.params))
-            grads, (sums, means, collections) = _accumulate(gradients, zeros, task, state, batch, key, accumulation)
+        with record_controllers() as controllers:
+            if accumulation == 1:
+                grads, (sums, means, collections, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
+            else:
+                zeros = place(jax.tree.map(jnp.zeros_like, state.params))
+                grads, (sums, means, collections, measured) = _accumulate(
+                    gradients, zeros, task, state, batch, key, accumulation
+                )
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if controllers:
+            params, opt_state, router_state = apply_controllers(
+                controllers.values(), measured, params, opt_state, collections["router_state"], state.step + 1, transform
+            )
+            collections = {**collections, "router_state": router_state}
         grad_norm, param_norm = optax.global_norm(grads), optax.global_norm(params)
         finite = jnp.isfinite(means["train/objective"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         fresh = (state.first_bad_step < 0) & ~finite
@@ -193,7 +206,7 @@ def _accumulate(
         grads, aux = gradients(state, part, jax.random.fold_in(key, index))
         return jax.tree.map(lambda t, g: t + weight * g, total, grads), aux
 
-    grads, (sums, means, collections) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
+    grads, (sums, means, collections, measured) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
 
     def mean(stacked: Array) -> Array:
         if not jnp.issubdtype(stacked.dtype, jnp.floating):
@@ -204,6 +217,7 @@ def _accumulate(
         jax.tree.map(lambda x: x.sum(0), sums),
         jax.tree.map(mean, means),
         jax.tree.map(mean, collections),
+        jax.tree.map(lambda x: x.sum(0), measured),
     )
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routing import ExpertTopK, RandomSecond, SoftTopAll, TopK
-from moejax.routing.select import Select
+from moejax.routing import ExpertTopK, NullExperts, RandomSecond, SoftTopAll, TopK
+from moejax.routing.select import Select, num_outputs
 
 G, N, E, CUT, DRAWS = 2, 9, 4, 6, 6
 
@@ -22,6 +22,7 @@ RULES: dict[str, tuple[Select, bool, bool]] = {  # rule, causal, per_token
     "score_in_evaluation": (TopK(capacity_factor=None, eval_capacity_factor=0.7, priority="score"), False, False),
     "gshard": (RandomSecond(0.7), False, False),
     "gshard_dropless": (RandomSecond(None), True, True),
+    "null_experts": (NullExperts(k=3, num_null=5), True, True),
     "expert_choice": (ExpertTopK(1.0), False, False),
     "expert_choice_in_order": (ExpertTopK(0.3, score="logit", in_order=True), False, False),
     "soft": (SoftTopAll(), False, False),
@@ -30,7 +31,7 @@ RULES: dict[str, tuple[Select, bool, bool]] = {  # rule, causal, per_token
 
 
 def logits(rng: np.random.Generator, rule: Select, n: int = N) -> np.ndarray:
-    return rng.normal(size=(G, n, E * rule.num_outputs_per_expert)).astype(np.float32)
+    return rng.normal(size=(G, n, num_outputs(rule, E))).astype(np.float32)
 
 
 def what_tokens_get(rule: Select, x: np.ndarray, train: bool) -> tuple[np.ndarray, ...]:

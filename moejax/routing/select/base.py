@@ -20,7 +20,10 @@ class Select(Protocol):
     Attributes:
       causal: whether a token's plan never depends on later tokens of its group.
       per_token: whether a token's plan depends on that token alone, so that decoding one token at a time gives the same plan.
+      num_outputs_per_expert: logits of each expert.
       needs_key: whether the rule draws at random in training; it then takes one more keyword argument, `key`.
+
+    A rule that lets tokens choose nothing also has `num_null`, its number of null experts; see `num_outputs`.
     """
 
     causal: bool
@@ -46,6 +49,11 @@ class Select(Protocol):
     def mean_experts(self, num_experts: int) -> float:
         """How many experts process a token on average, before drops: for counting active parameters."""
         ...
+
+
+def num_outputs(select: Select, num_experts: int) -> int:
+    """How many logits a token `select` reads: its share for each expert, then one for each null expert, where it has any."""
+    return select.num_outputs_per_expert * num_experts + getattr(select, "num_null", 0)
 
 
 def probabilities(logits: Float[Array, "*b e"], score: str) -> Float[Array, "*b e"]:

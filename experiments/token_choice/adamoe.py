@@ -1,0 +1,121 @@
+"""AdaMoE (Zeng et al. 2024): null experts let each token choose how many true experts it takes.
+
+Byte language models with 8 experts in every other feed-forward layer. `experts_per_token` counts true experts only, so arms are
+compared at the active compute that they really use: 8 null experts and k = 4 aim at 2 true experts, 16 null ones at 1.33.
+
+Departures: trained from scratch on bytes (the paper fine-tunes Mixtral and LoRA experts in Llama-2), so the null experts' router
+rows start as random as the others instead of as copies, and the balance loss has the usual 1e-2 instead of 1e-3.
+"""
+
+from configs import small_lm
+from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+
+MOE = "model.blocks.moe.ffn"
+
+
+def base():
+    """small_lm with 8 null experts and k = 4."""
+    config = small_lm.get_config()
+    ffn = config.model.blocks.moe.ffn
+    ffn.select = {"kind": "null_experts", "k": 4, "num_null": 8, "normalise": "true"}
+    ffn.losses = {"null_balance": {"coef": 1e-2, "null": "mean"}}
+    return config
+
+
+def top_k(k: int) -> dict:
+    """Plain top-k with the weights that null experts have: a sum of 1, or for one expert its probability."""
+    return {
+        f"{MOE}.select": {"kind": "top_k", "k": k, "normalise": k > 1},
+        f"{MOE}.losses": {"balance": {"coef": 1e-2, "over": "batch"}},
+    }
+
+
+def null(k: int, num_null: int) -> dict:
+    return {f"{MOE}.select.k": k, f"{MOE}.select.num_null": num_null}
+
+
+STUDY = Study(
+    slug="adamoe",
+    title="AdaMoE: token-adaptive routing with null experts",
+    arxiv="2406.13233",
+    base=base(),
+    arms=(
+        Arm("top1", top_k(1), note="one expert per token"),
+        Arm("top2", top_k(2), note="two experts per token: the active compute of `adamoe`"),
+        Arm("adamoe", note="8 null experts, k 4: two true experts on average"),
+        Arm("adamoe_lean", null(4, 16), note="16 null experts, k 4: 1.33 true experts on average"),
+    ),
+    ablations={
+        "balance": (
+            Arm("each_null", {f"{MOE}.losses.null_balance.null": "each"}, note="null experts balanced one by one"),
+            Arm("no_balance", {f"{MOE}.losses.null_balance": None}, note="nothing keeps tokens from null experts"),
+        ),
+        "normalise": tuple(
+            Arm(f"normalise_{name}", {f"{MOE}.select.normalise": name}, note=note)
+            for name, note in (("selected", "null experts' shares are lost"), ("none", "raw probabilities"))
+        ),
+        "null_and_k": tuple(Arm(f"null_{m}_k_{k}", null(k, m)) for m, k in ((8, 2), (8, 3), (16, 2), (24, 4))),
+        "coef": tuple(Arm(f"coef_{c:g}", {f"{MOE}.losses.null_balance.coef": c}) for c in (1e-4, 1e-3)),
+    },
+    claims=(
+        lower(
+            "eval/bits_per_byte",
+            "adamoe_lean",
+            "top1",
+            headline=True,
+            text="fewer experts than top-2 cost less than top-1 does",
+        ),
+        lower(
+            "eval/stats/experts_per_token", "adamoe_lean", "top2", by=0.3, text="with at least 15 % less expert load than top-2"
+        ),
+        lower(
+            "eval/bits_per_byte", "adamoe", "top2", text="at equal load, choosing how many experts to take is better than top-2"
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "adamoe_lean",
+            "top2",
+            text="less load and better than top-2, as the paper finds in fine-tuning",
+        ),
+        within("eval/stats/experts_per_token", "adamoe", "top2", 0.2, text="the balance loss holds the load at k e / (e + m)"),
+        lower("eval/bits_per_byte", "adamoe", "each_null", text="balancing null experts one by one is worse"),
+        lower("eval/bits_per_byte", "adamoe", "normalise_selected", text="normalising over true experts only is better"),
+        lower(
+            "eval/stats/experts_per_token", "no_balance", "adamoe", text="without the loss, load collapses towards null experts"
+        ),
+    ),
+    presets={
+        "smoke": SMOKE,
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 4096,
+                "model.num_layers": 32,
+                "model.pattern": ("moe",),
+                **{f"model.blocks.{b}.mixer.num_heads": 32 for b in ("dense", "moe")},
+                **{f"model.blocks.{b}.mixer.num_kv_heads": 8 for b in ("dense", "moe")},
+                "model.vocab_size": 32_000,
+                "model.tied": False,
+                f"{MOE}.bank.hidden": 14_336,
+                "model.dtype": "bfloat16",
+                "model.remat": "full",
+                "data.name": "c4",
+                "data.domains": None,
+                "data.seq_len": 2048,
+                "data.batch_size": 128,
+                "train.steps": 10_000,
+                "train.log_every": 100,
+                "optimizer.learning_rate": 1e-4,
+                "optimizer.warmup_steps": 500,
+                "eval.every": 1_000,
+                "checkpoint.every": 1_000,
+            },
+            arms={
+                "adamoe": {**null(4, 16), f"{MOE}.losses.null_balance.coef": 1e-4},
+                "adamoe_lean": {**null(4, 24), f"{MOE}.losses.null_balance.coef": 1e-4},
+            },
+        ),
+    },
+    metrics=("eval/stats/unrouted", "eval/stats/entropy"),
+    notes="The released Mixtral code averages along the wrong axis and so does not average null experts; here they are averaged.",
+)

@@ -1,0 +1,27 @@
+"""Sowing: how a layer hands out what one call gave: losses, statistics, plans, and what controllers measure."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Collections in which a module that is called twice keeps the sum; in others it keeps the last.
+SUMMED = ("losses", "measured")
+
+
+def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+    """Sows one value (not a tuple of values); a module called twice keeps the sum of losses and measurements, the last of the rest.
+
+    Nothing that is summed is sown by `init`, whose variables are passed to the first `apply`: it would count twice there.
+    """
+    add = collection in SUMMED
+    if add and module.is_initializing():
+        return
+    module.sow(
+        collection,
+        name,
+        value,
+        reduce_fn=(lambda old, new: new if old is None else jax.tree.map(jnp.add, old, new)) if add else (lambda _, new: new),
+        init_fn=lambda: None,
+    )

@@ -1,0 +1,102 @@
+"""After an optimizer step: the layers' controllers change state, parameters and the optimizer's memory (see `moejax.control`)."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from moejax.control import Declared, Path, Site
+
+Tree = Any
+
+
+def apply_controllers(
+    declared: Iterable[Declared],
+    measured: Tree,
+    params: Tree,
+    opt_state: Tree,
+    router_state: Tree,
+    step: Int[Array, ""],
+    transform: optax.GradientTransformation,
+) -> tuple[Tree, Tree, Tree]:
+    """What the controllers make of parameters, optimizer state and router state.
+
+    Args:
+      declared: what `record_controllers` found while the step was traced.
+      measured: the collection 'measured', summed over the step's microbatches.
+      params, opt_state, router_state: after the step's update.
+      step: updates done, this one included.
+      transform: the optimizer that `opt_state` belongs to.
+    """
+    groups: dict[Any, list[Declared]] = defaultdict(list)
+    for item in declared:
+        groups[item.controller, item.shapes].append(item)
+    restarted: Tree = {}
+    for (controller, shapes), items in groups.items():
+        values = [_at(measured, (*item.path, f"{item.name}_measured")) for item in items]
+        everywhere = {name: sum(_over_layers(v[name], shape).sum(0) for v in values) for name, shape in shapes}
+        for item, value in zip(items, values, strict=True):
+            site = Site(_at(params, item.path), _at(router_state, item.path), value, everywhere, step)
+            after = controller.after_step
+            # Scanned layers have leading axes that the layer itself did not see.
+            name, shape = shapes[0]
+            for _ in range(value[name].ndim - len(shape)):
+                after = jax.vmap(after, in_axes=(Site(0, 0, 0, None, None),))
+            site = after(site)
+            params, router_state = _put(params, item.path, site.params), _put(router_state, item.path, site.state)
+            if site.restarted:
+                restarted = _put(restarted, item.path, site.restarted)
+    if restarted:
+        opt_state = _restart(opt_state, restarted, params, transform)
+    return params, opt_state, router_state
+
+
+def _restart(opt_state: Tree, restarted: Tree, params: Tree, transform: optax.GradientTransformation) -> Tree:
+    """The optimizer's state with that of the marked entries as it was at the start."""
+    marks = {_names(path): mark for path, mark in jax.tree_util.tree_leaves_with_path(restarted)}
+
+    def mark(path: tuple[Any, ...], param: Array) -> Array:
+        found = marks.get(_names(path))
+        return jnp.zeros((), bool) if found is None else jnp.broadcast_to(found, param.shape)
+
+    def fits(memory: Array, mark: Array) -> Array:
+        # Memory of another shape (factored, per layer) is about more than the marked entries.
+        return mark if mark.shape == memory.shape else jnp.zeros((), bool)
+
+    marked = jax.tree_util.tree_map_with_path(mark, params)
+    marked = optax.tree_map_params(transform, fits, opt_state, marked, transform_non_params=lambda _: jnp.zeros((), bool))
+    return jax.tree.map(
+        lambda memory, start, mark: jnp.where(mark, start, memory) if mark.ndim else memory,
+        opt_state,
+        transform.init(params),
+        marked,
+    )
+
+
+def _over_layers(value: Array, shape: tuple[int, ...]) -> Array:
+    """Measurements `[*layers, *shape]` with all layers on one axis."""
+    return value.reshape(-1, *shape)
+
+
+def _at(tree: Tree, path: Path) -> Tree:
+    """The part of a tree of mappings that is at `path`; empty if there is none."""
+    for name in path:
+        tree = tree.get(name, {})
+    return tree
+
+
+def _put(tree: Mapping[str, Any], path: Path, value: Tree) -> Tree:
+    """A copy of the tree with `value` at `path`."""
+    if not path:
+        return value
+    if not value and path[0] not in tree:
+        return tree
+    return {**tree, path[0]: _put(tree.get(path[0], {}), path[1:], value)}
+
+
+def _names(path: tuple[Any, ...]) -> Path:
+    return tuple(str(key.key) for key in path)
