@@ -1,0 +1,121 @@
+"""PEER (He 2024): a layer of very many experts of one hidden unit each, found by product keys.
+
+Byte language models in which every other feed-forward layer is replaced. All arms but `dense_wide` and the groups that say so
+compute 32 hidden units per token in that layer; PEER and PKM choose them among 4,096. Quality, and how many experts are used.
+
+Departures: bytes, 300 steps, N = 64^2 instead of 1024^2, two layers of four instead of one in the middle; the coarse mixture is token
+choice (top-2 of 16), since expert choice leaks the future; steps and active width are fixed, rather than FLOPs. Usage is that of the last
+training batches. The dense optimizer also moves experts that nobody picked (weight decay, momentum).
+"""
+
+from configs import small_lm
+from experiments.study import SMOKE, Arm, Preset, Study, above, higher, lower
+
+MOE = "model.blocks.moe.ffn"
+PEER = {"kind": "product_keys", "num_keys": 64, "heads": 4, "k": 8, "query_dim": 32}
+
+
+def peer(**fields) -> dict:
+    """A product-key layer with 32 active units of 4,096 unless `fields` say otherwise."""
+    return {MOE: {**PEER, **fields}}
+
+
+def dense(hidden: int) -> dict:
+    return {MOE: {"kind": "ffn", "hidden": hidden}}
+
+
+def coarse(num_experts: int, k: int, hidden: int) -> dict:
+    """A mixture of few, wider experts."""
+    return {
+        f"{MOE}.num_experts": num_experts,
+        f"{MOE}.select.k": k,
+        f"{MOE}.bank": {"kind": "ffn", "hidden": hidden},
+    }
+
+
+STUDY = Study(
+    slug="peer",
+    title="PEER: a million experts of one neuron",
+    arxiv="2407.04153",
+    base=small_lm.get_config(),
+    arms=(
+        Arm("dense", dense(32), note="32 hidden units: equal active width"),
+        Arm("moe", coarse(16, 2, 16), note="top-2 of 16 experts of width 16, balance 1e-2: equal active width"),
+        Arm("pkm", peer(values_only=True), note="product-key memory: 32 of 4,096 values, softmax"),
+        Arm("peer", peer(), note="32 of 4,096 experts (4 heads of 8), queries normalised over the batch"),
+        Arm("no_norm", peer(query_norm="none"), note="peer without normalising queries"),
+    ),
+    ablations={
+        "experts": tuple(Arm(f"n_{n * n}", peer(num_keys=n), note=f"{n * n} experts") for n in (16, 32, 128)),
+        "active": (
+            Arm("active_8", peer(heads=4, k=2), note="8 active experts"),
+            Arm("active_128", peer(heads=8, k=16), note="128 active experts, the paper's"),
+        ),
+        "heads": (
+            Arm("heads_1", peer(heads=1, k=32), note="32 active experts, one query"),
+            Arm("heads_16", peer(heads=16, k=2), note="32 active experts, 16 queries"),
+        ),
+        "norm": (Arm("layer_norm", peer(query_norm="layer"), note="queries normalised one by one: strictly causal"),),
+        "score": (
+            Arm("relu_score", peer(score="relu"), note="scores that do not compete, as in the common port"),
+            Arm("sigmoid_score", peer(score="sigmoid")),
+            Arm("pkm_relu", peer(values_only=True, score="relu"), note="memory with scores that do not compete"),
+        ),
+        "keys": (Arm("own_keys", peer(shared_keys=False), note="sub-keys of each head its own, as in PKM"),),
+        "granularity": (
+            Arm("moe_k1", coarse(16, 1, 32) | {f"{MOE}.select.normalise": False}, note="equal active width, one expert"),
+            Arm("moe_k8", coarse(64, 8, 4), note="equal active width, top-8 of 64"),
+        ),
+        "width": (Arm("dense_wide", dense(256), note="8 times the active width"),),
+        "layers": (
+            Arm(
+                "one_layer",
+                {**peer(), "model.pattern": ("dense", "moe", "dense", "dense")},
+                note="layer 2 only, the paper's place",
+            ),
+        ),
+    },
+    claims=(
+        lower("eval/bits_per_byte", "peer", "dense", headline=True, text="PEER beats the dense layer of equal active width"),
+        lower("eval/bits_per_byte", "peer", "moe", text="PEER beats a coarse mixture of equal active width"),
+        lower("eval/bits_per_byte", "peer", "pkm", text="experts beat memory values"),
+        above("eval/stats/usage", "peer", 0.95, text="nearly all experts are used"),
+        lower("eval/stats/unevenness", "peer", "no_norm", text="query batch norm evens out the usage"),
+        lower("eval/bits_per_byte", "peer", "no_norm", text="query batch norm lowers the loss"),
+        higher("eval/bits_per_byte", "n_256", "peer", text="more experts at fixed active width are better"),
+        lower("eval/bits_per_byte", "active_128", "peer", text="more active experts are better"),
+    ),
+    presets={
+        "smoke": SMOKE,
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 1024,
+                "model.num_layers": 12,
+                "model.pattern": (*("dense",) * 5, "moe", *("dense",) * 6),
+                **{f"model.blocks.{b}.mixer.{key}": 16 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
+                "model.blocks.dense.ffn.hidden": 2816,
+                "model.dtype": "bfloat16",
+                "model.remat": "full",
+                "data.name": "c4",
+                "data.domains": None,
+                "data.seq_len": 2048,
+                "data.batch_size": 128,
+                "train.steps": 20_000,
+                "train.log_every": 100,
+                "optimizer.learning_rate": 3e-4,
+                "optimizer.warmup_steps": 1_000,
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            },
+            arms={
+                "dense": dense(4096),
+                "moe": coarse(128, 1, 4096) | {f"{MOE}.select.normalise": False},
+                "pkm": peer(num_keys=1024, heads=8, k=32, query_dim=256, values_only=True),
+                "peer": peer(num_keys=1024, heads=8, k=16, query_dim=256),
+                "no_norm": peer(num_keys=1024, heads=8, k=16, query_dim=256, query_norm="none"),
+            },
+        ),
+    },
+    metrics=("eval/stats/usage", "eval/stats/unevenness"),
+)
