@@ -15,6 +15,8 @@ from moejax.models.registries import blocks, mixers, models
 _HOMES = {
     "Attention": "attention",
     "DecoderLM": "lm",
+    "MixtureOfHeads": "head_mixture",
+    "QueryNormHeads": "head_mixture",
     "Stack": "stack",
     "Transformer": "transformer",
     "ViT": "vit",
@@ -34,7 +36,7 @@ def build(spec: Mapping[str, Any] | Any, where: str = "model") -> nn.Module:
       ConfigError: an unknown kind or key, a field that does not fit, or a part that the network refuses.
     """
     # Each module registers its classes when it is imported.
-    for home in ("models.attention", "models.transformer", "layers.depth", "models.lm", "models.vit"):
+    for home in ("models.attention", "models.head_mixture", "models.transformer", "layers.depth", "models.lm", "models.vit"):
         importlib.import_module(f"moejax.{home}")
     return models.build(spec, where)
 

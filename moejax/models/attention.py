@@ -77,6 +77,7 @@ class Attention(nn.Module):
         q = self._project(x, "q", self.num_heads, "heads")
         k = self._project(x, "k", kv_heads, "kv")
         v = self._project(x, "v", kv_heads, "kv")
+        plain = q
         if self.rope_base is not None:
             q, k = rope(q, positions, self.rope_base), rope(k, positions, self.rope_base)
         if ctx.decode:
@@ -85,13 +86,19 @@ class Attention(nn.Module):
         else:
             mask = visible(positions, positions, self.causal, self.window, ctx.valid, ctx.segments, ctx.segments)
         q, k, v = self._split_heads(q, k, v)
-        y = attend(q, k, v, mask)
+        y = self._weigh(attend(q, k, v, mask), x, plain, ctx)
         return self._dense(d, ("heads", "embed"), "o")(y.reshape(b, s, -1))
 
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if this layer lets a token see later ones; a decoder calls it with the layer's place."""
         if not self.causal:
             raise ConfigError(f"{where}.causal=False lets tokens see the future in a decoder; remove it")
+
+    def _weigh(
+        self, y: Float[Array, "b s h c"], x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context
+    ) -> Float[Array, "b s h c"]:
+        """What the output projection sums: the head outputs, which mixtures of heads weigh by the input or the unrotated queries."""
+        return y
 
     def _split_heads(
         self, q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j c"]

@@ -8,6 +8,7 @@ from moejax.routing.equal_norm import EqualNorm
 from moejax.routing.hashing import Hash
 from moejax.routing.losses import Balance, DeviceBalance, Entropy, Importance, Routing, Spread, ZLoss, losses
 from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
+from moejax.routing.recurrent import Recurrent, ResidualLogits, Witnessed
 from moejax.routing.routers import Cosine, Linear, Random, routers
 from moejax.routing.select import (
     ExpertDropout,
@@ -26,7 +27,7 @@ from moejax.routing.stats import routing_overlap, routing_stats
 __all__ = [
     "AdaptiveL1", "AdaptiveLoss", "Balance", "Cosine", "DeviceBalance", "Entries", "Entropy", "EqualNorm",
     "ExpertChoice", "ExpertDropout", "ExpertTopK", "Hash", "Importance", "Linear", "LossFree", "Merge", "NullBalance",
-    "NullExperts", "Plan", "Random", "RandomSecond", "ReLU", "Routing", "SoftSlots", "SoftTopAll", "Spread",
-    "TokenChoice", "TopK", "TopP", "ZLoss", "balancers", "compute_capacity", "losses", "routers", "routing_overlap",
+    "NullExperts", "Plan", "Random", "RandomSecond", "ReLU", "Recurrent", "ResidualLogits", "Routing", "SoftSlots", "SoftTopAll", "Spread",
+    "TokenChoice", "TopK", "TopP", "Witnessed", "ZLoss", "balancers", "compute_capacity", "losses", "routers", "routing_overlap",
     "routing_stats", "select", "selects",
 ]  # fmt: skip
