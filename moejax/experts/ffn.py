@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from moejax.context import Context
 from moejax.dispatch.layout import Layout
 from moejax.experts.registry import activation, banks, declare, dropout
-from moejax.params import per_expert
+from moejax.params import Initializer, per_expert
 
 _INIT = per_expert(nn.initializers.lecun_normal())
 
@@ -34,9 +34,10 @@ class FFN(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*m d"], layout: Layout, ctx: Context | None = None) -> Float[Array, "*m o"]:
         e, d, f, o = self.num_experts, x.shape[-1], self.hidden, self.features or x.shape[-1]
+        init_in, init_out = self.initializers(d)
         declared = {
-            "w_in": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
-            "w_out": (_INIT, (e, f, o), ("expert", "mlp", "embed")),
+            "w_in": (init_in, (e, d, f), ("expert", "embed", "mlp")),
+            "w_out": (init_out, (e, f, o), ("expert", "mlp", "embed")),
         }
         if self.use_bias:
             declared["b_in"] = (nn.initializers.zeros, (e, f), ("expert", "mlp"))
@@ -53,31 +54,42 @@ class FFN(nn.Module):
 
         return layout.map(expert, params, x, axes, summed="mlp", key=_dropout_key(self, ctx))
 
+    def initializers(self, d: int) -> tuple[Initializer, Initializer]:
+        """How W_in and W_out start, for tokens of width d: by the fan-in of one expert."""
+        return _INIT, _INIT
+
 
 @banks.register("glu")
 class GLU(nn.Module):
-    """`(act(x W_gate) * (x W_up)) W_out` (Shazeer 2020; SwiGLU with silu). Fields as in `FFN`."""
+    """`(act(x W_gate) * (x W_up)) W_out` (Shazeer 2020; SwiGLU with silu). Fields as in `FFN`.
+
+    Attributes:
+      scaled: multiplies the hidden layer by a learned vector, 1 at the start (ST-MoE's multiplicative bias).
+    """
 
     hidden: int
     num_experts: int = 1
     activation: str = "silu"
     dropout: float = 0.0
     features: int | None = None
+    scaled: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*m d"], layout: Layout, ctx: Context | None = None) -> Float[Array, "*m o"]:
         e, d, f, o = self.num_experts, x.shape[-1], self.hidden, self.features or x.shape[-1]
-        params, axes = declare(
-            self,
-            {
-                "w_gate": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
-                "w_up": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
-                "w_out": (_INIT, (e, f, o), ("expert", "mlp", "embed")),
-            },
-        )
+        declared = {
+            "w_gate": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
+            "w_up": (_INIT, (e, d, f), ("expert", "embed", "mlp")),
+            "w_out": (_INIT, (e, f, o), ("expert", "mlp", "embed")),
+        }
+        if self.scaled:
+            declared["scale"] = (nn.initializers.ones, (e, f), ("expert", "mlp"))
+        params, axes = declare(self, declared)
 
         def expert(p: dict[str, Array], x: Array, layout: Layout, key: Array | None = None) -> Array:
             h = layout.glu(x, p["w_gate"], p["w_up"], activation(self.activation))
+            if self.scaled:
+                h = h * layout.take(p["scale"]).astype(x.dtype)
             return layout.dot(h if key is None else dropout(h, self.dropout, key), p["w_out"])
 
         return layout.map(expert, params, x, axes, summed="mlp", key=_dropout_key(self, ctx))

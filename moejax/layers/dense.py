@@ -48,8 +48,9 @@ class DenseGLU(nn.Module):
     hidden: int
     activation: str = "silu"
     dropout: float = 0.0
+    scaled: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
-        bank = GLU(self.hidden, activation=self.activation, dropout=self.dropout, name="expert")
+        bank = GLU(self.hidden, activation=self.activation, dropout=self.dropout, scaled=self.scaled, name="expert")
         return run_single(bank, x, ctx or Context())

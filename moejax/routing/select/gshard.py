@@ -1,4 +1,5 @@
-"""GShard's select rule (Lepikhin et al. 2020, algorithm 1): two experts per token, the second one only with some probability."""
+"""Two experts per token, the second one only with some probability: GShard (Lepikhin et al. 2020, algorithm 1) and ST-MoE (Zoph et
+al. 2022, section 2)."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -7,7 +8,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import ConfigError
-from moejax.routing.capacity import drop_over_capacity
+from moejax.routing.capacity import Priority, drop_over_capacity
 from moejax.routing.plan import TokenChoice
 from moejax.routing.select.base import selects
 from moejax.routing.select.top_k import TopK
@@ -16,25 +17,33 @@ from moejax.routing.select.top_k import TopK
 @selects.register("gshard")
 @dataclasses.dataclass(frozen=True)
 class RandomSecond:
-    """Top-2 in which training keeps a token's second expert with probability `min(1, 2 g2)`, so that near-useless second
+    """Top-2 in which training keeps a token's second expert with probability `min(1, g2 / threshold)`, so that near-useless second
     choices leave their capacity to others.
 
-    g1 and g2 are the two softmax probabilities divided by their sum, so `2 g2` is at most 1. A second choice that is not drawn is
-    neither used nor dropped, and g1 stays what it was. All first choices of a group are served before any second one. Outside
-    training nothing is drawn: the rule is top-2.
+    g1 and g2 are the two softmax probabilities divided by their sum. A second choice that is not drawn is neither used nor dropped,
+    and g1 stays what it was. Outside training nothing is drawn: the rule is top-2.
 
     Attributes:
       capacity_factor: see `capacity.compute_capacity`, with k = 2 (the paper's `C = 2 n / e` at 1); None is dropless.
-      eval_capacity_factor: the factor outside training; 'same' by default.
+      eval_capacity_factor: the factor outside training; 'same' by default (ST-MoE: 1.25 in training, 2 outside).
+      threshold: the g2 from which on a second expert is always kept: 0.5 is GShard's `2 g2`, 0.2 is ST-MoE's.
+      priority: 'choice' serves all first choices of a group before any second one; 'score' the tokens with the largest probability
+        first (batch-prioritised routing, an option of ST-MoE). See `capacity.drop_over_capacity`.
     """
 
     capacity_factor: float | None = 1.0
     eval_capacity_factor: float | None | Literal["same"] = "same"
+    threshold: float = 0.5
+    priority: Priority = "choice"
     num_outputs_per_expert: ClassVar[int] = 1
     needs_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _ = self._top_2  # checks the factors
+        _ = self._top_2  # checks the factors and the priority
+        if not 0 < self.threshold <= 0.5:
+            raise ConfigError(
+                f"threshold={self.threshold} must lie in (0, 0.5]: the smaller of two gates that sum to 1 is compared"
+            )
 
     @property
     def causal(self) -> bool:
@@ -59,11 +68,12 @@ class RandomSecond:
         if key is None:
             raise ConfigError("the select rule 'gshard' draws at random in training; give it key=...")
         plan = dataclasses.replace(self._top_2, capacity_factor=None)(logits, valid, bias=bias, train=True)
-        drawn = 2 * plan.weight[..., 1] > jax.random.uniform(key, logits.shape[:2])
+        drawn = plan.weight[..., 1] / self.threshold > jax.random.uniform(key, logits.shape[:2])
         plan = plan.replace(used=plan.used.at[..., 1].set(plan.used[..., 1] & drawn))
         if self.capacity_factor is None:
             return plan
-        return drop_over_capacity(plan, valid, self.capacity_factor, "choice", score=plan.weight[..., 0])
+        score = self.probabilities(logits).max(-1)
+        return drop_over_capacity(plan, valid, self.capacity_factor, self.priority, score=score)
 
     def weigh(
         self,
@@ -90,4 +100,4 @@ class RandomSecond:
     @property
     def _top_2(self) -> TopK:
         factor, evaluation = self.capacity_factor, self.eval_capacity_factor
-        return TopK(k=2, normalise=True, capacity_factor=factor, eval_capacity_factor=evaluation, priority="choice")
+        return TopK(k=2, normalise=True, capacity_factor=factor, eval_capacity_factor=evaluation, priority=self.priority)
