@@ -8,6 +8,7 @@ from moejax.routing.equal_norm import EqualNorm
 from moejax.routing.hashing import Hash
 from moejax.routing.losses import Balance, DeviceBalance, Entropy, Importance, Routing, Spread, ZLoss, losses
 from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
+from moejax.routing.pool import AdaptPool, ExpertPool
 from moejax.routing.recurrent import Recurrent, ResidualLogits, Witnessed
 from moejax.routing.routers import Cosine, Linear, Random, routers
 from moejax.routing.select import (
@@ -18,6 +19,8 @@ from moejax.routing.select import (
     RandomSecond,
     ReLU,
     SoftTopAll,
+    TopAny,
+    TopAnyLoss,
     TopK,
     TopP,
     selects,
@@ -25,9 +28,9 @@ from moejax.routing.select import (
 from moejax.routing.stats import routing_overlap, routing_stats
 
 __all__ = [
-    "AdaptiveL1", "AdaptiveLoss", "Balance", "Cosine", "DeviceBalance", "Entries", "Entropy", "EqualNorm",
-    "ExpertChoice", "ExpertDropout", "ExpertTopK", "Hash", "Importance", "Linear", "LossFree", "Merge", "NullBalance",
+    "AdaptPool", "AdaptiveL1", "AdaptiveLoss", "Balance", "Cosine", "DeviceBalance", "Entries", "Entropy", "EqualNorm",
+    "ExpertChoice", "ExpertDropout", "ExpertPool", "ExpertTopK", "Hash", "Importance", "Linear", "LossFree", "Merge", "NullBalance",
     "NullExperts", "Plan", "Random", "RandomSecond", "ReLU", "Recurrent", "ResidualLogits", "Routing", "SoftSlots", "SoftTopAll", "Spread",
-    "TokenChoice", "TopK", "TopP", "Witnessed", "ZLoss", "balancers", "compute_capacity", "losses", "routers", "routing_overlap",
+    "TokenChoice", "TopAny", "TopAnyLoss", "TopK", "TopP", "Witnessed", "ZLoss", "balancers", "compute_capacity", "losses", "routers", "routing_overlap",
     "routing_stats", "select", "selects",
 ]  # fmt: skip

@@ -14,7 +14,12 @@ from moejax.routing.losses import Routing, losses, masked_mean
 
 @runtime_checkable
 class AdaptiveLoss(Protocol):
-    """A loss with one number of state, kept in the layer's 'router_state', and a controller that changes it once per step."""
+    """A loss with one number of state, kept in the layer's 'router_state', and a controller that changes it once per step.
+
+    Its `coef` is that of the start.
+    """
+
+    coef: float
 
     def fresh_state(self) -> Float[Array, ""]:
         """The state at the start."""
@@ -43,23 +48,23 @@ class AdaptiveL1:
 
     Attributes:
       k: experts per token to aim at.
-      start: lambda at the start (the paper: 1e-8, which takes about 100 steps to bite; short runs want 1e-4).
+      coef: lambda at the start (the paper: 1e-8, which takes about 100 steps to bite; short runs want 1e-4).
       rate: a, the factor of one step (the paper: 1.2).
       balanced: press by load; False is the paper's ablation.
     """
 
     k: float = 1.0
-    start: float = 1e-8
+    coef: float = 1e-8
     rate: float = 1.2
     balanced: bool = True
 
     def __post_init__(self) -> None:
-        for name, low in (("k", 0), ("start", 0), ("rate", 1)):
+        for name, low in (("k", 0), ("coef", 0), ("rate", 1)):
             if getattr(self, name) <= low:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than {low}")
 
     def fresh_state(self) -> Float[Array, ""]:
-        return jnp.float32(self.start)
+        return jnp.float32(self.coef)
 
     def measure(self, routing: Routing) -> dict[str, Array]:
         return {"active": routing.plan.wanted().sum(), "tokens": routing.valid.sum().astype(jnp.float32)}

@@ -213,10 +213,16 @@ def _accumulate(
             return stacked[-1]
         return jnp.tensordot(weights, stacked, axes=1).astype(stacked.dtype)
 
+    def moved(stacked: Array, old: Array) -> Array:
+        if not jnp.issubdtype(stacked.dtype, jnp.floating):
+            return stacked[-1]
+        # The mean, written so that what no microbatch changes stays as it is to the last bit.
+        return (old + jnp.tensordot(weights, stacked - old, axes=1)).astype(stacked.dtype)
+
     return grads, (
         jax.tree.map(lambda x: x.sum(0), sums),
         jax.tree.map(mean, means),
-        jax.tree.map(mean, collections),
+        jax.tree.map(moved, collections, state.collections),
         jax.tree.map(lambda x: x.sum(0), measured),
     )
 

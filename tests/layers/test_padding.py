@@ -7,7 +7,7 @@ import pytest
 from numpy_layers import close, draw
 
 from moejax import GLU, Balance, Context, ExpertTopK, Importance, Linear, MoE, SoftTopAll, TopK, ZLoss
-from moejax.routing import NullExperts
+from moejax.routing import NullExperts, ReLU, TopAny
 from moejax.routing.select import Select
 
 B, S, D, E = 2, 9, 5, 4
@@ -19,6 +19,8 @@ RULES: dict[str, tuple[Select, str]] = {
     "choice_over_the_batch": (TopK(k=2, capacity_factor=0.7, priority="choice"), "batch"),
     "score": (TopK(k=2, score="sigmoid", capacity_factor=0.7, priority="score"), "sequence"),
     "null_experts": (NullExperts(k=2, num_null=3), "sequence"),
+    "relu": (ReLU(), "sequence"),
+    "top_any": (TopAny(), "sequence"),
     "expert_choice": (ExpertTopK(1.5, normalise=True), "sequence"),
     "soft_slots": (SoftTopAll(slots=2), "sequence"),
 }

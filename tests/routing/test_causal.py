@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routing import ExpertTopK, NullExperts, RandomSecond, SoftTopAll, TopK
+from moejax.routing import ExpertTopK, NullExperts, RandomSecond, ReLU, SoftTopAll, TopAny, TopK
 from moejax.routing.select import Select, num_outputs
 
 G, N, E, CUT, DRAWS = 2, 9, 4, 6, 6
@@ -23,6 +23,8 @@ RULES: dict[str, tuple[Select, bool, bool]] = {  # rule, causal, per_token
     "gshard": (RandomSecond(0.7), False, False),
     "gshard_dropless": (RandomSecond(None), True, True),
     "null_experts": (NullExperts(k=3, num_null=5), True, True),
+    "relu": (ReLU(), True, True),
+    "top_any": (TopAny(), True, True),
     "expert_choice": (ExpertTopK(1.0), False, False),
     "expert_choice_in_order": (ExpertTopK(0.3, score="logit", in_order=True), False, False),
     "soft": (SoftTopAll(), False, False),

@@ -203,13 +203,10 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.variables, whole.variables)
 
 
-@pytest.mark.parametrize("kind", ["lion", "sgd"])
-def test_other_optimizers_forget_too(kind):
-    optimizer = optimizers.build({"kind": kind, "learning_rate": 0.01}, "optimizer", steps=10)
+def test_other_optimizers_forget_too():
+    optimizer = optimizers.build({"kind": "lion", "learning_rate": 0.01}, "optimizer", steps=10)
     state = start().replace(opt_state=optimizer.transform().init(start().params))
-    after, _ = run(make_train_step(Model(), TASK, optimizer, jit=False), state, AT)
-    memories = [x for x in jax.tree.leaves(after.opt_state) if x.shape == (LAYERS, 3, WIDTH)]
-    for memory in memories:
-        np.testing.assert_array_equal(memory[:, 1], 0)
-        assert np.abs(memory[:, 0]).min() > 0
-    assert len(memories) == 1
+    after, _ = run(jax.jit(make_train_step(Model(), TASK, optimizer, jit=False)), state)
+    (memory,) = (x for x in jax.tree.leaves(after.opt_state) if x.shape == (LAYERS, 3, WIDTH))
+    np.testing.assert_array_equal(memory[:, 1], 0)
+    assert np.abs(memory[:, 0]).min() > 0

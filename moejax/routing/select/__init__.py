@@ -7,10 +7,11 @@ from moejax.routing.select.gshard import RandomSecond
 from moejax.routing.select.null_experts import NullBalance, NullExperts
 from moejax.routing.select.relu import ReLU
 from moejax.routing.select.soft_slots import SoftTopAll
+from moejax.routing.select.top_any import TopAny, TopAnyLoss
 from moejax.routing.select.top_k import TopK
 from moejax.routing.select.top_p import TopP
 
 __all__ = [
     "ExpertDropout", "ExpertTopK", "NullBalance", "NullExperts", "RandomSecond", "ReLU", "Select", "SoftTopAll",
-    "TopK", "TopP", "num_outputs", "selects",
+    "TopAny", "TopAnyLoss", "TopK", "TopP", "num_outputs", "selects",
 ]  # fmt: skip

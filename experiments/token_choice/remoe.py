@@ -1,0 +1,116 @@
+"""ReMoE (Wang et al. 2024): ReLU gates instead of top-k, and an L1 loss whose weight drives the mean number of experts to k.
+
+Byte language models with 8 experts in every other feed-forward layer. The number of active experts is about 4 at the start and
+is brought to k = 2 over all layers, so arms are compared at the active compute that they really use (`experts_per_token`).
+
+Departures: bytes and 300 steps, so lambda starts at 1e-4 (from 1e-8 it takes a third of the run to act); k = 2 rather than 1.
+"""
+
+from configs import small_lm
+from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+
+MOE = "model.blocks.moe.ffn"
+
+
+def base():
+    """small_lm with ReLU routing to 2 experts per token."""
+    config = small_lm.get_config()
+    ffn = config.model.blocks.moe.ffn
+    ffn.select = {"kind": "relu", "k": 2.0, "max_experts": None}
+    ffn.losses = {"adaptive_l1": {"k": 2.0, "coef": 1e-4, "rate": 1.2, "balanced": True}}
+    return config
+
+
+def top_k(k: int) -> dict:
+    """The usual rule: softmax, top-k, a balance loss of 1e-2."""
+    return {
+        f"{MOE}.select": {"kind": "top_k", "k": k},
+        f"{MOE}.losses": {"balance": {"coef": 1e-2, "over": "batch"}},
+    }
+
+
+def target(k: float) -> dict:
+    return {f"{MOE}.select.k": k, f"{MOE}.losses.adaptive_l1.k": k}
+
+
+def loss(**fields: float) -> dict:
+    return {f"{MOE}.losses.adaptive_l1.{name}": value for name, value in fields.items()}
+
+
+STUDY = Study(
+    slug="remoe",
+    title="ReMoE: fully differentiable mixtures with ReLU routing",
+    arxiv="2412.14711",
+    base=base(),
+    arms=(
+        Arm("top2", top_k(2), note="softmax top-2 with a balance loss: the active compute that `remoe` aims at"),
+        Arm("remoe", note="ReLU gates, adaptive L1 with load balancing, k 2"),
+        Arm("relu_l1", loss(balanced=False), note="the same without load balancing"),
+    ),
+    ablations={
+        "active": (
+            Arm("top1", top_k(1), note="softmax top-1"),
+            Arm("remoe_k1", target(1.0), note="ReLU gates, k 1"),
+        ),
+        "rate": tuple(Arm(f"rate_{rate:g}", loss(rate=rate)) for rate in (1.02, 1.05, 1.5)),
+        "start": tuple(Arm(f"start_{start:g}", loss(coef=start)) for start in (1e-8, 1e-6, 1e-2)),
+        "experts": (
+            Arm("top2_32", {**top_k(2), f"{MOE}.num_experts": 32}, note="32 experts, top-2"),
+            Arm("remoe_32", {f"{MOE}.num_experts": 32}, note="32 experts, ReLU"),
+        ),
+        "granularity": (
+            Arm(
+                "top8_fine",
+                {**top_k(8), f"{MOE}.num_experts": 32, f"{MOE}.bank.hidden": 16},
+                note="experts of a quarter's width, top-8",
+            ),
+            Arm("remoe_fine", {**target(8.0), f"{MOE}.num_experts": 32, f"{MOE}.bank.hidden": 16}, note="the same, ReLU"),
+        ),
+    },
+    claims=(
+        lower("eval/bits_per_byte", "remoe", "top2", headline=True, text="ReLU routing beats top-k at equal active compute"),
+        within(
+            "eval/stats/experts_per_token", "remoe", "top2", 0.3, text="the adaptive loss holds the mean number of experts at k"
+        ),
+        lower("eval/stats/max_violation", "remoe", "relu_l1", text="load balancing inside the L1 loss balances"),
+        within("eval/bits_per_byte", "remoe", "relu_l1", 0.05, text="and costs nothing"),
+        lower("eval/bits_per_byte", "remoe_32", "top2_32", text="the gain is there with four times the experts"),
+        lower("eval/bits_per_byte", "remoe_fine", "top8_fine", text="and with experts of a quarter's width"),
+        within(
+            "eval/bits_per_byte", "remoe", "start_1e-06", 0.03, text="lambda's start does not matter over orders of magnitude"
+        ),
+    ),
+    presets={
+        "smoke": SMOKE,
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 768,
+                "model.num_layers": 12,
+                "model.pattern": ("moe",),
+                "model.vocab_size": 50_257,
+                **{f"model.blocks.{b}.mixer.{key}": 12 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
+                f"{MOE}.bank.hidden": 2048,
+                "model.dtype": "bfloat16",
+                "model.remat": "full",
+                "data.name": "c4",
+                "data.domains": None,
+                "data.seq_len": 1024,
+                "data.batch_size": 512,
+                "train.steps": 60_000,
+                "train.log_every": 100,
+                "optimizer.learning_rate": 5e-4,
+                "optimizer.warmup_steps": 600,
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            },
+            arms={
+                "top2": top_k(1),
+                "remoe": {**target(1.0), **loss(coef=1e-8)},
+                "relu_l1": {**target(1.0), **loss(coef=1e-8)},
+            },
+        ),
+    },
+    metrics=("eval/stats/experts_per_token", "eval/stats/unrouted"),
+    notes="The loss is summed over layers, as in the released code; the paper's mean over layers only rescales lambda.",
+)
