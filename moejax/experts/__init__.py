@@ -1,8 +1,9 @@
 """Banks: stacks of experts, each kind written once against the layout."""
 
+from moejax.experts.dense_matched import DenseMatchedFFN
 from moejax.experts.ffn import FFN, GLU
 from moejax.experts.lora import LoRA
 from moejax.experts.registry import ACTIVATIONS, banks
 from moejax.experts.train_only import TrainOnly
 
-__all__ = ["ACTIVATIONS", "FFN", "GLU", "LoRA", "TrainOnly", "banks"]
+__all__ = ["ACTIVATIONS", "DenseMatchedFFN", "FFN", "GLU", "LoRA", "TrainOnly", "banks"]

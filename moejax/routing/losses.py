@@ -159,6 +159,32 @@ class Entropy:
         return self.coef * masked_mean(-(routing.probs * jnp.log(safe)).sum(-1), routing.valid, (0, 1))
 
 
+@losses.register("spread")
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """`coef * sum_e p_e log p_e` with p the mean of softmax(logits) over tokens: the entropy of average use, maximised (Csordas et al.
+    2023). Minus `coef * log e` at best, and no number of choices in it. The softmax is of the raw logits whatever rule selects.
+
+    Attributes:
+      coef: gamma, above 0 to spread the load.
+      over: p is of the 'batch' (sigma-MoE), or of each 'group', whose losses are averaged (MoEUT's choice).
+    """
+
+    coef: float = 1e-3
+    over: Literal["batch", "group"] = "batch"
+
+    def __post_init__(self) -> None:
+        _check_choice("over", self.over, ("batch", "group"))
+
+    def __call__(self, routing: Routing) -> Float[Array, ""]:
+        p = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1) if self.over == "batch" else (1,))
+        negative = (p * jnp.log(jnp.where(p > 0, p, 1))).sum(-1)
+        if self.over == "batch":
+            return self.coef * negative
+        tokens = routing.valid.sum(1)
+        return self.coef * (negative * tokens).sum() / jnp.maximum(tokens.sum(), 1)
+
+
 def masked_mean(values: Float[Array, "g n *e"], valid: Bool[Array, "g n"], axes: tuple[int, ...]) -> Array:
     """Mean over the valid tokens along `axes` (group and token axes only); 0 where there are none."""
     mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2)).astype(values.dtype)
