@@ -47,6 +47,7 @@ class MoE(nn.Module):
       balancer: balances the load without a loss, by a bias on the selection that is kept in 'router_state'; None for none.
       backend: of dispatch; 'auto' or a name.
       group_by: who competes for capacity: tokens of one 'sequence', of the 'batch', or of one 'position'.
+      leaky_training: accepts in a decoder that `select` looks at later tokens, in training only: `eval_select` must not (BASE layers).
       num_experts: only for configs, where it fills the router's and the bank's field of the same name (not the shared bank's,
         which is one expert unless its own spec says otherwise).
 
@@ -63,6 +64,7 @@ class MoE(nn.Module):
     balancer: Balancer | None = None
     backend: str = "auto"
     group_by: Literal["sequence", "batch", "position"] = "sequence"
+    leaky_training: bool = False
     num_experts: int | None = None
 
     def __post_init__(self) -> None:
@@ -128,7 +130,8 @@ class MoE(nn.Module):
         """Raises ConfigError if a token's output may depend on later tokens of its sequence."""
         rules = {"select": self.select, "eval_select": self.eval_select}
         for name, rule in rules.items():
-            if rule is not None and not rule.causal and self.group_by != "position":
+            accepted = name == "select" and self.leaky_training and self.eval_select is not None
+            if rule is not None and not rule.causal and self.group_by != "position" and not accepted:
                 raise ConfigError(
                     f"{where}.{name} ({type(rule).__name__}) selects over later tokens and leaks the future in a decoder; use "
                     f"{where}.group_by='position' (tokens compete across the batch, not along the sequence), or for capacity "
