@@ -71,22 +71,30 @@ def _select(select: Select, logits: Array, valid: Array | None, bias: Array | No
 
 
 def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], **extra: Array) -> None:
-    """Sows every loss, weighted, into 'losses', every statistic into 'stats', and logits and plan into 'routing'.
+    """Sows every loss, weighted, into 'losses', every statistic into 'stats', and logits, probabilities and plan into 'routing'."""
+    sow_losses(module, routing, losses)
+    for name, value in {**routing_stats(routing), **extra}.items():
+        sow(module, "stats", name, value)
+    sow(module, "routing", "logits", routing.logits)
+    sow(module, "routing", "probs", routing.probs)
+    sow(module, "routing", "plan", routing.plan)
 
-    A loss is named '<kind>_loss': NNX keeps the collections of a bridged layer in one namespace, where 'z' is a statistic.
+
+def sow_losses(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], scale: float | Float[Array, ""] = 1.0) -> None:
+    """Sows every loss, times `scale`.
+
+    A loss is named '<kind>_loss': NNX keeps the collections of a bridged layer in one namespace, where 'z' is a statistic. An
+    adaptive one keeps its state in 'router_state'.
     """
     for loss in losses:
         kind = loss_registry.kind_of(loss)
         if isinstance(loss, AdaptiveLoss):
             state = module.variable("router_state", kind, loss.fresh_state).value
             control(module, kind, loss, loss.measure(routing))
-            sow(module, "losses", f"{kind}_loss", loss(routing, state))
+            value = loss(routing, state)
         else:
-            sow(module, "losses", f"{kind}_loss", loss(routing))
-    for name, value in {**routing_stats(routing), **extra}.items():
-        sow(module, "stats", name, value)
-    sow(module, "routing", "logits", routing.logits)
-    sow(module, "routing", "plan", routing.plan)
+            value = loss(routing)
+        sow(module, "losses", f"{kind}_loss", scale * value)
 
 
 def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float[Array, "g n d"], Context]:
