@@ -10,8 +10,9 @@ folder that TFDS prepared. `python -m moejax.data` prepares the embedded ones an
 """
 
 from moejax.data.catalog import DATASETS
+from moejax.data.computed import with_computed
 from moejax.data.config import DataConfig, ImageConfig, TextConfig
-from moejax.data.frequencies import token_frequencies
+from moejax.data.frequencies import token_clusters, token_frequencies
 from moejax.data.iterator import DataInfo, info, make_iterator
 from moejax.data.storage import prepare
 
@@ -24,5 +25,7 @@ __all__ = [
     "info",
     "make_iterator",
     "prepare",
+    "token_clusters",
     "token_frequencies",
+    "with_computed",
 ]

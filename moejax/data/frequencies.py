@@ -1,17 +1,20 @@
-"""How often each token occurs in training data, for what is built on such counts (balanced hash layers)."""
+"""What is counted in training data for a model to be built on: how often tokens occur, and which ones occur alike."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from moejax.data.iterator import make_iterator
 
+Config = Mapping[str, Any] | ConfigDict
+
 
 def token_frequencies(
-    config: Mapping[str, Any] | ConfigDict, vocab_size: int, batches: int = 64, seed: int = 0
+    config: Config, vocab_size: int, batches: int = 64, seed: int = 0, make_iterator: Callable[..., Any] = make_iterator
 ) -> tuple[float, ...]:
     """Occurrences of each vocabulary id among the valid positions of the first batches of the training split.
 
@@ -20,8 +23,77 @@ def token_frequencies(
       vocab_size: v, the length of the result.
       batches: how many to count; fewer if the split is shorter.
       seed: of the order of the data.
+      make_iterator: where batches come from.
     """
     counts = np.zeros(vocab_size)
-    for batch in itertools.islice(make_iterator(config, split="train", seed=seed, num_epochs=1), batches):
+    for batch in _first(make_iterator, config, batches, seed):
         counts += np.bincount(batch["tokens"][batch["valid"]], minlength=vocab_size)
     return tuple(counts.tolist())
+
+
+def token_clusters(
+    config: Config,
+    vocab_size: int,
+    clusters: int,
+    width: int = 32,
+    batches: int = 64,
+    seed: int = 0,
+    make_iterator: Callable[..., Any] = make_iterator,
+) -> tuple[int, ...]:
+    """A cluster for each vocabulary id: k-means of vectors that say which tokens come before and after it.
+
+    The vectors are the leading left singular vectors of the positive pointwise mutual information of neighbours (Levy and Goldberg
+    2014: what skip-gram embeddings factorise), scaled by the roots of their singular values and brought to length 1. Arguments as
+    in `token_frequencies`, and
+
+    Args:
+      clusters: how many.
+      width: of the vectors; less for vocabularies that are smaller.
+    """
+    from scipy.sparse import coo_array
+
+    pairs = [(batch["tokens"], batch["targets"], batch["valid"]) for batch in _first(make_iterator, config, batches, seed)]
+    before, after = (np.concatenate([part[i][part[2]] for part in pairs]) for i in (0, 1))
+    counts = coo_array((np.ones(len(before)), (before, after)), shape=(vocab_size, vocab_size)).tocsr()
+    return tuple(k_means(_vectors(counts, width), clusters, np.random.default_rng(seed)).tolist())
+
+
+def k_means(
+    points: Float[np.ndarray, "v d"], clusters: int, rng: np.random.Generator, rounds: int = 50
+) -> Int[np.ndarray, "v"]:
+    """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007); a cluster that loses all its points stays where it was."""
+    centres = points[rng.integers(len(points))][None]
+    for _ in range(clusters - 1):
+        far = _distances(points, centres).min(1)
+        share = far / far.sum() if far.sum() else np.full(len(points), 1 / len(points))
+        centres = np.concatenate([centres, points[rng.choice(len(points), p=share)][None]])
+    for _ in range(rounds):
+        nearest = _distances(points, centres).argmin(1)
+        moved = np.stack([points[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(clusters)])
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    return _distances(points, centres).argmin(1)
+
+
+def _first(make_iterator: Callable[..., Any], config: Config, batches: int, seed: int) -> Iterator[Mapping[str, Any]]:
+    return itertools.islice(make_iterator(config, split="train", seed=seed, num_epochs=1), batches)
+
+
+def _vectors(counts: Any, width: int) -> Float[np.ndarray, "v d"]:
+    """A vector for each row of the sparse matrix of how often one id precedes another."""
+    from scipy.sparse import hstack
+    from scipy.sparse.linalg import svds
+
+    pairs = hstack([counts, counts.T]).tocoo()
+    rows, columns = pairs.sum(1), pairs.sum(0)
+    information = np.log(pairs.data * pairs.data.sum() / (rows[pairs.row] * columns[pairs.col]))
+    pairs.data = np.maximum(information, 0)
+    u, s, _ = svds(pairs.tocsr(), k=min(width, pairs.shape[0] - 1), v0=np.ones(pairs.shape[0]))
+    vectors = u * np.sqrt(s)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _distances(points: Float[np.ndarray, "v d"], centres: Float[np.ndarray, "c d"]) -> Float[np.ndarray, "v c"]:
+    squares = (points**2).sum(1)[:, None] - 2 * points @ centres.T + (centres**2).sum(1)
+    return np.maximum(squares, 0)

@@ -82,7 +82,7 @@ def fit(
       LostProcess: another process is gone. Nothing more can be saved: all start again from the newest checkpoint.
     """
     started = time.perf_counter()
-    config = normalized(config)
+    config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
     run = _Run(config, seed, Path(workdir), progress or (lambda report: None), label, started)
     with contextlib.closing(run), Signals() as signals:
         try:
