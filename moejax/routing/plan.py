@@ -165,6 +165,13 @@ class Merge:
     def num_experts(self) -> int:
         return self.weight.shape[1]
 
+    def assigned(self) -> Float[Array, "g 1 e"]:
+        """Each group's share of each expert: what is routed is a group, as if it were one token."""
+        return self.weight[:, None]
+
+    def wanted(self) -> Float[Array, "g 1 e"]:
+        return self.assigned()
+
 
 @struct.dataclass
 class Entries:
