@@ -16,6 +16,6 @@ from moejax.layers.smear import SMEAR
 from moejax.layers.soft_moe import SoftMoE
 
 __all__ = [
-    "ChainOfExperts", "Competition", "DenseFFN", "DenseGLU", "LayerNorm", "LoRAMixture", "MoE", "MultiHash",
-    "ProductKeys", "RMSNorm", "SMEAR", "SoftMoE", "WithLoRA", "adapted_layers", "ffns", "norms",
+    "SMEAR", "ChainOfExperts", "Competition", "DenseFFN", "DenseGLU", "LayerNorm", "LoRAMixture", "MoE", "MultiHash",
+    "ProductKeys", "RMSNorm", "SoftMoE", "WithLoRA", "adapted_layers", "ffns", "norms",
 ]  # fmt: skip
