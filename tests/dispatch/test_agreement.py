@@ -20,7 +20,7 @@ from moejax.dispatch.layout import Batched
 from moejax.errors import ConfigError
 from moejax.experts import FFN, GLU, LoRA
 from moejax.parallel import Parallel, make_mesh, use
-from moejax.routing import ExpertChoice, ExpertTopK, Merge, Plan, SoftTopAll, TokenChoice, TopK
+from moejax.routing import ExpertChoice, ExpertTopK, Merge, NullExperts, Plan, ReLU, SoftTopAll, TokenChoice, TopK
 
 G, N, D, E = 2, 11, 6, 5
 
@@ -56,6 +56,8 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "one_expert_takes_all": one_expert_takes_all,
     "nobody": lambda: ragged(TopK(k=2)(logits(6), jnp.zeros((G, N), bool)), 7),
     "all_experts": lambda: TopK(k=E)(logits(8)),
+    "null_experts": lambda: NullExperts(k=2, num_null=3)(logits(12, e=E + 3), VALID),
+    "relu": lambda: ReLU()(logits(13), VALID),
     "expert_choice": lambda: ExpertTopK(capacity_factor=1.5)(logits(9), VALID),
     "soft_slots": lambda: SoftTopAll(slots=2)(logits(10, e=2 * E), VALID),
     "merge": lambda: Merge(jax.nn.softmax(logits(11)[:, 0])),

@@ -39,7 +39,12 @@ class Rewrite:
         row = (jnp.arange(3) == 1)[:, None] & (site.step == self.at)
         return site.replace(
             params={**site.params, "w": jnp.where(row, everywhere, site.params["w"])},
-            state={"own": site.state["own"] + own, "tokens": site.measured["tokens"]},
+            state={
+                **site.state,
+                "own": site.state["own"] + own,
+                "tokens": site.measured["tokens"],
+                "odd": ~site.state["odd"],
+            },
             restarted={"w": row},
         )
 
@@ -53,6 +58,8 @@ class Layer(nn.Module):
         valid = ctx.valid[..., None]
         self.variable("router_state", "own", jnp.zeros, (WIDTH,))
         self.variable("router_state", "tokens", jnp.zeros, ())
+        self.variable("router_state", "odd", lambda: jnp.zeros((), bool))
+        self.variable("router_state", "seed", lambda: jax.random.bits(self.make_rng("params")))
         measured = {"sum": (x * valid).sum((0, 1)), "tokens": valid.sum().astype(jnp.float32)}
         control(self, "rewrite", self.controller, measured)
         self.sow("stats", "z", x.mean())
@@ -120,6 +127,7 @@ def test_state_parameters_and_moments_change_once_a_step_by_what_the_whole_batch
     np.testing.assert_allclose(first.collections["router_state"]["layers"]["own"], sums, rtol=1e-5)
     np.testing.assert_array_equal(first.collections["router_state"]["layers"]["tokens"], tokens)
     assert all(np.abs(m).min() > 0 for m in moments(first)), "nothing restarts before its time"
+    assert first.collections["router_state"]["layers"]["odd"].all()
     more, _ = measure(first.params)
     second, metrics = run(step, first, 1)
     np.testing.assert_allclose(second.collections["router_state"]["layers"]["own"], sums + more, rtol=1e-5)
