@@ -14,8 +14,9 @@ from moejax.layers.product_keys import ProductKeys
 from moejax.layers.registry import ffns, norms
 from moejax.layers.smear import SMEAR
 from moejax.layers.soft_moe import SoftMoE
+from moejax.layers.vq import VQMoE
 
 __all__ = [
     "SMEAR", "ChainOfExperts", "Competition", "DenseFFN", "DenseGLU", "LayerNorm", "LoRAMixture", "MoE", "MultiHash",
-    "ProductKeys", "RMSNorm", "SoftMoE", "WithLoRA", "adapted_layers", "ffns", "norms",
+    "ProductKeys", "RMSNorm", "SoftMoE", "VQMoE", "WithLoRA", "adapted_layers", "ffns", "norms",
 ]  # fmt: skip
