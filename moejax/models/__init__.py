@@ -16,6 +16,7 @@ _HOMES = {
     "Attention": "attention",
     "DecoderLM": "lm",
     "MixtureOfHeads": "head_mixture",
+    "Nested": "nested",
     "QueryNormHeads": "head_mixture",
     "Stack": "stack",
     "Transformer": "transformer",
@@ -36,7 +37,9 @@ def build(spec: Mapping[str, Any] | Any, where: str = "model") -> nn.Module:
       ConfigError: an unknown kind or key, a field that does not fit, or a part that the network refuses.
     """
     # Each module registers its classes when it is imported.
-    for home in ("models.attention", "models.head_mixture", "models.transformer", "layers.depth", "models.lm", "models.vit"):
+    for home in (
+        "models.attention", "models.head_mixture", "models.transformer", "models.nested", "layers.depth", "models.lm", "models.vit",
+    ):  # fmt: skip
         importlib.import_module(f"moejax.{home}")
     return models.build(spec, where)
 
