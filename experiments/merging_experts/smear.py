@@ -1,0 +1,112 @@
+"""SMEAR (Muqeeth et al. 2023): experts are averaged, parameter by parameter, for each sequence, and one expert runs.
+
+Byte language models with adapters after every feed-forward layer, three experts for three domains (code, reference, literature). A
+decoder may not average over its own future, so each segment of 16 bytes is routed by the one before it; `tag` is told the domain.
+
+Departures: everything is trained from scratch, together, where the paper trains adapters in a frozen pretrained model; domains of one
+corpus instead of tasks; routing by segment. REINFORCE, DSelect-k, hash and latent-skill routing are left out, and so is the estimators'
+annealed temperature. A straight-through expert is computed alone, so its gradient to the router is that of the sampled expert's weight.
+"""
+
+from configs import small_lm
+from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+
+FFN = "model.blocks.moe.ffn"
+MIXER = "model.blocks.moe.mixer"
+
+
+def smear(layer: dict, num_experts: int = 3, hidden: int = 16, **fields) -> dict:
+    """Adapters that refine `layer`."""
+    bank = {"kind": "adapter", "hidden": hidden, "same_start": False}
+    return {
+        "kind": "smear", "layer": layer, "num_experts": num_experts, "bank": bank, "route_by": "previous", "segment": 16,
+        "combine": "merge", "expert_dropout": 0.1, "router_scale": 1e-2, **fields,
+    }  # fmt: skip
+
+
+def base():
+    """Four layers of width 64 with SMEAR after the feed-forward layers."""
+    config = small_lm.get_config()
+    config.model.pattern = ("moe",)
+    config.model.blocks.moe.ffn = smear({"kind": "glu", "hidden": 128})
+    return config
+
+
+ATTENTION = smear({"kind": "attention", "num_heads": 4, "num_kv_heads": 2})
+
+STUDY = Study(
+    slug="smear",
+    title="SMEAR: soft merging of experts with adaptive routing",
+    arxiv="2306.03745",
+    base=base(),
+    arms=(
+        Arm("wide", {f"{FFN}.num_experts": 1, f"{FFN}.bank.hidden": 48}, note="one adapter with the parameters of all three"),
+        Arm("tag", {f"{FFN}.combine": "tag"}, note="the adapter of the row's domain"),
+        Arm("st_gumbel", {f"{FFN}.combine": "st_gumbel"}, note="one sampled adapter, straight-through gradient"),
+        Arm("ensemble", {f"{FFN}.combine": "ensemble"}, note="all adapters run, outputs are mixed"),
+        Arm("smear", note="three adapters, averaged by the previous segment, expert dropout 0.1"),
+    ),
+    ablations={
+        "single": (Arm("single", {f"{FFN}.num_experts": 1}, note="one adapter: equal arithmetic"),),
+        "estimators": (
+            Arm("top1", {f"{FFN}.combine": "top1"}, note="the most probable adapter, times its probability (Switch)"),
+        ),
+        "experts": tuple(Arm(f"experts_{e}", {f"{FFN}.num_experts": e}) for e in (6, 12)),
+        "expert_dropout": tuple(Arm(f"dropout_{r:g}", {f"{FFN}.expert_dropout": r}) for r in (0.0, 0.3)),
+        "router": (Arm("router_scale_1", {f"{FFN}.router_scale": 1.0}, note="routers that start peaked"),),
+        "start": (Arm("same_start", {f"{FFN}.bank.same_start": True}, note="all adapters start equal"),),
+        "segments": (
+            Arm("segment_8", {f"{FFN}.segment": 8}),
+            Arm("segment_32", {f"{FFN}.segment": 32}),
+            Arm("prefix", {f"{FFN}.route_by": "prefix"}, note="all later segments are routed by the first"),
+        ),
+        "places": (Arm("after_attention_too", {MIXER: ATTENTION}, note="also after attention, as in the paper"),),
+        "whole_experts": (
+            Arm(
+                "merged_ffn",
+                {f"{FFN}.layer": None, f"{FFN}.bank": {"kind": "glu", "hidden": 128}},
+                note="no adapters: three whole feed-forward layers are averaged",
+            ),
+        ),
+    },
+    claims=(
+        lower("eval/bits_per_byte", "smear", "st_gumbel", headline=True, text="merging beats a gradient estimator"),
+        lower("eval/bits_per_byte", "smear", "tag", text="SMEAR beats being told the domain"),
+        within("eval/bits_per_byte", "smear", "ensemble", 0.02, text="merging parameters is as good as mixing outputs"),
+        lower("eval/bits_per_byte", "smear", "wide", text="SMEAR beats one adapter of equal parameters"),
+        lower("eval/bits_per_byte", "wide", "st_gumbel", text="which beats learned sparse routing"),
+        lower("eval/bits_per_byte", "smear", "top1", text="merging beats the most probable adapter"),
+        lower("eval/bits_per_byte", "experts_6", "smear", text="twice the experts help"),
+        lower("eval/bits_per_byte", "smear", "dropout_0", text="expert dropout helps"),
+    ),
+    presets={
+        "smoke": SMOKE,
+        "cpu": Preset(seeds=3),
+        "paper": Preset(
+            {
+                "model.d_model": 768,
+                "model.num_layers": 24,
+                **{f"{MIXER}.{key}": 12 for key in ("num_heads", "num_kv_heads")},
+                f"{FFN}.num_experts": 8,
+                f"{FFN}.layer.hidden": 2048,
+                f"{FFN}.bank.hidden": 24,
+                f"{FFN}.segment": 128,
+                "model.dtype": "bfloat16",
+                "model.remat": "full",
+                "data.name": "c4",
+                "data.domains": None,
+                "data.seq_len": 1024,
+                "data.batch_size": 128,
+                "train.steps": 600_000,
+                "train.log_every": 100,
+                "optimizer.learning_rate": 3e-4,
+                "optimizer.schedule": "constant",
+                "optimizer.warmup_steps": 2_000,
+                "eval.every": 5_000,
+                "checkpoint.every": 1_000,
+            },
+            arms={"wide": {f"{FFN}.bank.hidden": 192}},
+        ),
+    },
+    metrics=("eval/stats/entropy", "eval/stats/max_violation"),
+)
