@@ -110,7 +110,7 @@ class Pieces(nn.Module):
         return layout.map(_linear, self.a[i], rows, _AXES[0])
 
     def out_of(self, i: int, rows: Float[Array, "*m f"], layout: Layout) -> Float[Array, "*m o"]:
-        return layout.map(_linear, self.b[i], rows, _AXES[1], summed="mlp")
+        return layout.map(_linear, self.b[i], rows, _AXES[1])
 
 
 def _linear(w: Array, x: Array, layout: Layout) -> Array:

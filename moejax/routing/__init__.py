@@ -12,12 +12,14 @@ from moejax.routing.pool import AdaptPool, ExpertPool
 from moejax.routing.recurrent import Recurrent, ResidualLogits, Witnessed
 from moejax.routing.routers import Cosine, Linear, Random, routers
 from moejax.routing.select import (
+    BalancedAssignment,
     ExpertDropout,
     ExpertTopK,
     NullBalance,
     NullExperts,
     RandomSecond,
     ReLU,
+    Sinkhorn,
     SoftTopAll,
     TopAny,
     TopAnyLoss,
@@ -28,9 +30,9 @@ from moejax.routing.select import (
 from moejax.routing.stats import routing_overlap, routing_stats
 
 __all__ = [
-    "AdaptPool", "AdaptiveL1", "AdaptiveLoss", "Balance", "Cosine", "DeviceBalance", "Entries", "Entropy", "EqualNorm",
+    "AdaptPool", "AdaptiveL1", "AdaptiveLoss", "Balance", "BalancedAssignment", "Cosine", "DeviceBalance", "Entries", "Entropy", "EqualNorm",
     "ExpertChoice", "ExpertDropout", "ExpertPool", "ExpertTopK", "Hash", "Importance", "Linear", "LossFree", "Merge", "NullBalance",
-    "NullExperts", "Plan", "Random", "RandomSecond", "ReLU", "Recurrent", "ResidualLogits", "Routing", "SoftSlots", "SoftTopAll", "Spread",
+    "NullExperts", "Plan", "Random", "RandomSecond", "ReLU", "Recurrent", "ResidualLogits", "Routing", "Sinkhorn", "SoftSlots", "SoftTopAll", "Spread",
     "TokenChoice", "TopAny", "TopAnyLoss", "TopK", "TopP", "Witnessed", "ZLoss", "balancers", "compute_capacity", "losses", "routers", "routing_overlap",
     "routing_stats", "select", "selects",
 ]  # fmt: skip

@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routing import ExpertDropout, ExpertTopK, NullExperts, RandomSecond, ReLU, SoftTopAll, TopAny, TopK
+from moejax.routing import (
+    BalancedAssignment,
+    ExpertDropout,
+    ExpertTopK,
+    NullExperts,
+    RandomSecond,
+    ReLU,
+    Sinkhorn,
+    SoftTopAll,
+    TopAny,
+    TopK,
+)
 from moejax.routing.select import Select, num_outputs
 
 G, N, E, CUT, DRAWS = 2, 9, 4, 6, 6
@@ -26,6 +37,9 @@ RULES: dict[str, tuple[Select, bool, bool]] = {  # rule, causal, per_token
     "relu": (ReLU(), True, True),
     "top_any": (TopAny(), True, True),
     "expert_dropout": (ExpertDropout(TopK(k=2, score="sigmoid"), 0.3), True, True),
+    "limited_groups": (TopK(k=2, groups=2, groups_kept=1), True, True),
+    "balanced_assignment": (BalancedAssignment(), False, False),
+    "sinkhorn": (Sinkhorn(), False, False),
     "expert_choice": (ExpertTopK(1.0), False, False),
     "expert_choice_in_order": (ExpertTopK(0.3, score="logit", in_order=True), False, False),
     "soft": (SoftTopAll(), False, False),

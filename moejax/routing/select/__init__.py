@@ -1,5 +1,6 @@
 """Select rules: logits -> plan."""
 
+from moejax.routing.select.assignment import BalancedAssignment, Sinkhorn
 from moejax.routing.select.base import Select, num_outputs, selects
 from moejax.routing.select.expert_choice import ExpertTopK
 from moejax.routing.select.expert_dropout import ExpertDropout
@@ -12,6 +13,6 @@ from moejax.routing.select.top_k import TopK
 from moejax.routing.select.top_p import TopP
 
 __all__ = [
-    "ExpertDropout", "ExpertTopK", "NullBalance", "NullExperts", "RandomSecond", "ReLU", "Select", "SoftTopAll",
+    "BalancedAssignment", "ExpertDropout", "ExpertTopK", "NullBalance", "NullExperts", "RandomSecond", "ReLU", "Select", "Sinkhorn", "SoftTopAll",
     "TopAny", "TopAnyLoss", "TopK", "TopP", "num_outputs", "selects",
 ]  # fmt: skip
