@@ -22,6 +22,7 @@ MODES = {
     "accept_numerics": ("study", "config"),
     "overrides": ("study", "config", "compile_for"),
     "family": ("list",),
+    "matrix": ("list",),
     "workdir": ("config",),
     "runs": ("study", "config", "report", "compile_for"),
     "compile_for": ("study", "config"),
@@ -34,6 +35,7 @@ MODES = {
 EPILOG = """examples:
   python -m experiments.run                                   the default study at its CPU scale
   python -m experiments.run --list --family=token-choice      methods and what exists of them
+  python -m experiments.run --list --matrix --study=switch     backends, devices, causality, decoding: by trying
   python -m experiments.run --study=switch --preset=smoke     one study, in seconds
   python -m experiments.run --study=switch --ablation=capacity
   python -m experiments.run --config=configs/base_lm.py --config.train.steps=50
@@ -56,6 +58,7 @@ class Options:
     config: str = ""
     overrides: dict[str, str] = field(default_factory=dict)
     family: str = ""
+    matrix: bool = False
     compile_for: str = ""
     runs: str = ""
     workdir: str = ""
@@ -146,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile_for", default="", metavar="CHIP:SLICE", help="compile, do not train: v5e:16x16, v5p:4x4x8, cpu:8 ...")
     add("--list", action="store_true", help="print the catalogue; with --study, one study in detail")
     add("--family", default="", metavar="NAME", help="with --list: methods of this family")
+    add("--matrix", action="store_true", help="with --list: what each method can do, found out by doing it (minutes)")
     add("--report", action="store_true", help="rebuild reports and index from finished runs")
     add("--runs", default="", metavar="DIR", help="where runs are cached (default $MOEJAX_RUNS or runs/)")
     add("--workdir", default="", metavar="DIR", help="with --config: train here instead of in the cache")

@@ -140,7 +140,10 @@ def _run_compile(options: Options, console: Console) -> int:
 
 
 def _run_list(options: Options, console: Console) -> int:
-    """The catalogue, or one study in detail."""
+    """The catalogue, one study in detail, or the matrix of what methods can do."""
+    if options.matrix:
+        return _run_matrix(options, console)
+
     from experiments import tables
 
     if options.study:
@@ -163,6 +166,35 @@ def _run_list(options: Options, console: Console) -> int:
             verdicts = tables.count_verdicts([entry for entry in entries if entry["slug"] == slug])
             say(console, f"study beside the papers: {slug} (experiments/{path.parent.name}/{path.name})  {verdicts}".rstrip())
     say(console, f"{catalog.count(rows)}; run a study with --study=NAME, see it with --list --study=NAME")
+    return 0
+
+
+def _run_matrix(options: Options, console: Console) -> int:
+    """Tries every method of the catalogue that has a study (or one study, or a family)."""
+    from experiments import catalog
+    from experiments import study as studies
+
+    rows = catalog.load()
+    if options.family and options.family not in catalog.families(rows):
+        raise ConfigError(f"unknown family '{options.family}'{nearest(options.family, catalog.families(rows))}")
+    slugs = [row.slug for row in rows.values() if row.study and options.family in ("", row.family)]
+    found = [studies.load(slug) for slug in ([options.study] if options.study else slugs)]
+
+    from moejax.parallel import hosts
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Many small programs, each run once: the time goes into compiling.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    hosts.simulate(8)
+
+    from experiments import matrix
+
+    cells = matrix.matrix(found, lambda slug: say(console, f"trying {slug}"))
+    console.print()
+    show(console, matrix.table(cells))
+    for slug, row in cells.items():
+        for reason in matrix.reasons(row):
+            say(console, f"{slug}, {reason}")
     return 0
 
 

@@ -30,8 +30,10 @@ _HOMES = {
 __all__ = ["blocks", "build", "mixers", "models", *_HOMES]
 
 
-def build(spec: Mapping[str, Any] | Any, where: str = "model") -> nn.Module:
+def build(spec: Mapping[str, Any] | Any, where: str = "model", **context: Any) -> nn.Module:
     """The network that `spec` (a mapping or ConfigDict with a `kind`) describes; `where` is its place, for errors.
+
+    `context` fills fields that parts of the network have and the spec leaves out: `backend='grouped'` for all layers, say.
 
     Raises:
       ConfigError: an unknown kind or key, a field that does not fit, or a part that the network refuses.
@@ -41,7 +43,7 @@ def build(spec: Mapping[str, Any] | Any, where: str = "model") -> nn.Module:
         "models.attention", "models.head_mixture", "models.transformer", "models.nested", "layers.depth", "models.lm", "models.vit",
     ):  # fmt: skip
         importlib.import_module(f"moejax.{home}")
-    return models.build(spec, where)
+    return models.build(spec, where, **context)
 
 
 def __getattr__(name: str) -> Any:
