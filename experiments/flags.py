@@ -18,6 +18,7 @@ MODES = {
     "ablation": ("study", "report", "compile_for"),
     "arms": ("study", "compile_for"),
     "seeds": ("study", "config"),
+    "analyse": ("study",),
     "fresh": ("study", "config"),
     "accept_numerics": ("study", "config"),
     "overrides": ("study", "config", "compile_for"),
@@ -38,6 +39,7 @@ EPILOG = """examples:
   python -m experiments.run --list --matrix --study=switch     backends, devices, causality, decoding: by trying
   python -m experiments.run --study=switch --preset=smoke     one study, in seconds
   python -m experiments.run --study=switch --ablation=capacity
+  python -m experiments.run --study=switch --analyse          what its routers learnt
   python -m experiments.run --config=configs/base_lm.py --config.train.steps=50
   python -m experiments.run --config=configs/base_lm.py --config.mesh='data=2,expert=4' --devices=8
   python -m experiments.run --config=configs/pods/mixtral_8x7b.py --compile_for=v5e:16x16
@@ -59,6 +61,7 @@ class Options:
     overrides: dict[str, str] = field(default_factory=dict)
     family: str = ""
     matrix: bool = False
+    analyse: bool = False
     compile_for: str = ""
     runs: str = ""
     workdir: str = ""
@@ -150,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the catalogue; with --study, one study in detail")
     add("--family", default="", metavar="NAME", help="with --list: methods of this family")
     add("--matrix", action="store_true", help="with --list: what each method can do, found out by doing it (minutes)")
+    add("--analyse", action="store_true", help="also look at what the routers learnt, from the checkpoints of finished runs")
     add("--report", action="store_true", help="rebuild reports and index from finished runs")
     add("--runs", default="", metavar="DIR", help="where runs are cached (default $MOEJAX_RUNS or runs/)")
     add("--workdir", default="", metavar="DIR", help="with --config: train here instead of in the cache")

@@ -49,7 +49,8 @@ def write(outcome: Outcome, runs: Path) -> Written:
     """Writes everything under `<runs>/reports/<slug>/<preset>/` and refreshes nothing else."""
     folder = runs / "reports" / outcome.study.slug / outcome.name
     drawn = (plots.curves(outcome, folder / "curves.png"), plots.loads(outcome, folder / "load.png"))
-    pictures = tuple(path for path in drawn if path)
+    analysed = (folder / f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").exists())
+    pictures = tuple(dict.fromkeys((*(path for path in drawn if path), *analysed)))
     write_json(folder / "results.json", record.results(outcome), indent=1)
     (folder / "report.html").write_text(page(outcome, pictures))
     return Written(folder / "report.html", folder / "results.json", pictures, _link_events(outcome, folder / "tensorboard"))
@@ -122,7 +123,14 @@ def differences(outcome: Outcome) -> Table:
     return Table("Differences", ("arm", "key", "base", "arm's value"), tuple(rows))
 
 
-_PICTURES = {"curves": "Learning curves (mean and range over seeds)", "load": "Expert load at the end of training"}
+_PICTURES = {
+    "curves": "Learning curves (mean and range over seeds)",
+    "load": "Expert load at the end of training",
+    "ranking": "Arms from best to worst (each seed, and their mean)",
+    "experts": "Which experts each domain prefers (in brackets, the share of the domain that a token's expert tells)",
+    "similarity": "How alike experts answer (last layer; in brackets, the mean)",
+    "changes": "How routing changes from checkpoint to checkpoint",
+}
 
 
 def _headline(outcome: Outcome) -> str:

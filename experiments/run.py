@@ -85,6 +85,10 @@ def _run_study(options: Options, console: Console) -> int:
         accept_numerics=options.accept_numerics,
         console=console,
     )
+    if options.analyse and hosts.is_first():
+        from experiments.analyse import analyse
+
+        analyse(outcome, runs, console)
     return finish(outcome, runs, ledger_folder(runs), console) if hosts.is_first() else 0
 
 

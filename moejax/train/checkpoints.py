@@ -175,6 +175,11 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[dict
     return items.meta["config"], items.variables, items.meta
 
 
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """The steps of which a run's folder has a checkpoint, oldest first; none if it has none."""
+    return sorted(_steps(Path(workdir).resolve() / "checkpoints"))
+
+
 def newest_good(directory: Path) -> int | None:
     """The newest step whose files are what was written, or None. Damaged ones on the way are moved aside with a warning."""
     for step in sorted(_steps(directory), reverse=True):
