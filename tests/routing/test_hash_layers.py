@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from numpy_layers import draw
+from numpy_layers import close, draw
 
 from moejax.context import Context
 from moejax.data import token_clusters, token_frequencies, with_computed
@@ -174,6 +174,16 @@ class TestMultiHash:
         load = np.bincount(np.concatenate([c[np.asarray(ctx.valid)] for c in chosen]), minlength=E)
         np.testing.assert_allclose(sown["stats"]["load"], load / load.sum(), rtol=1e-6)
         assert any((a != b).any() for a, b in itertools.combinations(chosen, 2))
+
+    def test_gradients_are_those_of_the_oracle(self, rng: np.random.Generator) -> None:
+        x, ctx = self.inputs(rng)
+        variables = draw(self.layer(), x, ctx)
+
+        def gradients(backend: str) -> tuple:
+            layer = self.layer(backend=backend)
+            return jax.jit(jax.grad(lambda v, x: jnp.sin(layer.apply(v, x, ctx)).sum(), argnums=(0, 1)))(variables, x)
+
+        close(gradients("grouped"), gradients("reference"), 1e-3)
 
     def test_it_has_the_parameters_of_a_hash_layer_of_which_a_token_uses_one_in_e(self, rng: np.random.Generator) -> None:
         params = draw(self.layer(), *self.inputs(rng))["params"]
