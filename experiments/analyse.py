@@ -164,7 +164,7 @@ def experts(found: Mapping[str, Seen], path: Path) -> Path | None:
             for axes in row[len(layers) :]:
                 axes.set_axis_off()
         bar = figure.colorbar(image, ax=list(panels.ravel()), shrink=0.6, aspect=16, pad=0.01)
-        bar.set_label("use by these tokens / use by all")
+        bar.set_label("relative use")
         return plots._save(figure, path)
 
 

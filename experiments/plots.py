@@ -1,4 +1,4 @@
-"""The two pictures of a study: how its arms learnt, and how evenly its experts were used."""
+"""The pictures of a study: how its arms learnt, how they rank, and how evenly their experts were used."""
 
 import math
 from collections.abc import Sequence
@@ -35,6 +35,7 @@ STYLE = {
     "axes.axisbelow": True,
 }
 LOADS = ("eval/stats/*/load", "stats/*/load")
+MIN_RANKED = 6  # arms; fewer are read from the table at a glance
 MAX_LAYERS = 12  # rows of a heat map; a deeper model shows layers spread over its depth
 
 
@@ -52,6 +53,31 @@ def curves(outcome: Outcome, path: Path) -> Path | None:
         figure = Figure(figsize=(6.4 * len(metrics), 4.4), layout="constrained")
         for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
             _curve_panel(axes, outcome, metric)
+        return _save(figure, path)
+
+
+def ranking(outcome: Outcome, path: Path) -> Path | None:
+    """Arms from best to worst by the headline's metric: a dot per seed, a line at their mean.
+
+    Returns:
+      `path`, or None for fewer arms than are worth ranking.
+    """
+    claim = outcome.study.headline
+    found = {arm: [run.value(claim.metric) for run in seeds.values()] for arm, seeds in outcome.runs.items()}
+    found = {arm: values for arm, values in found.items() if np.isfinite(values).all()}
+    if len(found) < MIN_RANKED:
+        return None
+    order = sorted(found, key=lambda arm: np.mean(found[arm]), reverse=math.isinf(claim.high))
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "both"}):
+        figure = Figure(figsize=(7.5, 0.33 * len(order) + 1.1), layout="constrained")
+        axes = figure.subplots()
+        for place, arm in enumerate(order):
+            mean = np.mean(found[arm])
+            axes.plot(found[arm], [place] * len(found[arm]), "o", color=COLOURS[0], alpha=0.55, markersize=6, markeredgewidth=0)
+            axes.plot([mean, mean], [place - 0.32, place + 0.32], color=COLOURS[1], linewidth=2)
+        axes.set_yticks(range(len(order)), order)
+        axes.invert_yaxis()
+        axes.set_title(f"{claim.metric}: a dot per seed, a line at their mean")
         return _save(figure, path)
 
 

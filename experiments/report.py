@@ -48,7 +48,11 @@ class Written:
 def write(outcome: Outcome, runs: Path) -> Written:
     """Writes everything under `<runs>/reports/<slug>/<preset>/` and refreshes nothing else."""
     folder = runs / "reports" / outcome.study.slug / outcome.name
-    drawn = (plots.curves(outcome, folder / "curves.png"), plots.loads(outcome, folder / "load.png"))
+    drawn = (
+        plots.curves(outcome, folder / "curves.png"),
+        plots.ranking(outcome, folder / "ranking.png"),
+        plots.loads(outcome, folder / "load.png"),
+    )
     analysed = (folder / f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").exists())
     pictures = tuple(dict.fromkeys((*(path for path in drawn if path), *analysed)))
     write_json(folder / "results.json", record.results(outcome), indent=1)
