@@ -81,7 +81,7 @@ STUDY = Study(
         higher("eval/stats/agreement", "compete", "no_router_loss", by=0.02, text="it is the router's loss that teaches it"),
     ),
     presets={
-        "smoke": SMOKE,
+        "smoke": Preset({**SMOKE.overrides, f"{MOE}.warmup": 1, f"{MOE}.rate": 0.5}),
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {

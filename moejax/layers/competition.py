@@ -15,6 +15,7 @@ from moejax.errors import ConfigError
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_losses, sow_routing
+from moejax.parallel import constrain
 from moejax.registry import Many
 from moejax.routing.losses import Loss, Routing, losses, masked_mean
 from moejax.routing.plan import TokenChoice
@@ -169,7 +170,9 @@ class Competition(nn.Module):
         """Every expert's output on every token, and its affinity."""
         b, s, d = x.shape
         rows = jnp.broadcast_to(x.reshape(1, b * s, d), (self.bank.num_experts, b * s, d))
-        outputs = self.bank(rows, Batched(), ctx).swapaxes(0, 1).reshape(b, s, self.bank.num_experts, -1)
+        # On a mesh every device runs all experts on its own rows: said here, or the compiler moves rows about.
+        outputs = self.bank(constrain(rows, None, "batch", None), Batched(), ctx)
+        outputs = constrain(outputs, None, "batch", None).swapaxes(0, 1).reshape(b, s, self.bank.num_experts, -1)
         return outputs, AFFINITIES[self.affinity](outputs.astype(jnp.float32))
 
     def _winners(self, affinity: Float[Array, "b s e"], valid: Bool[Array, "b s"]) -> TokenChoice:
