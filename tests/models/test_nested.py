@@ -175,7 +175,7 @@ def test_narrow_tokens_really_cost_less() -> None:
         return matmul_flops(jax.make_jaxpr(lambda v: nested.apply(v, inputs(), Context()))(shapes))
 
     full = flops(layer(capacities=(0, 0, 1.0)))
-    scores = 2 * 2 * B * S * S * D
+    scores = 2 * 2 * B * S * S * D + 2 * 2 * B * S * E  # and what the statistics count experts with
     projections = 2 * B * S * (4 * D * D + 2 * D * HIDDEN)
     assert full == scores + projections
     assert flops(layer(capacities=(0, 1.0, 0))) == scores + projections / 2
