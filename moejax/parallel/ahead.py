@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moejax.data.config import TextConfig, parse
-from moejax.dispatch.expert_parallel import OVERLAP_OPTIONS
 from moejax.errors import ConfigError, nearest
 from moejax.parallel.mesh import make_mesh
 from moejax.parallel.scope import Exchange, Parallel
@@ -101,6 +100,12 @@ def lower_train(program: Program, where: Topology) -> jax.stages.Lowered:
         return program.lower_train()
 
 
+def compiler_options(program: Program, where: Topology) -> dict[str, str]:
+    """What the topology's compiler is told."""
+    with target(where.kind):
+        return program.compiler_options()
+
+
 def compile_lowered(
     lowered: jax.stages.Lowered, where: Topology, options: Mapping[str, str] | None = None
 ) -> jax.stages.Compiled:
@@ -109,7 +114,7 @@ def compile_lowered(
     Args:
       lowered: from `lower_train`.
       where: what it was lowered for.
-      options: of the compiler, such as those of `overlap_options`.
+      options: of the compiler, such as those of `compiler_options`.
 
     Raises:
       DoesNotFit: the compiler found no way to stay within the chip's memory; says by how much.
@@ -126,18 +131,6 @@ def compile_lowered(
         raise ConfigError(
             f"the compiler refuses this program for {where.name}; another mesh or exchange may do: {reason}"
         ) from error
-
-
-def overlap_options(program: Program, where: Topology) -> dict[str, str]:
-    """What the compiler has to be told so that one chunk is exchanged while another is computed; empty if there are no chunks.
-
-    Slices that are too large for such exchanges get none: the compiler refuses the option there.
-    """
-    if where.chip is None or program.parallel.exchange.chunks == 1:
-        return {}
-    if where.chip.asynchronous is not None and len(where.devices) > where.chip.asynchronous:
-        return {}
-    return OVERLAP_OPTIONS["tpu"]
 
 
 def batch_shapes(config: Mapping[str, Any] | ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

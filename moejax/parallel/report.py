@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from moejax.parallel.ahead import DoesNotFit, Topology, compile_lowered, lower_train, overlap_options, program_for
+from moejax.parallel.ahead import DoesNotFit, Topology, compile_lowered, compiler_options, lower_train, program_for
 from moejax.parallel.cost import Costs, costs
 from moejax.parallel.hlo import Collective, collectives
 from moejax.parallel.hlo_text import parse
@@ -142,7 +142,7 @@ def make_report(
     traced = time.perf_counter()
     say("compiling")
     try:
-        compiled = compile_lowered(lowered, where, overlap_options(program, where))
+        compiled = compile_lowered(lowered, where, compiler_options(program, where))
     except DoesNotFit as error:
         raise DoesNotFit(f"{name} does not fit {where.name}: {error}; {_advice(program, held, where)}") from error
     done = time.perf_counter()

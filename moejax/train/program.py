@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from moejax import models
+from moejax.dispatch.expert_parallel import overlap_options
 from moejax.parallel import Parallel, rules, use
 from moejax.params import record_axes
 from moejax.train.flops import matmul_flops
@@ -83,7 +84,11 @@ class Program:
     @functools.cached_property
     def train(self) -> Any:
         """The compiled train step; compiles on first use."""
-        return self.lower_train().compile()
+        return self.lower_train().compile(compiler_options=self.compiler_options() or None)
+
+    def compiler_options(self) -> dict[str, str]:
+        """What the mesh's compiler is told of the train step."""
+        return overlap_options(self.parallel)
 
     def lower_train(self) -> Any:
         """The lowered train step. Its `compile()` needs the mesh's compiler but not its devices."""

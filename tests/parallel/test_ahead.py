@@ -185,9 +185,10 @@ def test_chunks_are_overlapped_where_the_compiler_can():
         config = tiny(batch_size=512)
         config.mesh, config.exchange = "ep=4 x dp", exchange
         where = ahead.topology(topology)
-        return ahead.overlap_options(ahead.program_for(config, where), where)
+        return ahead.compiler_options(ahead.program_for(config, where), where)
 
     assert options("v5e:4x4", chunks=1) == {}
-    assert options("v5e:4x4", chunks=2) == ahead.OVERLAP_OPTIONS["tpu"]
+    told = options("v5e:4x4", chunks=2)
+    assert told["xla_tpu_enable_async_all_to_all"] == "true"
     assert options("v5e:4x8", chunks=2) == {}
-    assert options("v5p:4x4x8", chunks=2) == ahead.OVERLAP_OPTIONS["tpu"]
+    assert options("v5p:4x4x8", chunks=2) == told

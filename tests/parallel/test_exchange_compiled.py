@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.dispatch import Batched, dispatch
-from moejax.dispatch.expert_parallel import OVERLAP_OPTIONS, Sizes, exchanged_bytes
+from moejax.dispatch.expert_parallel import Sizes, exchanged_bytes, overlap_options
 from moejax.dispatch.expert_parallel.hops import Ragged
 from moejax.experts import FFN
 from moejax.parallel import Exchange, Parallel, make_mesh, shard_map, use
@@ -176,12 +176,13 @@ class TestTpu:
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["padded", "ragged"])
     def test_one_chunk_travels_while_another_is_computed(self, kind: str) -> None:
+        exchange = Exchange(kind, chunks=2, bound=2.0)
         with target("v5e"):
             program = Program(
-                "expert=8", Exchange(kind, chunks=2, bound=2.0), TopK(2), FFN(256, num_experts=E), gradients=False,
+                "expert=8", exchange, TopK(2), FFN(256, num_experts=E), gradients=False,
                 devices=devices_of("v5e:2x4"), sizes=(G, 512, 256), dtype=jnp.bfloat16,
             )  # fmt: skip
-            text = program.traced.lower().compile(compiler_options=OVERLAP_OPTIONS["tpu"]).as_text()
+            text = program.traced.lower().compile(compiler_options=overlap_options(Parallel(program.mesh, exchange))).as_text()
         rows = [c for c in collectives(text, program.mesh) if c.dtype == "bf16"]
         assert len(rows) == 4
         assert all(c.overlapped for c in rows)

@@ -13,7 +13,7 @@ Merged experts are the exception: there parameters travel, and tokens stay (merg
 Parameters enter split over `expert` as they are stored; shards along `fsdp` are gathered, pieces along `tensor` stay pieces where
 the bank's outputs are sums over them (parameters.py). Devices along `tensor` exchange each a share of their common tokens.
 
-With `chunks`, one chunk's exchange can overlap another's experts; TPUs' XLA must be given `OVERLAP_OPTIONS` to use that.
+With `chunks`, one chunk's exchange can overlap another's experts; TPUs' XLA must be given `overlap_options` to do so, as training does.
 
 Backward passes take the same ways in the opposite direction. What an exchange brought is named 'exchanged' for
 `jax.checkpoint_policies.save_only_these_names`, so that rematerialisation need not exchange again.
@@ -28,12 +28,12 @@ from jaxtyping import Array, Float, Int
 
 from moejax.dispatch.expert_parallel.exchanges import (
     EXCHANGES,
-    OVERLAP_OPTIONS,
     Devices,
     Sizes,
     choose_exchange,
     count_hosts,
     exchanged_bytes,
+    overlap_options,
 )
 from moejax.dispatch.expert_parallel.merging import run_merge
 from moejax.dispatch.expert_parallel.parameters import pad_experts
@@ -152,4 +152,4 @@ def _exchange_of(plan: TokenChoice | ExpertChoice | SoftSlots, parallel: Paralle
     return choose_exchange(plan, parallel.exchange.kind, devices, sizes, local_groups), sizes, split
 
 
-__all__ = ["EXCHANGES", "OVERLAP_OPTIONS", "Sizes", "Spread", "count_hosts", "exchanged_bytes", "expert_parallel", "limit"]
+__all__ = ["EXCHANGES", "Sizes", "Spread", "count_hosts", "exchanged_bytes", "expert_parallel", "limit", "overlap_options"]

@@ -22,7 +22,10 @@ from jaxtyping import Array, Bool, Int
 
 from moejax.dispatch.expert_parallel.hops import AXIS, Hop, Padded, Ragged
 from moejax.errors import ConfigError, nearest
+from moejax.parallel.scope import Parallel
 from moejax.routing.plan import ExpertChoice, SoftSlots, TokenChoice
+from pallas_kernels.chips import TPUS
+from pallas_kernels.implementations import current_chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +156,19 @@ TOKEN_EXCHANGES: dict[str, TokenExchange] = {
 }
 EXCHANGES = (*TOKEN_EXCHANGES, "capacity")
 
-# What XLA needs to be told, by platform, to exchange one chunk while it computes another.
-OVERLAP_OPTIONS: dict[str, dict[str, str]] = {
-    "tpu": {"xla_tpu_enable_async_all_to_all": "true", "xla_tpu_enable_async_ragged_all_to_all": "true"}
-}
+
+def overlap_options(parallel: Parallel | None) -> dict[str, str]:
+    """What XLA has to be told so that one chunk is exchanged while another is computed; empty where there is nothing to tell.
+
+    That is without chunks, on other platforms than TPU, and on slices that are too large for such exchanges, for which the
+    compiler refuses the options. The chip is the one that is traced for (`pallas_kernels.implementations.target`).
+    """
+    if parallel is None or parallel.exchange.chunks == 1 or current_chip().platform != "tpu":
+        return {}
+    chip = TPUS.get(current_chip().kind)
+    if chip is not None and chip.asynchronous is not None and parallel.mesh.size > chip.asynchronous:
+        return {}
+    return {"xla_tpu_enable_async_all_to_all": "true", "xla_tpu_enable_async_ragged_all_to_all": "true"}
 
 
 def exchanged_bytes(
