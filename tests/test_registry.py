@@ -141,3 +141,25 @@ def test_nearest() -> None:
     assert nearest("swich", ["switch", "gshard"]) == "; did you mean 'switch'?"
     assert nearest("xyz", ["switch", "gshard"]) == "; valid names: gshard, switch"
     assert nearest("xyz", []) == "; valid names: (none)"
+
+
+def test_no_field_of_a_module_hides_a_method_of_flax() -> None:
+    """A field called `init` builds from a config, and breaks `module.init`."""
+    import dataclasses
+
+    import flax.linen as nn
+
+    from moejax.experts import banks
+    from moejax.layers.registry import ffns, norms
+    from moejax.models import blocks, mixers, models
+    from moejax.routing import routers
+
+    own = {"name", "parent"}
+    hidden = {
+        f"{cls.__name__}.{field.name}"
+        for registry in (banks, blocks, ffns, mixers, models, norms, routers)
+        for _, cls in registry.items()
+        for field in dataclasses.fields(cls)
+        if issubclass(cls, nn.Module) and field.name not in own and hasattr(nn.Module, field.name)
+    }
+    assert not hidden

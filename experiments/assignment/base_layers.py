@@ -28,7 +28,7 @@ def base():
             "ffn": {
                 "kind": "moe",
                 "num_experts": 8,
-                "router": {"kind": "linear", "init": "orthogonal", "init_scale": 0.1},
+                "router": {"kind": "linear", "start": "orthogonal", "init_scale": 0.1},
                 "select": {"kind": "balanced_assignment"},
                 "eval_select": GREEDY,
                 "bank": {"kind": "residual", "hidden": 128, "sublayers": 2},

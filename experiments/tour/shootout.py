@@ -7,9 +7,11 @@ units of experts in each mixture layer, and, as far as a method lets one choose,
     python -m experiments.run --study=shootout
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from configs import base_vit
+from experiments.overrides import flatten
 from experiments.study import SMOKE, Arm, Preset, Study, lower
 
 ACTIVE, TOTAL = 128, 1024
@@ -57,79 +59,88 @@ def base():
 DENSE = ("dense", "dense", "dense", "dense")
 SIGMOID = {"kind": "top_k", "k": 2, "score": "sigmoid", "normalise": True}
 
+SCALE = 12  # of all hidden widths at the paper scale: 1,536 active, as in a ViT-S
+
+
+def widened(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The arm's hidden widths at the paper scale."""
+    flat = flatten(overrides)
+    return {key: SCALE * value for key, value in flat.items() if key.endswith(".hidden")}
+
+
+ARMS = (
+    Arm("dense", {"model.pattern": DENSE}, note="equal active width"),
+    Arm(
+        "dense_wide",
+        {"model.pattern": DENSE, "model.blocks.dense.ffn.hidden": TOTAL // 2},
+        note="about equal parameters: a bound",
+    ),
+    Arm("random", moe(16, TOP2, {}, router={"kind": "random"}), note="two random experts of 16"),
+    Arm("switch", moe(8, {"kind": "top_k", "k": 1, "capacity_factor": 1.25}), note="one of 8, capacity 1.25"),
+    Arm("top2", moe(16, TOP2), note="two of 16, dropless"),
+    Arm("gshard", moe(16, {"kind": "gshard", "capacity_factor": 1.25}), note="two of 16, random second, capacity 1.25"),
+    Arm(
+        "fine_shared",
+        moe(31, {"kind": "top_k", "k": 3}, shared={"kind": "ffn", "hidden": 33}, bank={"kind": "ffn", "hidden": 32}),
+        note="three of 31 fine experts and a shared one (DeepSeekMoE)",
+    ),
+    Arm("sigmoid", moe(16, SIGMOID), note="normalised sigmoid gates"),
+    Arm("loss_free", moe(16, SIGMOID, {}, balancer={"kind": "loss_free", "speed": 1e-2}), note="balanced by a bias, no loss"),
+    Arm("base", moe(8, {"kind": "balanced_assignment"}, {}), note="balanced assignment in training, greedy after"),
+    Arm(
+        "top_p",
+        moe(
+            16,
+            {"kind": "top_p", "p": 0.25},
+            {"balance": {"coef": 0.01, "share": "tokens", "over": "batch"}, "entropy": {"coef": 0.01}},
+        ),
+        note="experts until their probabilities sum to 0.25",
+    ),
+    Arm(
+        "null_experts",
+        moe(16, {"kind": "null_experts", "k": 4, "num_null": 16}, {"null_balance": {"coef": 0.01}}),
+        note="four of 16 real and 16 null experts: two on average (AdaMoE)",
+    ),
+    Arm(
+        "relu",
+        moe(16, {"kind": "relu", "k": 2.0}, {"adaptive_l1": {"coef": 1e-4, "k": 2.0, "rate": 1.2}}),
+        note="ReLU gates, two on average (ReMoE)",
+    ),
+    Arm(
+        "chain",
+        wide(
+            "chain_of_experts",
+            16,
+            iterations=2,
+            router={"kind": "linear"},
+            select={"kind": "top_k", "k": 1},
+            losses=BALANCE,
+        ),
+        note="one of 16, then one more, on what the first made",
+    ),
+    Arm(
+        "compete",
+        wide("competition", 16, k=2, warmup=15, router={"kind": "linear"}, losses=BALANCE),
+        note="CompeteSMoE, two of 16",
+    ),
+    Arm(
+        "expert_choice",
+        moe(8, {"kind": "expert_choice", "capacity_factor": 1.0}, {}),
+        note="experts choose tokens: one expert a token on average",
+    ),
+    Arm(
+        "soft",
+        layer({"kind": "soft_moe", "num_experts": 8, "slots": 2, "bank": {"kind": "ffn", "hidden": 128}}),
+        note="8 experts of 2 slots",
+    ),
+)
+
 STUDY = Study(
     slug="shootout",
     title="Shootout: token choice, expert choice and soft mixtures at equal compute",
     arxiv="",
     base=base(),
-    arms=(
-        Arm("dense", {"model.pattern": DENSE}, note="equal active width"),
-        Arm(
-            "dense_wide",
-            {"model.pattern": DENSE, "model.blocks.dense.ffn.hidden": TOTAL // 2},
-            note="about equal parameters: a bound",
-        ),
-        Arm("random", moe(16, TOP2, {}, router={"kind": "random"}), note="two random experts of 16"),
-        Arm("switch", moe(8, {"kind": "top_k", "k": 1, "capacity_factor": 1.25}), note="one of 8, capacity 1.25"),
-        Arm("top2", moe(16, TOP2), note="two of 16, dropless"),
-        Arm("gshard", moe(16, {"kind": "gshard", "capacity_factor": 1.25}), note="two of 16, random second, capacity 1.25"),
-        Arm(
-            "fine_shared",
-            moe(31, {"kind": "top_k", "k": 3}, shared={"kind": "ffn", "hidden": 33}, bank={"kind": "ffn", "hidden": 32}),
-            note="three of 31 fine experts and a shared one (DeepSeekMoE)",
-        ),
-        Arm("sigmoid", moe(16, SIGMOID), note="normalised sigmoid gates"),
-        Arm(
-            "loss_free", moe(16, SIGMOID, {}, balancer={"kind": "loss_free", "speed": 1e-2}), note="balanced by a bias, no loss"
-        ),
-        Arm("base", moe(8, {"kind": "balanced_assignment"}, {}), note="balanced assignment in training, greedy after"),
-        Arm(
-            "top_p",
-            moe(
-                16,
-                {"kind": "top_p", "p": 0.25},
-                {"balance": {"coef": 0.01, "share": "tokens", "over": "batch"}, "entropy": {"coef": 0.01}},
-            ),
-            note="experts until their probabilities sum to 0.25",
-        ),
-        Arm(
-            "null_experts",
-            moe(16, {"kind": "null_experts", "k": 4, "num_null": 16}, {"null_balance": {"coef": 0.01}}),
-            note="four of 16 real and 16 null experts: two on average (AdaMoE)",
-        ),
-        Arm(
-            "relu",
-            moe(16, {"kind": "relu", "k": 2.0}, {"adaptive_l1": {"coef": 1e-4, "k": 2.0, "rate": 1.2}}),
-            note="ReLU gates, two on average (ReMoE)",
-        ),
-        Arm(
-            "chain",
-            wide(
-                "chain_of_experts",
-                16,
-                iterations=2,
-                router={"kind": "linear"},
-                select={"kind": "top_k", "k": 1},
-                losses=BALANCE,
-            ),
-            note="one of 16, then one more, on what the first made",
-        ),
-        Arm(
-            "compete",
-            wide("competition", 16, k=2, warmup=15, router={"kind": "linear"}, losses=BALANCE),
-            note="CompeteSMoE, two of 16",
-        ),
-        Arm(
-            "expert_choice",
-            moe(8, {"kind": "expert_choice", "capacity_factor": 1.0}, {}),
-            note="experts choose tokens: one expert a token on average",
-        ),
-        Arm(
-            "soft",
-            layer({"kind": "soft_moe", "num_experts": 8, "slots": 2, "bank": {"kind": "ffn", "hidden": 128}}),
-            note="8 experts of 2 slots",
-        ),
-    ),
+    arms=ARMS,
     claims=(
         lower("eval/loss", "top2", "dense", headline=True, text="a token-choice mixture beats its dense twin"),
         lower("eval/loss", "top2", "random", text="a learned router beats a random one"),
@@ -161,7 +172,9 @@ STUDY = Study(
                 "train.log_every": 100,
                 "eval.every": 5_000,
                 "checkpoint.every": 1_000,
-            }
+                "model.blocks.dense.ffn.hidden": SCALE * ACTIVE,
+            },
+            arms={arm.name: widened(arm.overrides) for arm in ARMS},
         ),
     },
     metrics=("eval/accuracy", "eval/stats/experts_per_token"),

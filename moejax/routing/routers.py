@@ -44,7 +44,7 @@ class Linear(nn.Module):
       jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, 1e-2).
       noise_std: in training, Gaussian noise of this standard deviation is added to the logits (V-MoE: 1 / num_experts).
       use_bias: adds a learned bias to the logits.
-      init: 'fan_in', or 'orthogonal': expert embeddings orthogonal to each other, of length `init_scale` (BASE layers: 0.1).
+      start: 'fan_in', or 'orthogonal': expert embeddings orthogonal to each other, of length `init_scale` (BASE layers: 0.1).
       precision: of inputs, weights and logits; 'bfloat16' is for measuring what it costs (ST-MoE, Zoph et al. 2022).
     """
 
@@ -55,11 +55,11 @@ class Linear(nn.Module):
     jitter: float = 0.0
     noise_std: float = 0.0
     use_bias: bool = False
-    init: Literal["fan_in", "orthogonal"] = "fan_in"
+    start: Literal["fan_in", "orthogonal"] = "fan_in"
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name, options in (("init", ("fan_in", "orthogonal")), ("precision", ("float32", "bfloat16"))):
+        for name, options in (("start", ("fan_in", "orthogonal")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, name) not in options:
                 raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(options)}")
         super().__post_init__()
@@ -68,7 +68,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
         o = self.num_experts * self.outputs_per_expert + self.null_outputs
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
-        if self.init == "orthogonal":
+        if self.start == "orthogonal":
             init = nn.initializers.orthogonal(self.init_scale)
         w = param(self, "w", init, (x.shape[-1], o), ("embed", None))
         x = x.astype(jnp.float32)

@@ -13,7 +13,7 @@ from moejax import models
 from moejax.context import Context
 
 SLUGS = sorted(study_files())
-FULL_SIZE = {"switch": 7e9, "expert_choice": 1e9, "soft_moe": 1e10, "mixture_of_depths": 1e9}
+FULL_SIZE = {"switch": 7e9, "expert_choice": 1e9, "soft_moe": 1e10, "mixture_of_depths": 1e9, "shootout": 5e7}
 
 
 def trace(config: ConfigDict) -> tuple[int, tuple[int, ...]]:

@@ -111,7 +111,7 @@ def test_sinkhorn_takes_the_largest_entry_of_the_scaled_matrix(rng: np.random.Ge
 
 def layer(sublayers: int = 2, **fields) -> FeedForward:
     moe = MoE(
-        Linear(E, init="orthogonal", init_scale=0.1),
+        Linear(E, start="orthogonal", init_scale=0.1),
         BalancedAssignment(),
         Residual(3, num_experts=E, sublayers=sublayers),
         eval_select=GREEDY,
@@ -195,7 +195,7 @@ def decoder(**fields) -> dict:
     moe = {
         "kind": "moe",
         "num_experts": 2,
-        "router": {"kind": "linear", "init": "orthogonal"},
+        "router": {"kind": "linear", "start": "orthogonal"},
         "select": {"kind": "balanced_assignment"},
         "bank": {"kind": "residual", "hidden": 4},
         **fields,
