@@ -27,8 +27,8 @@ from moejax.analysis import Layer, changed, favourites, observe, preferences
 from moejax.errors import ConfigError
 
 BATCHES = 16
-PICTURES = ("experts", "similarity", "changes")
 SHOWN_LAYERS = 4
+MOST_WORDS = 4096  # token ids that are counted one by one
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
     labels = tuple(known.domains) or tuple(map(str, range(known.num_classes or 1)))
     iterator = make_iterator(config["data"], split=config["eval"].get("split", "validation"), seed=0, num_epochs=1)
     data = list(itertools.islice(iterator, batches))
-    vocabulary = config["model"].get("vocab_size", 0) if config["model"].get("vocab_size", 0) <= 4096 else 0
-    layers = observe(model, _state(variables), data, task, len(labels), vocabulary)
+    vocabulary = config["model"].get("vocab_size", 0)
+    layers = observe(model, variables, data, task, len(labels), vocabulary if vocabulary <= MOST_WORDS else 0)
     moved: dict[str, list[tuple[int, float]]] = {}
     old = None
     for before, after in itertools.pairwise(steps):
-        old = _state(load(run.path, before)[1]) if old is None else old
-        new = _state(load(run.path, after)[1])
+        old = load(run.path, before)[1] if old is None else old
+        new = load(run.path, after)[1]
         for layer, share in changed(model, old, new, data[:4], task).items():
             moved.setdefault(layer, []).append((after, share))
         old = new
@@ -165,7 +165,7 @@ def experts(found: Mapping[str, Seen], path: Path) -> Path | None:
                 axes.set_axis_off()
         bar = figure.colorbar(image, ax=list(panels.ravel()), shrink=0.6, aspect=16, pad=0.01)
         bar.set_label("relative use")
-        return plots._save(figure, path)
+        return plots.save(figure, path)
 
 
 def similarity(found: Mapping[str, Seen], path: Path) -> Path | None:
@@ -188,7 +188,7 @@ def similarity(found: Mapping[str, Seen], path: Path) -> Path | None:
         for axes in panels[len(shown) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=list(panels), shrink=0.7, aspect=18).set_label("cosine of two experts' answers")
-        return plots._save(figure, path)
+        return plots.save(figure, path)
 
 
 def changes(found: Mapping[str, Seen], path: Path) -> Path | None:
@@ -207,11 +207,7 @@ def changes(found: Mapping[str, Seen], path: Path) -> Path | None:
         axes.set_xlabel("step")
         axes.set_ylim(0)
         axes.legend(frameon=False)
-        return plots._save(figure, path)
-
-
-def _state(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in variables.items() if name in ("params", "router_state")}
+        return plots.save(figure, path)
 
 
 def _some(layers: dict[str, Layer]) -> dict[str, Layer]:

@@ -53,7 +53,7 @@ def curves(outcome: Outcome, path: Path) -> Path | None:
         figure = Figure(figsize=(6.4 * len(metrics), 4.4), layout="constrained")
         for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
             _curve_panel(axes, outcome, metric)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def ranking(outcome: Outcome, path: Path) -> Path | None:
@@ -78,7 +78,7 @@ def ranking(outcome: Outcome, path: Path) -> Path | None:
         axes.set_yticks(range(len(order)), order)
         axes.invert_yaxis()
         axes.set_title(f"{claim.metric}: a dot per seed, a line at their mean")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def loads(outcome: Outcome, path: Path) -> Path | None:
@@ -103,7 +103,7 @@ def loads(outcome: Outcome, path: Path) -> Path | None:
         bar.set_label("load / even share")
         bar.set_ticks([0, 0.5, 1, 2, 3], labels=["0", "½", "1", "2", "3+"])
         bar.outline.set_visible(False)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def load_map(runs: Sequence[Run]) -> dict[str, np.ndarray]:
@@ -198,7 +198,8 @@ def _runs(outcome: Outcome) -> list[Run]:
     return [run for seeds in outcome.runs.values() for run in seeds.values()]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the figure; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)

@@ -53,8 +53,7 @@ def write(outcome: Outcome, runs: Path) -> Written:
         plots.ranking(outcome, folder / "ranking.png"),
         plots.loads(outcome, folder / "load.png"),
     )
-    analysed = (folder / f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").exists())
-    pictures = tuple(dict.fromkeys((*(path for path in drawn if path), *analysed)))
+    pictures = (*(path for path in drawn if path), *_analysed(outcome, folder))
     write_json(folder / "results.json", record.results(outcome), indent=1)
     (folder / "report.html").write_text(page(outcome, pictures))
     return Written(folder / "report.html", folder / "results.json", pictures, _link_events(outcome, folder / "tensorboard"))
@@ -127,6 +126,7 @@ def differences(outcome: Outcome) -> Table:
     return Table("Differences", ("arm", "key", "base", "arm's value"), tuple(rows))
 
 
+ANALYSED = ("experts", "similarity", "changes")  # what `--analyse` draws
 _PICTURES = {
     "curves": "Learning curves (mean and range over seeds)",
     "load": "Expert load at the end of training",
@@ -135,6 +135,14 @@ _PICTURES = {
     "similarity": "How alike experts answer (last layer; in brackets, the mean)",
     "changes": "How routing changes from checkpoint to checkpoint",
 }
+
+
+def _analysed(outcome: Outcome, folder: Path) -> list[Path]:
+    """The pictures of an analysis that is newer than every run of the outcome; those of an older one would show other routers."""
+    runs = [run.path / "run.json" for seeds in outcome.runs.values() for run in seeds.values()]
+    trained = max((path.stat().st_mtime for path in runs if path.exists()), default=0.0)
+    found = (folder / f"{name}.png" for name in ANALYSED)
+    return [path for path in found if path.exists() and path.stat().st_mtime > trained]
 
 
 def _headline(outcome: Outcome) -> str:

@@ -81,12 +81,16 @@ ARMS = (
     Arm("gshard", moe(16, {"kind": "gshard", "capacity_factor": 1.25}), note="two of 16, random second, capacity 1.25"),
     Arm(
         "fine_shared",
-        moe(31, {"kind": "top_k", "k": 3}, shared={"kind": "ffn", "hidden": 33}, bank={"kind": "ffn", "hidden": 32}),
+        moe(31, {"kind": "top_k", "k": 3}, shared={"kind": "ffn", "hidden": 32}, bank={"kind": "ffn", "hidden": 32}),
         note="three of 31 fine experts and a shared one (DeepSeekMoE)",
     ),
     Arm("sigmoid", moe(16, SIGMOID), note="normalised sigmoid gates"),
     Arm("loss_free", moe(16, SIGMOID, {}, balancer={"kind": "loss_free", "speed": 1e-2}), note="balanced by a bias, no loss"),
-    Arm("base", moe(8, {"kind": "balanced_assignment"}, {}), note="balanced assignment in training, greedy after"),
+    Arm(
+        "base",
+        moe(8, {"kind": "balanced_assignment"}, {}, eval_select={"kind": "top_k", "k": 1, "score": "sigmoid"}),
+        note="balanced assignment in training, greedy after",
+    ),
     Arm(
         "top_p",
         moe(
