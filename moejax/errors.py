@@ -1,7 +1,8 @@
 """Errors that a user can act on: they name the value, the place and the fix."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -15,3 +16,9 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; valid names: {', '.join(options) or '(none)'}"
+
+
+def check_choice(name: str, value: Any, options: Collection[Any]) -> None:
+    """Raises ConfigError if the field `name` has a `value` that is none of its `options`."""
+    if value not in options:
+        raise ConfigError(f"{name}='{value}' is unknown; valid names: {', '.join(map(str, options))}")

@@ -5,7 +5,7 @@ from typing import Literal
 
 import flax.linen as nn
 
-from moejax.errors import ConfigError
+from moejax.errors import check_choice
 from moejax.experts.ffn import FFN
 from moejax.experts.registry import banks
 from moejax.params import Initializer, per_expert
@@ -28,8 +28,7 @@ class DenseMatchedFFN(FFN):
     fan_in: Literal["all", "expert"] = "all"
 
     def __post_init__(self) -> None:
-        if self.fan_in not in ("all", "expert"):
-            raise ConfigError(f"fan_in='{self.fan_in}' is unknown; valid names: all, expert")
+        check_choice("fan_in", self.fan_in, ("all", "expert"))
         super().__post_init__()
 
     def initializers(self, d: int) -> tuple[Initializer, Initializer]:

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.layers.moe import SLOTS, MoE
 from moejax.layers.registry import ffns, norms
 
@@ -38,8 +38,7 @@ class ChainOfExperts(MoE):
         if self.iterations < 1:
             raise ConfigError(f"iterations={self.iterations} must be at least 1; with 1 and residual='none' it is a mixture")
         for name, options in (("gating", ("own", "shared")), ("residual", ("inner", "outer", "none"))):
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(options)}")
+            check_choice(name, getattr(self, name), options)
         super().__post_init__()
 
     @nn.compact

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.context import Context
 from moejax.dispatch import backend_index
 from moejax.dispatch.layout import Batched
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_losses, sow_routing
@@ -100,8 +100,7 @@ class Competition(nn.Module):
         if not 0 <= self.rate <= 1:
             raise ConfigError(f"rate={self.rate} must lie between 0 and 1: the share of steps in which experts compete")
         for name, options in (("affinity", tuple(AFFINITIES)), ("gate", ("share", "softmax")), ("target", ("all", "winners"))):
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(options)}")
+            check_choice(name, getattr(self, name), options)
         check_num_experts(self.router, self.bank)
         self._rule.check_num_experts(self.bank.num_experts)
         super().__post_init__()

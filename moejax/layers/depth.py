@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from moejax.context import Context
 from moejax.dispatch.backends import gather_tokens, scatter_tokens
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.layers.routed import sow, sow_routing
 from moejax.models.registries import blocks
 from moejax.params import param
@@ -58,8 +58,7 @@ class MixtureOfDepths(nn.Module):
             ("gate", (*GATES,)), ("remedy", ("predictor", "router", None)),
             ("router", ("learned", "random")), ("eval_select", ("causal", "top_k")),
         ):  # fmt: skip
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(map(str, options))}")
+            check_choice(name, getattr(self, name), options)
         super().__post_init__()
 
     @nn.compact

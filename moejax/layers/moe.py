@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.experts.registry import banks
 from moejax.layers.dense import sum_shared
 from moejax.layers.registry import ffns
@@ -68,8 +68,7 @@ class MoE(nn.Module):
     num_experts: int | None = None
 
     def __post_init__(self) -> None:
-        if self.group_by not in GROUPINGS:
-            raise ConfigError(f"group_by='{self.group_by}' is unknown; valid names: {', '.join(GROUPINGS)}")
+        check_choice("group_by", self.group_by, GROUPINGS)
         check_num_experts(self.router, self.bank)
         for rule in (self.select, self.eval_select):
             if hasattr(rule, "check_num_experts"):

@@ -16,7 +16,7 @@ from moejax.layers.routed import run_plan, sow_routing
 from moejax.params import param, per_expert
 from moejax.routing.hashing import Hash, as_logits
 from moejax.routing.losses import Routing
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenChoice, dropless
 
 _INIT = per_expert(nn.initializers.lecun_normal())
 _AXES = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
@@ -56,7 +56,7 @@ class MultiHash(nn.Module):
         )
         valid = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
         used = jnp.broadcast_to(valid[..., None], expert.shape)
-        plan = TokenChoice(expert, jnp.ones(expert.shape), used, jnp.zeros_like(used), num_experts=self.num_experts)
+        plan = dropless(expert, jnp.ones(expert.shape), used, self.num_experts)
         pieces = Pieces(x.shape[-1], self.hidden, self.num_experts, self.hashes, name="bank")
         v, executed, backend = self._run(plan, pieces.into, x)
         y, _, _ = self._run(plan, pieces.out_of, activation(self.activation)(v))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.context import Context
 from moejax.dispatch.expert_parallel.rows import by_device
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.experts.rank_one import RankOne
 from moejax.layers.registry import ffns
 from moejax.layers.routed import sow
@@ -69,8 +69,7 @@ class ProductKeys(nn.Module):
 
     def __post_init__(self) -> None:
         for name, options in (("score", (*SCORES,)), ("query_norm", QUERY_NORMS)):
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(options)}")
+            check_choice(name, getattr(self, name), options)
         if self.query_dim % 2:
             raise ConfigError(f"query_dim={self.query_dim} must be even: a query has two halves")
         if self.k > self.num_keys**2:

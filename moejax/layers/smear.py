@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_routing
@@ -16,7 +16,7 @@ from moejax.models.registries import mixers
 from moejax.params import param
 from moejax.registry import Many
 from moejax.routing.losses import Loss, Routing, losses, masked_mean
-from moejax.routing.plan import Merge, Plan, TokenChoice
+from moejax.routing.plan import Merge, Plan, dropless
 
 COMBINES = ("merge", "ensemble", "st_gumbel", "top1", "tag")
 ROUTE_BY = ("sequence", "previous", "prefix")
@@ -67,8 +67,7 @@ class SMEAR(nn.Module):
 
     def __post_init__(self) -> None:
         for name, options in (("combine", COMBINES), ("route_by", ROUTE_BY)):
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(options)}")
+            check_choice(name, getattr(self, name), options)
         if self.segment < 1:
             raise ConfigError(f"segment={self.segment} must be at least 1")
         super().__post_init__()
@@ -147,7 +146,7 @@ class SMEAR(nn.Module):
             weight = 1 + weight - jax.lax.stop_gradient(weight) if gumbel else weight
         used = jnp.broadcast_to(valid.any(1)[:, None, None], (*expert.shape[:1], 1, expert.shape[1]))
         expert = expert[:, None].astype(jnp.int32)
-        return TokenChoice(expert, weight[:, None], used, jnp.zeros_like(used), num_experts=self.num_experts)
+        return dropless(expert, weight[:, None], used, self.num_experts)
 
     def active_fraction(self) -> float:
         """One expert's share, for however many it is made of; all of them where all run."""

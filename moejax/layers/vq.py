@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.layers.moe import SLOTS, MoE
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_routing
 from moejax.params import param
 from moejax.routing.losses import Routing, masked_mean
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import dropless
 from moejax.sowing import sow
 
 OPTIONS = {
@@ -62,8 +62,7 @@ class VQMoE(MoE):
 
     def __post_init__(self) -> None:
         for name, options in OPTIONS.items():
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(options)}")
+            check_choice(name, getattr(self, name), options)
         if not 0 <= self.revive_below < 1:
             raise ConfigError(f"revive_below={self.revive_below} must be at least 0 and below 1: a share of the mean use")
         super().__post_init__()
@@ -86,8 +85,8 @@ class VQMoE(MoE):
         e, valid = self.bank.num_experts, jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
         quantised, scores, code = self._quantise(x.astype(jnp.float32), valid, ctx.train)
         used = valid[..., None]
-        expert = (code % e)[..., None].astype(jnp.int32)
-        plan = TokenChoice(expert, jnp.ones(expert.shape), used, jnp.zeros_like(used), num_experts=e)
+        expert = (code % e)[..., None]
+        plan = dropless(expert, jnp.ones(expert.shape), used, e)
         rows = nn.LayerNorm(name="code_norm")(quantised).astype(x.dtype)
         y, plan, backend = run_plan(plan, lambda rows, layout: self.bank(rows, layout, ctx), rows, self.backend)
         if self.paths == "discrete":

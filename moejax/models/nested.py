@@ -21,7 +21,7 @@ from moejax.parallel import constrain
 from moejax.params import param
 from moejax.routing.losses import Routing, masked_mean
 from moejax.routing.nested import budget_capacities, expert_preferred, token_counts, widths
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import dropless
 
 ROUTERS = ("learned", "random")
 Counts = tuple[int, ...]
@@ -134,7 +134,7 @@ class Nested(nn.Module):
             ctx.remember("nested_experts", route)
         expert, valid = route["expert"][..., None], jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
         used = valid[..., None]
-        plan = TokenChoice(expert, route["weight"][..., None], used, jnp.zeros_like(used), num_experts=self.num_experts)
+        plan = dropless(expert, route["weight"][..., None], used, self.num_experts)
         sow_routing(self, Routing(route["logits"], jax.nn.softmax(route["logits"]), plan, valid), ())
         sow(self, "stats", "width", masked_mean(jnp.array(widths(self.num_experts))[route["expert"]], valid, (0, 1)))
         return route

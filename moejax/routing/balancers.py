@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.registry import Registry
 from moejax.routing.losses import Routing, masked_mean
 
@@ -61,8 +61,7 @@ class LossFree:
     rule: Literal["sign", "proportional"] = "sign"
 
     def __post_init__(self) -> None:
-        if self.rule not in ("sign", "proportional"):
-            raise ConfigError(f"rule='{self.rule}' is unknown; valid names: sign, proportional")
+        check_choice("rule", self.rule, ("sign", "proportional"))
         if self.speed < 0:
             raise ConfigError(f"speed={self.speed} must not be negative: it would feed the busiest expert")
 

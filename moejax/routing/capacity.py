@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
+from moejax.errors import check_choice
 from moejax.routing.plan import TokenChoice, rank_in_expert
 
 Priority = Literal["token", "choice", "score"]
@@ -48,8 +48,7 @@ def drop_over_capacity(
     - `choice`: all first choices in token order, then all second choices, ... (GShard, Switch for k=1). Not causal for k > 1.
     - `score`: tokens with larger `score` first, then as `choice` (batch-prioritised, V-MoE). Not causal.
     """
-    if priority not in PRIORITIES:
-        raise ConfigError(f"priority='{priority}' is unknown; valid names: {', '.join(PRIORITIES)}")
+    check_choice("priority", priority, PRIORITIES)
     g, n, k = plan.expert.shape
     buffer, limit = capacity_of(valid, n, plan.num_experts, k, factor)
     limit = jnp.broadcast_to(jnp.asarray(limit, jnp.int32), (g,))

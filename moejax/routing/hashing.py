@@ -10,7 +10,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
 from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.routing.routers import routers
 
 # Hash -> the field of the table that it is made from.
@@ -64,8 +64,7 @@ class Hash(nn.Module):
     leak: bool = False
 
     def __post_init__(self) -> None:
-        if self.hash not in HASHES:
-            raise ConfigError(f"hash='{self.hash}' is unknown; valid names: {', '.join(HASHES)}")
+        check_choice("hash", self.hash, HASHES)
         for name in ("frequencies", "clusters"):
             if (HASHES[self.hash] == name) != (getattr(self, name) is not None):
                 needs = [hash for hash, table in HASHES.items() if table == name]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.registry import Registry
 from moejax.routing.plan import Plan, TokenChoice
 
@@ -67,9 +67,9 @@ class Balance:
     share: Literal["choices", "tokens"] = "choices"
 
     def __post_init__(self) -> None:
-        _check_choice("count", self.count, ("all", "first"))
-        _check_choice("share", self.share, ("choices", "tokens"))
-        _check_choice("over", self.over, ("group", "batch"))
+        check_choice("count", self.count, ("all", "first"))
+        check_choice("share", self.share, ("choices", "tokens"))
+        check_choice("over", self.over, ("group", "batch"))
 
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         wanted = _first(routing.plan) if self.count == "first" else routing.plan.wanted()
@@ -127,7 +127,7 @@ class Importance:
     gates: Literal["weights", "probs"] = "weights"
 
     def __post_init__(self) -> None:
-        _check_choice("gates", self.gates, ("weights", "probs"))
+        check_choice("gates", self.gates, ("weights", "probs"))
 
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         gates = routing.probs if self.gates == "probs" or not hasattr(routing.plan, "dense") else routing.plan.dense()
@@ -174,7 +174,7 @@ class Spread:
     over: Literal["batch", "group"] = "batch"
 
     def __post_init__(self) -> None:
-        _check_choice("over", self.over, ("batch", "group"))
+        check_choice("over", self.over, ("batch", "group"))
 
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         p = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1) if self.over == "batch" else (1,))
@@ -196,8 +196,3 @@ def _first(plan: Plan) -> Float[Array, "g n e"]:
         raise ConfigError(f"losses.balance.count='first' needs token choice, not {type(plan).__name__}; use count='all'")
     one_hot = jax.nn.one_hot(plan.expert[..., 0], plan.num_experts, dtype=jnp.float32)
     return one_hot * (plan.used | plan.dropped)[..., :1]
-
-
-def _check_choice(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ConfigError(f"{name}='{value}' is unknown; valid names: {', '.join(options)}")

@@ -155,6 +155,13 @@ class SoftSlots:
         return self.assigned()
 
 
+def dropless(
+    expert: Int[Array, "g n k"], weight: Float[Array, "g n k"], used: Bool[Array, "g n k"], num_experts: int
+) -> TokenChoice:
+    """Token choice without capacity: every choice that is wanted is used."""
+    return TokenChoice(expert.astype(jnp.int32), weight, used, jnp.zeros_like(used), num_experts=num_experts)
+
+
 @struct.dataclass
 class Merge:
     """One merged expert per group: its parameters are `sum_e weight[g, e] * parameters_e` (SMEAR and its kin)."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.params import param
 from moejax.registry import Registry
 
@@ -60,8 +60,7 @@ class Linear(nn.Module):
 
     def __post_init__(self) -> None:
         for name, options in (("start", ("fan_in", "orthogonal")), ("precision", ("float32", "bfloat16"))):
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: {', '.join(options)}")
+            check_choice(name, getattr(self, name), options)
         super().__post_init__()
 
     @nn.compact

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import ConfigError
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenChoice, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -32,7 +32,7 @@ class SigmoidGated:
         """The plan in which each token takes the given experts."""
         weight = jax.nn.sigmoid(jnp.take_along_axis(logits, expert, axis=-1))
         used = jnp.broadcast_to((all_valid(logits) if valid is None else valid)[..., None], expert.shape)
-        return TokenChoice(expert.astype(jnp.int32), weight, used, jnp.zeros_like(used), num_experts=logits.shape[-1])
+        return dropless(expert, weight, used, logits.shape[-1])
 
     def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
         return jax.nn.softmax(logits, axis=-1)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.errors import ConfigError
 from moejax.registry import Registry
 from moejax.routing.plan import Plan
 
@@ -62,11 +61,6 @@ def probabilities(logits: Float[Array, "*b e"], score: str) -> Float[Array, "*b 
         gates = jax.nn.sigmoid(logits)
         return gates / (gates.sum(-1, keepdims=True) + 1e-20)
     return jax.nn.softmax(logits, axis=-1)
-
-
-def check_scores(score: str, valid_scores: tuple[str, ...]) -> None:
-    if score not in valid_scores:
-        raise ConfigError(f"score='{score}' is unknown; valid names: {', '.join(valid_scores)}")
 
 
 def all_valid(logits: Float[Array, "g n e"]) -> Bool[Array, "g n"]:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.routing.capacity import capacity_of
 from moejax.routing.plan import ExpertChoice
-from moejax.routing.select.base import all_valid, check_scores, probabilities, selects
+from moejax.routing.select.base import all_valid, probabilities, selects
 
 SCORES = ("softmax", "sigmoid", "logit")
 
@@ -40,7 +40,7 @@ class ExpertTopK:
     needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_scores(self.score, SCORES)
+        check_choice("score", self.score, SCORES)
         if self.capacity_factor <= 0:
             raise ConfigError(f"capacity_factor={self.capacity_factor} must be positive")
 

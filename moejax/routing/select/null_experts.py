@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.routing.losses import Routing, losses, masked_mean
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenChoice, dropless
 from moejax.routing.select.base import all_valid, selects
 
 NORMALISE = ("true", "selected", "none")
@@ -44,8 +44,7 @@ class NullExperts:
             raise ConfigError(f"k={self.k} must be at least 1")
         if self.num_null < 1:
             raise ConfigError(f"num_null={self.num_null} must be at least 1; without null experts the rule is 'top_k'")
-        if self.normalise not in NORMALISE:
-            raise ConfigError(f"normalise='{self.normalise}' is unknown; valid names: {', '.join(NORMALISE)}")
+        check_choice("normalise", self.normalise, NORMALISE)
 
     def __call__(
         self,
@@ -78,7 +77,7 @@ class NullExperts:
             weight = weight / jnp.where(total > 0, total, 1)
         used = true & (all_valid(logits) if valid is None else valid)[..., None]
         expert = jnp.minimum(expert, num_experts - 1).astype(jnp.int32)
-        return TokenChoice(expert, jnp.where(true, weight, 0), used, jnp.zeros_like(used), num_experts=num_experts)
+        return dropless(expert, jnp.where(true, weight, 0), used, num_experts)
 
     def probabilities(self, logits: Float[Array, "g n o"]) -> Float[Array, "g n e"]:
         """Probabilities of the true experts; what their sum lacks to 1 is the null experts'."""
@@ -114,8 +113,7 @@ class NullBalance:
     null: Literal["mean", "each"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.null not in ("mean", "each"):
-            raise ConfigError(f"null='{self.null}' is unknown; valid names: mean, each")
+        check_choice("null", self.null, ("mean", "each"))
 
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         e, o, k = routing.plan.num_experts, routing.logits.shape[-1], routing.plan.expert.shape[-1]

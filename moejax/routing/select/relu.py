@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import ConfigError
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenChoice, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -64,7 +64,7 @@ class ReLU:
         """The plan in which each token takes those of the given experts whose gates are above 0."""
         weight = jax.nn.relu(jnp.take_along_axis(logits, expert, axis=-1))
         used = (weight > 0) & (all_valid(logits) if valid is None else valid)[..., None]
-        return TokenChoice(expert.astype(jnp.int32), weight, used, jnp.zeros_like(used), num_experts=logits.shape[-1])
+        return dropless(expert, weight, used, logits.shape[-1])
 
     def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
         """Each gate's share of their sum; all 0 for a token that takes no expert."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.routing.plan import SoftSlots
 from moejax.routing.select.base import all_valid, selects
 
@@ -37,8 +37,7 @@ class SoftTopAll:
         if self.slots < 1:
             raise ConfigError(f"slots={self.slots} must be at least 1")
         for name in ("dispatch", "combine"):
-            if getattr(self, name) not in ("soft", "uniform"):
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown; valid names: soft, uniform")
+            check_choice(name, getattr(self, name), ("soft", "uniform"))
 
     @property
     def num_outputs_per_expert(self) -> int:

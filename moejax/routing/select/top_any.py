@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import ConfigError
 from moejax.routing.losses import Routing, losses, masked_mean
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenChoice, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -76,7 +76,7 @@ class TopAny:
         # A straight-through estimator: the value 1, the derivative of the margin where it is positive.
         gate = taken + jnp.where(margin > 0, margin - jax.lax.stop_gradient(margin), 0)
         used = taken & (all_valid(margin) if valid is None else valid)[..., None]
-        return TokenChoice(expert.astype(jnp.int32), gate / k, used, jnp.zeros_like(used), num_experts=num_experts)
+        return dropless(expert, gate / k, used, num_experts)
 
 
 def split(logits: Float[Array, "g n o"]) -> tuple[Float[Array, "g n e"], Float[Array, "g n e"]]:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, check_choice
 from moejax.routing.capacity import PRIORITIES, Priority, drop_over_capacity
-from moejax.routing.plan import TokenChoice
-from moejax.routing.select.base import all_valid, check_scores, probabilities, selects
+from moejax.routing.plan import TokenChoice, dropless
+from moejax.routing.select.base import all_valid, probabilities, selects
 
 SCORES = ("softmax", "softmax_selected", "sigmoid", "logit")
 
@@ -57,17 +57,15 @@ class TopK:
     needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_scores(self.score, SCORES)
+        check_choice("score", self.score, SCORES)
         if self.k < 1:
             raise ConfigError(f"k={self.k} must be at least 1")
         if self.skip < 0:
             raise ConfigError(f"skip={self.skip} must not be negative")
-        if self.group_score not in ("best", "best_two"):
-            raise ConfigError(f"group_score='{self.group_score}' is unknown; valid names: best, best_two")
+        check_choice("group_score", self.group_score, ("best", "best_two"))
         if self.groups < 1 or not 1 <= (self.groups_kept or 1) <= self.groups:
             raise ConfigError(f"groups_kept={self.groups_kept} must lie between 1 and groups={self.groups}")
-        if self.priority not in PRIORITIES:
-            raise ConfigError(f"priority='{self.priority}' is unknown; valid names: {', '.join(PRIORITIES)}")
+        check_choice("priority", self.priority, PRIORITIES)
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             if value not in (None, "same") and value <= 0:
@@ -122,9 +120,7 @@ class TopK:
         if self.normalise:
             weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
         used = jnp.broadcast_to((all_valid(logits) if valid is None else valid)[..., None], expert.shape)
-        plan = TokenChoice(
-            expert.astype(jnp.int32), weight * self.scale, used, jnp.zeros_like(used), num_experts=logits.shape[-1]
-        )
+        plan = dropless(expert, weight * self.scale, used, logits.shape[-1])
         factor = self._factor(train)
         if factor is None:
             return plan

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.errors import ConfigError
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenChoice, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -65,7 +65,7 @@ class TopP:
         weight = jnp.take_along_axis(self.probabilities(logits), expert, axis=-1)
         before = jnp.cumsum(weight, axis=-1) - weight
         used = (before < self.p) & (all_valid(logits) if valid is None else valid)[..., None]
-        return TokenChoice(expert.astype(jnp.int32), weight, used, jnp.zeros_like(used), num_experts=logits.shape[-1])
+        return dropless(expert, weight, used, logits.shape[-1])
 
     def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
         return jax.nn.softmax(logits, axis=-1)
