@@ -4,7 +4,7 @@ Byte language models with 8 experts in every other feed-forward layer. `experts_
 compared at the active compute that they really use: 8 null experts and k = 4 aim at 2 true experts, 16 null ones at 1.33.
 
 Departures: trained from scratch on bytes (the paper fine-tunes Mixtral and LoRA experts in Llama-2), so the null experts' router
-rows start as random as the others instead of as copies, and the balance loss has the usual 1e-2 instead of 1e-3.
+rows start as random as the others instead of as copies (`start` has copies), and the balance loss has the usual 1e-2, not 1e-3.
 """
 
 from configs import small_lm
@@ -55,6 +55,7 @@ STUDY = Study(
             for name, note in (("selected", "null experts' shares are lost"), ("none", "raw probabilities"))
         ),
         "null_and_k": tuple(Arm(f"null_{m}_k_{k}", null(k, m)) for m, k in ((8, 2), (8, 3), (16, 2), (24, 4))),
+        "start": (Arm("copied", {f"{MOE}.router.null_start": "copied"}, note="null experts' router rows start as copies"),),
         "coef": tuple(Arm(f"coef_{c:g}", {f"{MOE}.losses.null_balance.coef": c}) for c in (1e-4, 1e-3)),
     },
     claims=(

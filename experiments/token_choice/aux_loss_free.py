@@ -48,6 +48,7 @@ STUDY = Study(
         "speed": tuple(Arm(f"speed_{s:g}", speed(s)) for s in (1e-4, 1e-3, 1e-1)),
         "rule": (
             Arm("proportional", {f"{MOE}.balancer.rule": "proportional"}, note="b += speed * lack, as a share of the mean"),
+            Arm("multiplied", {f"{MOE}.select.bias": "multiply"}, note="ranked by s (1 + b)"),
         ),
         "gate": (
             Arm("softmax", {f"{MOE}.select.score": "softmax"}, note="normalised softmax scores, same bias"),
@@ -75,6 +76,8 @@ STUDY = Study(
         ),
         lower("eval/bits_per_byte", "loss_free", "aux_1e-2", text="and does not cost what a stronger loss costs"),
         lower("eval/stats/max_violation", "loss_free", "none", text="without it the load is not balanced"),
+        lower("eval/bits_per_byte", "loss_free", "proportional", text="the sign rule is better than the proportional one"),
+        lower("eval/bits_per_byte", "loss_free", "multiplied", text="an added bias is better than a multiplied one"),
         lower("eval/bits_per_byte", "loss_free", "aux_1e-3", text="better perplexity than the loss (9.50 against 9.56 at 1B)"),
         lower(
             "eval/stats/max_violation",

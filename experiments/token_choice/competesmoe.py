@@ -69,7 +69,10 @@ STUDY = Study(
             Arm("no_winners", ffn(winners_coef=0.0), note="no extra weight for the winners"),
         ),
         "router_coef": tuple(Arm(f"router_coef_{c:g}", ffn(router_coef=c)) for c in (0.01, 0.1, 10.0)),
-        "rate": tuple(Arm(f"rate_{r:g}", ffn(rate=r)) for r in (0.03, 0.2, 1.0)),
+        "rate": (
+            *(Arm(f"rate_{r:g}", ffn(rate=r)) for r in (0.03, 0.2, 1.0)),
+            Arm("rate_decaying", ffn(rate="decaying"), note="the first version's other schedule: 2 / (2 + sqrt(step + 1))"),
+        ),
     },
     claims=(
         lower("eval/bits_per_byte", "compete", "smoe", headline=True, text="competition trains better mixtures"),

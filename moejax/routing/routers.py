@@ -45,6 +45,8 @@ class Linear(nn.Module):
       noise_std: in training, Gaussian noise of this standard deviation is added to the logits (V-MoE: 1 / num_experts).
       use_bias: adds a learned bias to the logits.
       start: 'fan_in', or 'orthogonal': expert embeddings orthogonal to each other, of length `init_scale` (BASE layers: 0.1).
+      null_start: null experts' columns are 'drawn' like the others, or 'copied' from the experts in turn, so that a trained router
+        keeps its order when null experts join it (AdaMoE in Mixtral; ties go to the experts).
       precision: of inputs, weights and logits; 'bfloat16' is for measuring what it costs (ST-MoE, Zoph et al. 2022).
     """
 
@@ -56,11 +58,13 @@ class Linear(nn.Module):
     noise_std: float = 0.0
     use_bias: bool = False
     start: Literal["fan_in", "orthogonal"] = "fan_in"
+    null_start: Literal["drawn", "copied"] = "drawn"
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name, options in (("start", ("fan_in", "orthogonal")), ("precision", ("float32", "bfloat16"))):
-            check_choice(name, getattr(self, name), options)
+        check_choice("start", self.start, ("fan_in", "orthogonal"))
+        check_choice("null_start", self.null_start, ("drawn", "copied"))
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
         super().__post_init__()
 
     @nn.compact
@@ -69,6 +73,8 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
         if self.start == "orthogonal":
             init = nn.initializers.orthogonal(self.init_scale)
+        if self.null_start == "copied":
+            init = _repeated(init, o - self.null_outputs)
         w = param(self, "w", init, (x.shape[-1], o), ("embed", None))
         x = x.astype(jnp.float32)
         if ctx.train and self.jitter:
@@ -148,6 +154,15 @@ def with_null_outputs(router: Any, num_null: int) -> Any:
     if not num_null or getattr(router, "null_outputs", None) != 0:
         return router
     return router.clone(null_outputs=num_null)
+
+
+def _repeated(init: Any, columns: int) -> Any:
+    """The initialiser for the first `columns`, and copies of them for those that follow."""
+
+    def start(key: Array, shape: tuple[int, int], *rest: Any) -> Float[Array, "d o"]:
+        return init(key, (shape[0], columns), *rest)[:, jnp.arange(shape[1]) % columns]
+
+    return start
 
 
 def _dot(x: Float[Array, "g n d"], w: Float[Array, "d o"]) -> Float[Array, "g n o"]:

@@ -123,6 +123,20 @@ def test_a_layer_gives_its_router_the_outputs_and_tokens_without_experts_zeros(r
     np.testing.assert_array_equal(compiled(layer, "stats")({**nothing, "overrides": bias}, x, Context())[0], 0)
 
 
+def test_copied_null_experts_start_behind_the_experts_they_copy(rng: np.random.Generator) -> None:
+    """Two copies of each expert: of three choices the best expert and both its copies, so every token takes one expert, its best."""
+    moe = MoE(Linear(E, null_start="copied"), NullExperts(k=3, num_null=2 * E), GLU(3, num_experts=E), backend="reference")
+    x = jnp.asarray(rng.normal(size=(G, N, D)), jnp.float32)
+    variables = moe.init(jax.random.key(0), x)
+    w = np.asarray(variables["params"]["router"]["w"])
+    np.testing.assert_array_equal(w, np.tile(w[:, :E], 3))
+    assert len(np.unique(w)) == D * E
+    _, sown = moe.apply(variables, x, mutable=["routing"])
+    plan = sown["routing"]["plan"]
+    logits = np.einsum("gnd,de->gne", x, w[:, :E])
+    np.testing.assert_array_equal(np.asarray(plan.dense()), np.eye(E)[logits.argmax(-1)])
+
+
 def test_it_is_built_from_a_config_and_counts_active_experts() -> None:
     spec = dict(kind="moe", num_experts=8, router=dict(kind="cosine"), bank=dict(kind="glu", hidden=3))
     layer = ffns.build({**spec, "select": dict(kind="null_experts", k=4, num_null=8), "losses": dict(null_balance={})}, "ffn")

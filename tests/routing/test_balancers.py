@@ -48,6 +48,20 @@ def test_the_bias_selects_and_does_not_weigh(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(weight, scores / scores.sum(-1, keepdims=True), rtol=1e-5)
 
 
+def test_a_multiplied_bias_scales_the_scores(rng: np.random.Generator) -> None:
+    """NumPy: ranked by s (1 + b), weighed by s; at b = 0 nothing changes."""
+    bias = jnp.asarray(rng.normal(size=E) * 0.5, jnp.float32)
+    logits = rng.normal(size=(2, 9, E)).astype(np.float32)
+    rule = TopK(k=K, score="sigmoid", bias="multiply")
+    plan, scores = rule(jnp.asarray(logits), bias=bias), 1 / (1 + np.exp(-logits))
+    chosen = np.argsort(-(scores * (1 + np.asarray(bias))), axis=-1, kind="stable")[..., :K]
+    np.testing.assert_array_equal(plan.expert, chosen)
+    np.testing.assert_allclose(plan.weight, np.take_along_axis(scores, chosen, -1), rtol=1e-5)
+    added = TopK(k=K, score="sigmoid")(jnp.asarray(logits), bias=bias)
+    assert (np.asarray(added.expert) != chosen).any()
+    np.testing.assert_array_equal(rule(jnp.asarray(logits), bias=jnp.zeros(E)).expert, rule(jnp.asarray(logits)).expert)
+
+
 def layer() -> MoE:
     return MoE(Linear(E, init_scale=1.0), TopK(k=1, score="sigmoid"), FFN(8, E), balancer=LossFree(0.005))
 

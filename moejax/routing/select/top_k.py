@@ -37,6 +37,8 @@ class TopK:
       group_score: what ranks a group: its best expert's score ('best', V2), or the sum of its two best ('best_two', V3).
       skip: leaves out each token's `skip` best experts and takes the k next: measures, as an `eval_select`, how far the others stand
         in for them (DeepSeekMoE, section 4.5).
+      bias: how a balancer's bias changes a score for ranking: 'add' gives s + b, 'multiply' gives s (1 + b), which reaches nobody whose
+        score is 0 (Wang et al. 2024, section 4.3, find it no better).
       constant_gate: with k=1, weights normalised over the selection are the constant 1 and the router gets no task gradient.
         That is refused unless asked for here.
     """
@@ -52,6 +54,7 @@ class TopK:
     groups_kept: int | None = None
     group_score: Literal["best", "best_two"] = "best"
     skip: int = 0
+    bias: Literal["add", "multiply"] = "add"
     constant_gate: bool = False
     num_outputs_per_expert: ClassVar[int] = 1
     needs_key: ClassVar[bool] = False
@@ -62,6 +65,7 @@ class TopK:
             raise ConfigError(f"k={self.k} must be at least 1")
         if self.skip < 0:
             raise ConfigError(f"skip={self.skip} must not be negative")
+        check_choice("bias", self.bias, ("add", "multiply"))
         check_choice("group_score", self.group_score, ("best", "best_two"))
         if self.groups < 1 or not 1 <= (self.groups_kept or 1) <= self.groups:
             raise ConfigError(f"groups_kept={self.groups_kept} must lie between 1 and groups={self.groups}")
@@ -98,7 +102,7 @@ class TopK:
         e = logits.shape[-1]
         self.check_num_experts(e)
         # Logits rather than scores where possible: a saturated softmax rounds different logits to equal scores.
-        ranking = logits if bias is None else self._scores(logits) + bias
+        ranking = logits if bias is None else self._biased(logits, bias)
         if self.groups_kept is not None:
             ranking = jnp.where(self._in_kept_groups(logits, bias), ranking, -jnp.inf)
         _, expert = jax.lax.top_k(ranking, self.k + self.skip)
@@ -151,9 +155,14 @@ class TopK:
             return jax.nn.softmax(logits, axis=-1)
         return jax.nn.sigmoid(logits) if self.score == "sigmoid" else logits
 
+    def _biased(self, logits: Float[Array, "g n e"], bias: Float[Array, "e"]) -> Float[Array, "g n e"]:
+        """Scores for ranking under a balancer's bias."""
+        scores = self._scores(logits)
+        return scores + bias if self.bias == "add" else scores * (1 + bias)
+
     def _in_kept_groups(self, logits: Float[Array, "g n e"], bias: Float[Array, "e"] | None) -> Bool[Array, "g n e"]:
         """Whether an expert is in one of its token's best groups; ties go to the lowest group."""
-        scores = self._scores(logits) + (0 if bias is None else bias)
+        scores = self._scores(logits) if bias is None else self._biased(logits, bias)
         scores = scores.reshape(*logits.shape[:2], self.groups, -1)
         best, _ = jax.lax.top_k(scores, min(scores.shape[-1], 1 if self.group_score == "best" else 2))
         _, kept = jax.lax.top_k(best.sum(-1), self.groups_kept)
