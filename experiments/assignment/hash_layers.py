@@ -5,7 +5,7 @@ Byte language models with one mixture of 8 experts, in the third of four blocks;
 their frequency in the training data so that all experts get equal shares of it.
 
 Departures: bytes instead of words, so that a hash is coarse (a space is one sixth of all tokens); clusters are of vectors of
-co-occurrence in the training data instead of the embeddings of a trained model; no hash of a predicted next token.
+co-occurrence in the training data instead of the embeddings of a trained model, and what a bigram model predicts instead of what a small dense model would.
 """
 
 from configs import small_lm
@@ -56,6 +56,11 @@ STUDY = Study(
             Arm("previous", hashed("previous"), note="by the byte before"),
             Arm("bigram", hashed("bigram"), note="by the byte and the one before"),
             Arm("position", hashed("position"), note="by position"),
+            Arm(
+                "predicted",
+                hashed("predicted", successors={"from_data": "token_successors", "batches": 64}),
+                note="by the byte that usually follows",
+            ),
             Arm("oracle", hashed("next", leak=True), note="by the byte that is to be predicted: a bound, and a leak"),
         ),
         "experts": (
@@ -96,6 +101,7 @@ STUDY = Study(
         higher("eval/bits_per_byte", "previous", "hash", text="the current token beats the previous one"),
         higher("eval/bits_per_byte", "bigram", "hash", text="and bigrams"),
         higher("eval/bits_per_byte", "position", "previous", text="position is the worst"),
+        higher("eval/bits_per_byte", "predicted", "hash", text="a predicted next token is no better than the current one"),
         lower("eval/bits_per_byte", "oracle", "hash", by=0.5, text="the next token's hash gives an absurdly low loss"),
         lower("eval/bits_per_byte", "hash_e32", "hash", text="more experts help"),
         lower("eval/bits_per_byte", "multi_2", "hash_random", text="MultiHash adds a little"),

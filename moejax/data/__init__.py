@@ -12,7 +12,7 @@ folder that TFDS prepared. `python -m moejax.data` prepares the embedded ones an
 from moejax.data.catalog import DATASETS
 from moejax.data.computed import with_computed
 from moejax.data.config import DataConfig, ImageConfig, TextConfig
-from moejax.data.frequencies import token_clusters, token_frequencies
+from moejax.data.frequencies import token_clusters, token_frequencies, token_successors
 from moejax.data.iterator import DataInfo, info, make_iterator
 from moejax.data.storage import prepare
 
@@ -27,5 +27,6 @@ __all__ = [
     "prepare",
     "token_clusters",
     "token_frequencies",
+    "token_successors",
     "with_computed",
 ]

@@ -14,11 +14,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moejax.data.frequencies import token_clusters, token_frequencies
+from moejax.data.frequencies import token_clusters, token_frequencies, token_successors
 from moejax.data.iterator import make_iterator
 from moejax.errors import ConfigError, nearest
 
-COMPUTED = {"token_clusters": token_clusters, "token_frequencies": token_frequencies}
+COMPUTED = {
+    "token_clusters": token_clusters,
+    "token_frequencies": token_frequencies,
+    "token_successors": token_successors,
+}
 
 
 def with_computed(config: ConfigDict, make_iterator: Callable[..., Any] = make_iterator) -> ConfigDict:

@@ -1,4 +1,4 @@
-"""What is counted in training data for a model to be built on: how often tokens occur, and which ones occur alike."""
+"""What is counted in training data for a model to be built on: how often tokens occur, which ones occur alike, which follow."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -50,12 +50,16 @@ def token_clusters(
       clusters: how many.
       width: of the vectors; less for vocabularies that are smaller.
     """
-    from scipy.sparse import coo_array
-
-    pairs = [(batch["tokens"], batch["targets"], batch["valid"]) for batch in _first(make_iterator, config, batches, seed)]
-    before, after = (np.concatenate([part[i][part[2]] for part in pairs]) for i in (0, 1))
-    counts = coo_array((np.ones(len(before)), (before, after)), shape=(vocab_size, vocab_size)).tocsr()
+    counts = _pairs(_first(make_iterator, config, batches, seed), vocab_size)
     return tuple(k_means(_vectors(counts, width), clusters, np.random.default_rng(seed)).tolist())
+
+
+def token_successors(
+    config: Config, vocab_size: int, batches: int = 64, seed: int = 0, make_iterator: Callable[..., Any] = make_iterator
+) -> tuple[int, ...]:
+    """The id that most often follows each vocabulary id, the lowest of several; 0 after one that was not seen. Arguments as above."""
+    counts = _pairs(_first(make_iterator, config, batches, seed), vocab_size)
+    return tuple(np.asarray(counts.argmax(axis=1)).ravel().tolist())
 
 
 def k_means(
@@ -78,6 +82,15 @@ def k_means(
 
 def _first(make_iterator: Callable[..., Any], config: Config, batches: int, seed: int) -> Iterator[Mapping[str, Any]]:
     return itertools.islice(make_iterator(config, split="train", seed=seed, num_epochs=1), batches)
+
+
+def _pairs(batches: Iterator[Mapping[str, Any]], vocab_size: int) -> Any:
+    """A sparse matrix of how often each id is followed by each."""
+    from scipy.sparse import coo_array
+
+    pairs = [(batch["tokens"], batch["targets"], batch["valid"]) for batch in batches]
+    before, after = (np.concatenate([part[i][part[2]] for part in pairs]) for i in (0, 1))
+    return coo_array((np.ones(len(before)), (before, after)), shape=(vocab_size, vocab_size)).tocsr()
 
 
 def _vectors(counts: Any, width: int) -> Float[np.ndarray, "v d"]:

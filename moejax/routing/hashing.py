@@ -19,6 +19,7 @@ HASHES = {
     "balanced": "frequencies",
     "clustered": "clusters",
     "dispersed": "clusters",
+    "predicted": "successors",
     "position": None,
     "previous": None,
     "bigram": None,
@@ -39,16 +40,17 @@ class Hash(nn.Module):
     Attributes:
       num_experts: e.
       hash: of the token's id, 'random', or by a table: 'balanced' by frequency; 'clustered', similar tokens to one expert;
-        'dispersed', similar tokens to different experts. The paper's other ablations: 'position' in the document; the 'previous'
+        'dispersed', similar tokens to different experts; 'predicted', by the token that most often follows. The paper's other ablations: 'position' in the document; the 'previous'
         token's id; the 'bigram' of both; the 'next' token's id, an oracle. Those of neighbours need whole sequences, in order,
         and cannot decode with a cache.
       seed: of the hash.
       frequencies: for 'balanced', how often each id occurs in the training data: ids are given out by descending frequency, each
         to the expert with the lowest sum so far.
       clusters: for 'clustered' and 'dispersed', the cluster of each id.
+      successors: for 'predicted', the id that a bigram model expects after each id.
       leak: accepts 'next' in a decoder, where it reads what is to be predicted.
 
-    `frequencies` and `clusters` may be recipes (`moejax.data.computed`), such as `{'from_data': 'token_frequencies'}`, which `fit`
+    Tables may be recipes (`moejax.data.computed`), such as `{'from_data': 'token_frequencies'}`, which `fit`
     replaces by what it counts. Until then, as in a model that is only traced, ids are dealt out in turn.
 
     Raises:
@@ -57,15 +59,18 @@ class Hash(nn.Module):
 
     num_experts: int
     outputs_per_expert: int = 1
-    hash: Literal["random", "balanced", "clustered", "dispersed", "position", "previous", "bigram", "next"] = "random"
+    hash: Literal["random", "balanced", "clustered", "dispersed", "predicted", "position", "previous", "bigram", "next"] = (
+        "random"
+    )
     seed: int = 0
     frequencies: tuple[float, ...] | Mapping[str, Any] | None = None
     clusters: tuple[int, ...] | Mapping[str, Any] | None = None
+    successors: tuple[int, ...] | Mapping[str, Any] | None = None
     leak: bool = False
 
     def __post_init__(self) -> None:
         check_choice("hash", self.hash, HASHES)
-        for name in ("frequencies", "clusters"):
+        for name in ("frequencies", "clusters", "successors"):
             if (HASHES[self.hash] == name) != (getattr(self, name) is not None):
                 needs = [hash for hash, table in HASHES.items() if table == name]
                 raise ConfigError(
@@ -112,12 +117,18 @@ class Hash(nn.Module):
         return f"hash='{self.hash}' looks at a neighbouring token" if self.hash in ("previous", "bigram", "next") else None
 
     def _table(self) -> Int[np.ndarray, "v"] | None:
-        given = self.frequencies if self.hash == "balanced" else self.clusters
+        given = getattr(self, HASHES[self.hash])
         if not isinstance(given, tuple):
             return None
-        if self.hash == "clustered":
-            return np.asarray(given, np.int32)
-        return balanced_table(given, self.num_experts) if self.hash == "balanced" else dispersed_table(given, self.num_experts)
+        match self.hash:
+            case "clustered":
+                return np.asarray(given, np.int32)
+            case "balanced":
+                return balanced_table(given, self.num_experts)
+            case "dispersed":
+                return dispersed_table(given, self.num_experts)
+        mixed = _mix(np.asarray(given), self.seed)
+        return np.asarray(mixed % self.num_experts, np.int32)
 
 
 def balanced_table(frequencies: tuple[float, ...], num_experts: int) -> Int[np.ndarray, "v"]:
@@ -153,9 +164,9 @@ def neighbour(ids: Int[Array, "g n"], positions: Int[Array, "g n"] | None, step:
     return jnp.where(edge, -1, beside)
 
 
-def _mix(ids: Array, seed: int) -> Array:
-    """32 well mixed bits of an integer: the finaliser of MurmurHash3."""
-    h = ids.astype(jnp.uint32) + jnp.uint32((seed * 0x9E3779B9 + 0x7F4A7C15) & 0xFFFFFFFF)
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+def _mix(ids: Array | np.ndarray, seed: int) -> Array | np.ndarray:
+    """32 well mixed bits of an integer, in NumPy or JAX as it is: the finaliser of MurmurHash3."""
+    h = ids.astype(np.uint32) + np.uint32((seed * 0x9E3779B9 + 0x7F4A7C15) & 0xFFFFFFFF)
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return h ^ (h >> 16)

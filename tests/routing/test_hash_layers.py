@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from numpy_layers import close, draw
 
 from moejax.context import Context
-from moejax.data import token_clusters, token_frequencies, with_computed
+from moejax.data import token_clusters, token_frequencies, token_successors, with_computed
 from moejax.data.frequencies import k_means
 from moejax.errors import ConfigError
 from moejax.layers import MultiHash
@@ -78,6 +78,18 @@ def test_tokens_that_occur_alike_are_one_cluster() -> None:
     clusters = token_clusters({}, 8, clusters=2, batches=50, width=2, make_iterator=batches)
     assert len(set(clusters[:4])) == len(set(clusters[4:7])) == 1
     assert clusters[0] != clusters[4]
+
+
+def test_a_predicted_hash_is_that_of_the_token_that_usually_follows() -> None:
+    successors = token_successors({}, 8, batches=5, make_iterator=batches)
+    counts = np.zeros((8, 8))
+    for batch in itertools.islice(batches({}), 5):
+        np.add.at(counts, (batch["tokens"][batch["valid"]], batch["targets"][batch["valid"]]), 1)
+    np.testing.assert_array_equal(successors, counts.argmax(1))
+    assert successors[:4] == (0, 0, 0, 0)
+    ids = np.arange(8)[None]
+    predicted = experts(Hash(E, hash="predicted", successors=successors, seed=3), ids)
+    np.testing.assert_array_equal(predicted, experts(Hash(E, seed=3), np.asarray(successors)[ids]))
 
 
 def test_k_means_ends_where_every_point_has_its_nearest_centre(rng: np.random.Generator) -> None:
