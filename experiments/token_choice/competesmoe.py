@@ -71,7 +71,7 @@ STUDY = Study(
         "router_coef": tuple(Arm(f"router_coef_{c:g}", ffn(router_coef=c)) for c in (0.01, 0.1, 10.0)),
         "rate": (
             *(Arm(f"rate_{r:g}", ffn(rate=r)) for r in (0.03, 0.2, 1.0)),
-            Arm("rate_decaying", ffn(rate="decaying"), note="the first version's other schedule: 2 / (2 + sqrt(step + 1))"),
+            Arm("rate_decaying", ffn(rate=1.0, schedule="decaying"), note="first version: 2 / (2 + sqrt(step + 1))"),
         ),
     },
     claims=(

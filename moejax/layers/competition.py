@@ -65,8 +65,8 @@ class Competition(nn.Module):
       router: tokens -> logits.
       bank: the experts.
       k: experts per token.
-      rate: share of steps in which a layer competes (the paper: 0.05 to 0.07); 'decaying' is the first version's
-        2 / (2 + sqrt(step + 1)), with steps from 0.
+      rate: share of steps in which a layer competes (the paper: 0.05 to 0.07).
+      schedule: that share is 'constant', or 'decaying' as in the first version: `rate * 2 / (2 + sqrt(step + 1))`, steps from 0.
       warmup: steps at the start in which none does (the paper: the first twentieth of training).
       affinity: a name of `AFFINITIES`.
       gate: winners' weights: their affinities' 'share', or a 'softmax' over them (first version).
@@ -83,7 +83,8 @@ class Competition(nn.Module):
     router: nn.Module
     bank: nn.Module
     k: int = 2
-    rate: float | Literal["decaying"] = 0.07
+    rate: float = 0.07
+    schedule: Literal["constant", "decaying"] = "constant"
     warmup: int = 0
     affinity: str = "softplus"
     gate: Literal["share", "softmax"] = "share"
@@ -98,10 +99,9 @@ class Competition(nn.Module):
     num_experts: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rate != "decaying" and (isinstance(self.rate, str) or not 0 <= self.rate <= 1):
-            raise ConfigError(
-                f"rate={self.rate} must lie between 0 and 1, the share of steps in which experts compete, or be 'decaying'"
-            )
+        if not 0 <= self.rate <= 1:
+            raise ConfigError(f"rate={self.rate} must lie between 0 and 1: the share of steps in which experts compete")
+        check_choice("schedule", self.schedule, ("constant", "decaying"))
         for name, options in (("affinity", tuple(AFFINITIES)), ("gate", ("share", "softmax")), ("target", ("all", "winners"))):
             check_choice(name, getattr(self, name), options)
         check_num_experts(self.router, self.bank)
@@ -140,10 +140,10 @@ class Competition(nn.Module):
     def _drawn(self, seed: Int[Array, ""] | Array, ctx: Context) -> Bool[Array, ""]:
         """Whether the layer competes now: the same on every device and in every microbatch of a step."""
         if ctx.step is None:
-            if self.rate == "decaying":
-                raise ConfigError("rate='decaying' needs Context.step, the number of the training step")
+            if self.schedule == "decaying":
+                raise ConfigError("schedule='decaying' needs Context.step, the number of the training step")
             return jax.random.uniform(self.make_rng("router")) < self.rate
-        rate = 2 / (2 + jnp.sqrt(ctx.step + 1.0)) if self.rate == "decaying" else self.rate
+        rate = self.rate * (2 / (2 + jnp.sqrt(ctx.step + 1.0)) if self.schedule == "decaying" else 1)
         drawn = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), ctx.step)) < rate
         return drawn & (ctx.step >= self.warmup)
 

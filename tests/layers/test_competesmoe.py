@@ -192,7 +192,7 @@ def test_scanned_and_recomputed_layers_draw_for_themselves_and_all_microbatches_
 def test_the_first_versions_schedule_decays() -> None:
     """2 / (2 + sqrt(i + 1)): two thirds of the first steps, a sixth of those near the hundredth."""
     variables, x = setup()
-    moe = layer(rate="decaying", warmup=3)
+    moe = layer(rate=1.0, schedule="decaying", warmup=3)
     competing = [float(apply(moe, True)(variables, x, jnp.int32(i))[1]["stats"]["competing"]) for i in range(40)]
     draws = [float(jax.random.uniform(jax.random.fold_in(jax.random.key(7), i))) for i in range(40)]
     np.testing.assert_array_equal(competing, [i >= 3 and draws[i] < 2 / (2 + np.sqrt(i + 1)) for i in range(40)])
@@ -211,7 +211,7 @@ def test_it_is_built_from_a_config() -> None:
     ("fields", "message"),
     [
         ({"rate": 1.5}, "rate=1.5 must lie between 0 and 1"),
-        ({"rate": "falling"}, "rate=falling must lie between 0 and 1, .* or be 'decaying'"),
+        ({"schedule": "falling"}, "schedule='falling' is unknown"),
         ({"affinity": "gelu"}, "affinity='gelu' is unknown; valid names: softplus, relu, silu, sigmoid, norm"),
         ({"gate": "sum"}, "gate='sum' is unknown"),
         ({"target": "some"}, "target='some' is unknown"),
