@@ -66,6 +66,17 @@ SMOKE = Preset(
     }
 )
 
+# What language models' 'paper' presets share; sizes, steps and rates are each study's own.
+PAPER_LM = {
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "data.name": "c4",
+    "data.domains": None,
+    "train.log_every": 100,
+    "eval.every": 5_000,
+    "checkpoint.every": 1_000,
+}
+
 
 @dataclass(frozen=True)
 class Claim:

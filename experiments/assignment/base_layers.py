@@ -12,7 +12,7 @@ Departures: bytes; the whole batch is assigned at once rather than a device's sh
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, below, higher, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, higher, lower, within
 
 BASE = "model.blocks.base.ffn"
 GREEDY = {"kind": "top_k", "k": 1, "score": "sigmoid"}
@@ -115,6 +115,7 @@ STUDY = Study(
         # 128 experts of ten sublayers in the middle of 24 blocks of width 2048: 44 billion parameters.
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 2048,
                 "model.num_layers": 25,
                 "model.pattern": (*("dense",) * 12, "base", *("dense",) * 12),
@@ -126,19 +127,12 @@ STUDY = Study(
                 # A device's share of the tokens is assigned apart; here, a sequence.
                 f"{BASE}.group_by": "sequence",
                 "model.vocab_size": 51_200,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 1024,
                 "data.batch_size": 1024,
                 "train.steps": 100_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 7.5e-4,
                 "optimizer.warmup_steps": 2_000,
                 "optimizer.schedule": "linear",
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "e4": experts(32),

@@ -9,7 +9,7 @@ continued-tuning router from scratch. Router inputs, factors and the balance los
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
 
 MIXER = "model.blocks.dense.mixer"
 LAYERS, HEADS = 4, 8
@@ -93,21 +93,15 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 4096,
                 "model.num_layers": 32,
                 "model.blocks.dense.ffn.hidden": 14336,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 8192,
                 "data.batch_size": 512,
                 "train.steps": 100_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 2e-5,
                 "optimizer.warmup_steps": 1_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "mha8": mha(32, 128, num_kv_heads=8),

@@ -6,7 +6,7 @@ Departure: the paper multiplies by the raw router weight; `gate_sigmoid` records
 """
 
 from configs import base_lm
-from experiments.study import SMOKE, Arm, Preset, Study, below, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, lower, within
 
 MOD = "model.blocks.mod"
 
@@ -82,6 +82,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 2048,
                 "model.num_layers": 24,
                 "model.blocks.dense.mixer.num_heads": 16,
@@ -91,17 +92,11 @@ STUDY = Study(
                 f"{MOD}.block.mixer.num_heads": 16,
                 f"{MOD}.block.mixer.num_kv_heads": 16,
                 f"{MOD}.block.ffn.hidden": 5504,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 512,
                 "train.steps": 50_000,
                 "optimizer.learning_rate": 3e-4,
                 "optimizer.warmup_steps": 1_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "dense5": {"model.num_layers": 14},

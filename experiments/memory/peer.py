@@ -9,7 +9,7 @@ training batches. The dense optimizer also moves experts that nobody picked (wei
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, above, higher, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, above, higher, lower
 
 MOE = "model.blocks.moe.ffn"
 PEER = {"kind": "product_keys", "num_keys": 64, "heads": 4, "k": 8, "query_dim": 32}
@@ -90,23 +90,17 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 1024,
                 "model.num_layers": 12,
                 "model.pattern": (*("dense",) * 5, "moe", *("dense",) * 6),
                 **{f"model.blocks.{b}.mixer.{key}": 16 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
                 "model.blocks.dense.ffn.hidden": 2816,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 128,
                 "train.steps": 20_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 3e-4,
                 "optimizer.warmup_steps": 1_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "dense": dense(4096),

@@ -9,7 +9,7 @@ annealed temperature. A straight-through expert is computed alone, so its gradie
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
 
 FFN = "model.blocks.moe.ffn"
 MIXER = "model.blocks.moe.mixer"
@@ -84,6 +84,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 768,
                 "model.num_layers": 24,
                 **{f"{MIXER}.{key}": 12 for key in ("num_heads", "num_kv_heads")},
@@ -91,19 +92,12 @@ STUDY = Study(
                 f"{FFN}.layer.hidden": 2048,
                 f"{FFN}.bank.hidden": 24,
                 f"{FFN}.segment": 128,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 1024,
                 "data.batch_size": 128,
                 "train.steps": 600_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 3e-4,
                 "optimizer.schedule": "constant",
                 "optimizer.warmup_steps": 2_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={"wide": {f"{FFN}.bank.hidden": 192}},
         ),

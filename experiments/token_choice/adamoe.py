@@ -8,7 +8,7 @@ rows start as random as the others instead of as copies (`start` has copies), an
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
 
 MOE = "model.blocks.moe.ffn"
 
@@ -90,6 +90,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 4096,
                 "model.num_layers": 32,
                 "model.pattern": ("moe",),
@@ -98,18 +99,12 @@ STUDY = Study(
                 "model.vocab_size": 32_000,
                 "model.tied": False,
                 f"{MOE}.bank.hidden": 14_336,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 128,
                 "train.steps": 10_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 1e-4,
                 "optimizer.warmup_steps": 500,
                 "eval.every": 1_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "adamoe": {**null(4, 16), f"{MOE}.losses.null_balance.coef": 1e-4},

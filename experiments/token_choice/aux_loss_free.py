@@ -7,7 +7,7 @@ Departures: bytes and 300 steps, so the update speed is 10 times the paper's 1e-
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower
 
 MOE = "model.blocks.moe.ffn"
 
@@ -91,6 +91,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 1280,
                 "model.num_layers": 10,
                 "model.pattern": ("moe",),
@@ -100,18 +101,11 @@ STUDY = Study(
                 f"{MOE}.bank.hidden": 896,
                 f"{MOE}.shared": {"kind": "glu", "hidden": 1792},
                 f"{MOE}.balancer.speed": 1e-3,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 1152,
                 "train.steps": 42_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 1e-3,
                 "optimizer.warmup_steps": 2_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             }
         ),
     },

@@ -11,7 +11,7 @@ may compete in one step, which bounds memory and not what is learnt.
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, higher, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower
 
 MOE = "model.blocks.moe.ffn"
 AFFINITIES = ("norm", "sigmoid", "relu", "silu")
@@ -88,6 +88,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 3072,
                 "model.num_layers": 32,
                 "model.pattern": ("moe",),
@@ -99,18 +100,12 @@ STUDY = Study(
                 f"{MOE}.warmup": 500,
                 f"{MOE}.router_coef": 0.01,
                 f"{MOE}.watch": False,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 256,
                 "train.steps": 10_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 1e-4,
                 "optimizer.warmup_steps": 300,
                 "eval.every": 1_000,
-                "checkpoint.every": 1_000,
             }
         ),
     },

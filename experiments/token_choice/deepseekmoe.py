@@ -12,7 +12,7 @@ Departures: bytes and 300 steps; GShard without its random second expert; initia
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, higher, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, within
 
 MOE = "model.blocks.moe.ffn"
 
@@ -151,6 +151,7 @@ STUDY = Study(
         # The paper's 2B models: 9 layers, every one a mixture; standard width 5120, experts a quarter of it.
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 1280,
                 "model.num_layers": 9,
                 "model.pattern": ("moe",),
@@ -159,19 +160,12 @@ STUDY = Study(
                 f"{MOE}.num_experts": 63,
                 f"{MOE}.bank.hidden": 1280,
                 f"{MOE}.shared.hidden": 1280,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
                 "model.vocab_size": 8192,
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 2048,
                 "train.steps": 25_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 1.08e-3,
                 "optimizer.warmup_steps": 2_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "gshard": mixture(16, 2, 5120, normalise=True),

@@ -8,7 +8,7 @@ Departures: bytes and 300 steps, so a cycle of the pool is 60 steps instead of 9
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, below, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, lower, within
 
 MOE = "model.blocks.moe.ffn"
 
@@ -95,6 +95,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 2560,
                 "model.num_layers": 32,
                 "model.pattern": ("dense", "moe"),
@@ -103,18 +104,12 @@ STUDY = Study(
                 "model.blocks.dense.ffn.hidden": 6912,
                 f"{MOE}.num_experts": 4,
                 f"{MOE}.bank.hidden": 6912,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 128,
                 "train.steps": 10_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 2e-5,
                 "optimizer.warmup_steps": 300,
                 "eval.every": 1_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 **{name: {f"{MOE}.num_experts": 4} for name in ("top1", "top2", "top4")},

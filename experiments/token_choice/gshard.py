@@ -11,7 +11,7 @@ Departures: bytes and a decoder instead of translation into English and encoder-
 """
 
 from configs import base_lm
-from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
 
 MOE = "model.blocks.moe.ffn"
 TOP_2 = {"kind": "top_k", "k": 2, "normalise": True, "capacity_factor": 1.0, "priority": "choice"}
@@ -71,24 +71,18 @@ STUDY = Study(
         # The paper's smallest model with 12 layers, as a decoder.
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 1024,
                 "model.num_layers": 12,
                 **{f"model.blocks.{b}.mixer.{key}": 16 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
                 "model.blocks.dense.ffn.hidden": 8192,
                 f"{MOE}.bank.hidden": 8192,
                 f"{MOE}.num_experts": 128,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 1024,
                 "data.batch_size": 4096,
                 "train.steps": 100_000,
-                "train.log_every": 100,
                 "optimizer.warmup_steps": 10_000,
                 "optimizer.schedule": "rsqrt",
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={"switch_wide": {f"{MOE}.bank.hidden": 16384}},
         ),

@@ -7,7 +7,7 @@ Departures: bytes and 300 steps, so lambda starts at 1e-4 (from 1e-8 it takes a 
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
 
 MOE = "model.blocks.moe.ffn"
 
@@ -85,24 +85,18 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 768,
                 "model.num_layers": 12,
                 "model.pattern": ("moe",),
                 "model.vocab_size": 50_257,
                 **{f"model.blocks.{b}.mixer.{key}": 12 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
                 f"{MOE}.bank.hidden": 2048,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 1024,
                 "data.batch_size": 512,
                 "train.steps": 60_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 5e-4,
                 "optimizer.warmup_steps": 600,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "top2": top_k(1),

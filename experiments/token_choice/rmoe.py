@@ -8,7 +8,7 @@ Departures: bytes, 300 steps, a state of 32; the balance loss is each layer's ow
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, higher, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower
 
 MOE = "model.blocks.moe.ffn"
 ROUTER = f"{MOE}.router.router"
@@ -71,6 +71,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 1280,
                 "model.num_layers": 24,
                 "model.blocks.moe.mixer.num_heads": 20,
@@ -79,18 +80,11 @@ STUDY = Study(
                 f"{MOE}.select.k": 4,
                 f"{MOE}.bank.hidden": 448,
                 f"{ROUTER}.width": 128,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 512,
                 "train.steps": 20_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 4.2e-4,
                 "optimizer.warmup_steps": 2_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "mlp": {f"{ROUTER}.width": 128},

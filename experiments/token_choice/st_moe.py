@@ -11,7 +11,7 @@ Departures: a decoder instead of an encoder-decoder, next bytes instead of maske
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, higher, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, within
 
 BLOCK = "model.blocks.sparse"
 MOE = f"{BLOCK}.ffn"
@@ -130,6 +130,7 @@ STUDY = Study(
         # ST-MoE-L as a decoder: 32 experts, the compute of T5-Large, a sparse layer after every fourth block.
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 1024,
                 "model.num_layers": 30,
                 "model.pattern": ("dense", "dense", "dense", "dense", "sparse"),
@@ -138,19 +139,12 @@ STUDY = Study(
                 **{f"model.blocks.{b}.ffn.num_experts": 32 for b in ("moe", "sparse")},
                 **{f"model.blocks.{b}.ffn.bank.hidden": 2816 for b in ("moe", "sparse")},
                 "model.vocab_size": 32_000,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 512,
                 "data.batch_size": 2048,
                 "train.steps": 500_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 1e-3,
                 "optimizer.warmup_steps": 10_000,
                 "optimizer.schedule": "rsqrt",
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             },
             arms={
                 "dense": {f"{MOE}.hidden": 5632},

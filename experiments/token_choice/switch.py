@@ -7,7 +7,7 @@ Departures: bytes and decoder instead of C4 and T5; AdamW instead of Adafactor; 
 """
 
 from configs import base_lm
-from experiments.study import SMOKE, Arm, Preset, Study, below, faster, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, faster, lower
 
 MOE = "model.blocks.moe.ffn"
 NO_BALANCE = {f"{MOE}.losses.balance.coef": 0.0}
@@ -85,25 +85,19 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 768,
                 "model.num_layers": 24,
                 **{f"model.blocks.{b}.mixer.{key}": 12 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
                 "model.blocks.dense.ffn.hidden": 3072,
                 f"{MOE}.bank.hidden": 3072,
                 f"{MOE}.num_experts": 128,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 512,
                 "data.batch_size": 2048,
                 "train.steps": 100_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 1e-2,
                 "optimizer.schedule": "rsqrt",
                 "optimizer.warmup_steps": 10_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             }
         ),
     },

@@ -7,7 +7,7 @@ Departures: bytes, 300 steps, 8 experts; the entropy loss is 1e-2 by default (1e
 """
 
 from configs import small_lm
-from experiments.study import SMOKE, Arm, Preset, Study, below, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, lower
 
 MOE = "model.blocks.moe.ffn"
 
@@ -67,6 +67,7 @@ STUDY = Study(
         "cpu": Preset(seeds=3),
         "paper": Preset(
             {
+                **PAPER_LM,
                 "model.d_model": 1024,
                 "model.num_layers": 24,
                 "model.pattern": ("moe", "dense"),
@@ -75,18 +76,11 @@ STUDY = Study(
                 f"{MOE}.num_experts": 16,
                 f"{MOE}.bank.hidden": 2816,
                 f"{MOE}.losses.entropy.coef": 1e-4,
-                "model.dtype": "bfloat16",
-                "model.remat": "full",
-                "data.name": "c4",
-                "data.domains": None,
                 "data.seq_len": 2048,
                 "data.batch_size": 2048,
                 "train.steps": 24_000,
-                "train.log_every": 100,
                 "optimizer.learning_rate": 3e-4,
                 "optimizer.warmup_steps": 2_000,
-                "eval.every": 5_000,
-                "checkpoint.every": 1_000,
             }
         ),
     },
