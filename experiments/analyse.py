@@ -23,10 +23,11 @@ from experiments.cache import Run, write_json
 from experiments.record import Outcome
 from experiments.tables import Table, number
 from experiments.terminal import say, short, show
-from moejax.analysis import Layer, changed, favourites, observe, preferences
+from moejax.analysis import Layer, changed, favourites, observe, preferences, with_noise
 from moejax.errors import ConfigError
 
 BATCHES = 16
+NOISE = 0.1  # share of tokens replaced, to see whether the others are routed as before
 SHOWN_LAYERS = 4
 MOST_WORDS = 4096  # token ids that are counted one by one
 
@@ -38,11 +39,13 @@ class Seen:
     Attributes:
       layers: name -> what was observed at the last checkpoint.
       labels: names of the labels that `layers` counts by: domains or classes.
+      noise: share of choices that change when `NOISE` of the other tokens do, by layer.
       changes: (step, share of choices that changed since the checkpoint before), oldest first, by layer; empty without earlier ones.
     """
 
     layers: dict[str, Layer]
     labels: tuple[str, ...]
+    noise: dict[str, float]
     changes: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
@@ -95,6 +98,8 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
     data = list(itertools.islice(iterator, batches))
     vocabulary = config["model"].get("vocab_size", 0)
     layers = observe(model, variables, data, task, len(labels), vocabulary if vocabulary <= MOST_WORDS else 0)
+    rng = np.random.default_rng(0)
+    noise = changed(model, variables, variables, data[:4], task, lambda batch: with_noise(batch, NOISE, rng))
     moved: dict[str, list[tuple[int, float]]] = {}
     old = None
     for before, after in itertools.pairwise(steps):
@@ -103,7 +108,7 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
         for layer, share in changed(model, old, new, data[:4], task).items():
             moved.setdefault(layer, []).append((after, share))
         old = new
-    return Seen(layers, labels, moved)
+    return Seen(layers, labels, noise, moved)
 
 
 def table(found: Mapping[str, Seen]) -> Table:
@@ -113,9 +118,9 @@ def table(found: Mapping[str, Seen]) -> Table:
         for name, layer in seen.layers.items():
             last = seen.changes.get(name, [(0, math.nan)])[-1][1]
             per_token = float(layer.counts.sum() / max(layer.tokens.sum(), 1))
-            values = (layer.balance, per_token, layer.entropy, layer.specialisation, layer.alikeness, last)
+            values = (layer.balance, per_token, layer.entropy, layer.specialisation, layer.alikeness, seen.noise[name], last)
             rows.append((arm, name, *("-" if math.isnan(v) else number(v) for v in values)))
-    columns = ("arm", "layer", "balance", "experts/token", "entropy, bits", "specialisation", "alike", "changed")
+    columns = ("arm", "layer", "balance", "experts/token", "entropy, bits", "specialisation", "alike", "under noise", "changed")
     return Table("What the routers learnt", columns, tuple(rows))
 
 
@@ -137,6 +142,7 @@ def to_json(seen: Seen) -> dict[str, Any]:
     return {
         "labels": list(seen.labels),
         "layers": {name: layer(each) for name, each in seen.layers.items()},
+        "changed_under_noise": seen.noise,
         "changes": {name: [list(point) for point in points] for name, points in seen.changes.items()},
     }
 

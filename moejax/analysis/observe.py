@@ -8,7 +8,7 @@ device batch by batch, so that a run of any length takes the memory of one batch
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -125,34 +125,60 @@ def observe(
 
 
 def changed(
-    model: nn.Module, before: Mapping[str, Any], after: Mapping[str, Any], batches: Iterable[Batch], task: Task
+    model: nn.Module,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    batches: Iterable[Batch],
+    task: Task,
+    disturb: Callable[[Batch], Batch] | None = None,
 ) -> dict[str, float]:
     """Share of the choices of each layer under `before` that `after` does not make, for the same tokens: 0 is no change.
 
     Soft layers compare shares: half of the distance between two tokens' distributions over experts.
+
+    Args:
+      disturb: gives what `after` sees instead of a batch, such as `with_noise`. Tokens that it replaced are not counted, so what
+        is measured is how far the others' routing depends on them. `before` and `after` may then be the same.
     """
 
     @jax.jit
-    def look(before: Any, after: Any, batch: Batch) -> dict[str, Array]:
-        x, ctx = task.inputs(batch, jnp.zeros((), jnp.int32), False)
-        old, new = (dict(_routing(model, variables, x, ctx, False)) for variables in (before, after))
+    def look(before: Any, after: Any, batch: Batch, seen: Batch) -> dict[str, Array]:
+        (x, ctx), (other, its) = (task.inputs(each, jnp.zeros((), jnp.int32), False) for each in (batch, seen))
+        old, new = dict(_routing(model, before, x, ctx, False)), dict(_routing(model, after, other, its, False))
         found = {}
         for name, node in old.items():
-            valid = _valid(node, ctx)[..., None]
+            counted = _valid(node, ctx)
+            if ctx.token_ids is not None:
+                counted = counted & _arrange(x == other, node)
             uses = [_assigned(each["plan"]) for each in (node, new[name])]
-            gone = (jnp.maximum(uses[0] - uses[1], 0) * valid).sum((-3, -2, -1))
-            found[name] = jnp.stack([gone, (uses[0] * valid).sum((-3, -2, -1))])
+            gone = (jnp.maximum(uses[0] - uses[1], 0) * counted[..., None]).sum((-3, -2, -1))
+            found[name] = jnp.stack([gone, (uses[0] * counted[..., None]).sum((-3, -2, -1))])
         return found
 
     total: dict[str, Any] = {}
     for batch in batches:
-        found = look(before, after, {k: v for k, v in batch.items() if k != "example_id"})
+        batch = {k: v for k, v in batch.items() if k != "example_id"}
+        found = look(before, after, batch, disturb(batch) if disturb else batch)
         total = {name: total.get(name, 0) + np.asarray(value) for name, value in found.items()}
     return {
         f"{name}{_place(at)}": float(v[(0, *at)] / max(v[(1, *at)], 1e-9))
         for name, v in total.items()
         for at in np.ndindex(v.shape[1:])
     }
+
+
+def with_noise(batch: Batch, share: float, rng: np.random.Generator) -> dict[str, Any]:
+    """The batch with noise: that share of its tokens replaced by others of the batch, or images with Gaussian noise.
+
+    Args:
+      share: of tokens replaced; of images, the noise's standard deviation as a share of the images' own.
+    """
+    if "tokens" in batch:
+        tokens = np.asarray(batch["tokens"])
+        others = rng.choice(tokens[np.asarray(batch["segments"]) != 0], size=tokens.shape)
+        return {**batch, "tokens": np.where(rng.random(tokens.shape) < share, others, tokens)}
+    image = np.asarray(batch["image"])
+    return {**batch, "image": image + (share * image.std() * rng.normal(size=image.shape)).astype(image.dtype)}
 
 
 def _routing(model: nn.Module, variables: Any, x: Array, ctx: Context, responses: bool) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moejax import models
-from moejax.analysis import changed, observe
+from moejax.analysis import changed, observe, with_noise
 from moejax.errors import ConfigError
 from moejax.train.tasks import Classify, NextToken
 
@@ -119,6 +119,30 @@ def test_a_router_that_tells_domains_apart_specialises_and_a_changed_one_is_seen
     told = observe(model, variables, [same], task, labels=3, responses=False)["stack.repeat_0.0_f0.ffn"]
     assert told.specialisation > by_hash.specialisation, "the token's id tells this domain, and the hash tells the id"
     del learned
+
+
+def test_noise_moves_what_looks_at_neighbours_and_not_what_looks_at_the_token(rng: np.random.Generator) -> None:
+    """Tokens that were replaced are not counted: a hash of the token's own id never changes, a learnt router's choices do."""
+    hashed = {**TOP, "router": {"kind": "hash", "hash": "random"}, "select": {"kind": "top_k", "k": 1}}
+    model, task, data = language_model(hashed, TOP, scan=False), NextToken(), batch(rng)
+    variables = start(model, data, task)
+    noisy = with_noise(data, 0.3, rng)
+    np.testing.assert_array_equal(noisy["targets"], data["targets"])
+    assert 0 < (noisy["tokens"] != data["tokens"]).mean() < 0.6
+    by_hash, learned = changed(model, variables, variables, [data], task, lambda _: noisy).values()
+    assert by_hash == 0
+    assert 0 < learned < 1
+    counts = []
+    for each in (data, noisy):
+        x, ctx = task.inputs(jax.tree.map(jnp.asarray, each), jnp.zeros((), jnp.int32), False)
+        counts.append(model.apply(variables, x, ctx, mutable=["routing"])[1]["routing"]["stack"]["repeat_0"]["1_f1"]["ffn"])
+    same = (noisy["tokens"] == data["tokens"]) & (data["segments"] != 0)
+    old, new = (np.asarray(c["plan"].expert)[same] for c in counts)
+    lost = [len(set(a) - set(b)) for a, b in zip(old.tolist(), new.tolist(), strict=True)]
+    assert learned == pytest.approx(np.sum(lost) / (2 * same.sum()))
+    assert changed(model, variables, variables, [data], task)["stack.repeat_0.1_f1.ffn"] == 0
+    image = {"image": rng.random((B, 8, 8, 1), np.float32)}
+    assert np.std(with_noise(image, 0.1, rng)["image"] - image["image"]) == pytest.approx(0.1 * image["image"].std(), rel=0.2)
 
 
 def test_images_soft_slots_and_expert_choice(rng: np.random.Generator) -> None:

@@ -30,6 +30,7 @@ def test_a_run_is_seen_from_its_checkpoints(tmp_path: Path) -> None:
     ((step, share),) = seen.changes[name]
     assert step == 4
     assert 0 < share < 1
+    assert 0 < seen.noise[name] < 1
     found = {"moe": seen, "again": seen}
     for picture in (analyse.experts, analyse.similarity, analyse.changes):
         path = picture(found, tmp_path / f"{picture.__name__}.png")
