@@ -3,9 +3,9 @@
 Byte language models with 8 experts in every other feed-forward layer. VQMoE runs two experts per token, so its measure is top-2; the
 discrete path alone runs one, and its measure is the top-1 mixture.
 
-Departures: bytes, 300 steps, rotary attention; true straight-through quantisation is the default and the release's blend an arm. The
-paper's robustness (how many tokens change their expert between checkpoints, or under corrupted input) is not measured here, nor are its
-vision models and its other codebooks (moving averages, residual, lookup-free).
+Departures: bytes, 300 steps, rotary attention; true straight-through quantisation is the default and the release's blend an arm. How
+many tokens change their expert between checkpoints, or under corrupted input (the paper's robustness), is what `--analyse` shows. The
+paper's vision models are left out, and its residual and lookup-free codebooks.
 """
 
 from configs import small_lm
@@ -50,6 +50,7 @@ STUDY = Study(
         "quantise": (
             Arm("blend", vq(quantise="blend"), note="the release's default: nearly the token itself, rho 0.05"),
             Arm("cosine", vq(distance="cosine"), note="codes compared by angle"),
+            Arm("averaged", vq(codebook="averaged"), note="codes are running averages of their tokens"),
             Arm("revive", vq(revive_below=0.1), note="codes that fall out of use move to tokens"),
         ),
         "combine": (Arm("mean", vq(combine="mean"), note="half of each path"),),

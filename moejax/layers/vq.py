@@ -22,8 +22,9 @@ OPTIONS = {
     "distance": ("euclidean", "cosine"),
     "paths": ("both", "discrete"),
     "combine": ("gate", "mean"),
+    "codebook": ("learned", "averaged"),
 }
-MEMORY = 0.99  # of the running use of codes
+MEMORY = 0.99  # of running means: codes' use and, where they are averages, their tokens
 
 
 @ffns.register("vq_moe", slots=SLOTS)
@@ -38,7 +39,9 @@ class VQMoE(MoE):
       quantise: x_q is the code, with the gradient of x ('straight_through'), or `(1 - rho) x + rho sg(code - x)`, which for a small
         rho is nearly x itself ('blend', the released code's default).
       rho: of 'blend'.
-      coef: weight of the loss `mean (code - sg(x))^2 + commitment * mean (x - sg(code))^2`; the codebook learns from nothing else.
+      codebook: its codes are parameters, 'learned' from the loss below, or each is the running average of its own tokens
+        ('averaged', van den Oord et al. 2017, appendix A.1), kept in 'router_state'; the loss then pulls on tokens alone.
+      coef: weight of the loss `mean (code - sg(x))^2 + commitment * mean (x - sg(code))^2`; learned codes learn from nothing else.
       commitment: see above.
       distance: which code is nearest: 'euclidean' or 'cosine'.
       paths: 'both', or 'discrete' alone, which needs no router (the paper's fine-tuning).
@@ -46,8 +49,8 @@ class VQMoE(MoE):
       revive_below: in training, a code whose running use falls below this share of 1 / K is moved to a random token of the batch;
         0 never. Microbatches move it to the mean of one token of each.
 
-    Collections: sows the loss as 'vq_loss' and the stat code_perplexity; keeps running use and moves in 'router_state' where codes are
-    revived.
+    Collections: sows the loss as 'vq_loss' and the stat code_perplexity; keeps running use, and the moves of revived codes or the
+    averages of averaged ones, in 'router_state'.
     """
 
     num_codes: int | None = None
@@ -59,12 +62,15 @@ class VQMoE(MoE):
     paths: Literal["both", "discrete"] = "both"
     combine: Literal["gate", "mean"] = "gate"
     revive_below: float = 0.0
+    codebook: Literal["learned", "averaged"] = "learned"
 
     def __post_init__(self) -> None:
         for name, options in OPTIONS.items():
             check_choice(name, getattr(self, name), options)
         if not 0 <= self.revive_below < 1:
             raise ConfigError(f"revive_below={self.revive_below} must be at least 0 and below 1: a share of the mean use")
+        if self.revive_below and self.codebook == "averaged":
+            raise ConfigError(f"revive_below={self.revive_below} moves learned codes; take codebook='learned', or 0")
         super().__post_init__()
 
     @nn.compact
@@ -99,27 +105,57 @@ class VQMoE(MoE):
         self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], train: bool
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s k"], Array]:
         """The quantised tokens, how near each code is (0 at best, or 1 for cosines), and the nearest code."""
-        k = self.num_codes or self.bank.num_experts
-        codes = param(self, "codebook", _uniform(1 / k), (k, x.shape[-1]), (None, "embed"))
-        moves = None
-        if self.revive_below:
-            # The codebook is a parameter, which no forward pass can set: where a code was moved to is kept beside it.
-            moves = self.variable("router_state", "codes", lambda: {"move": jnp.zeros(codes.shape), "use": jnp.full(k, 1 / k)})
-            codes = codes + moves.value["move"]
+        codes, state = self._codes(x.shape[-1])
+        k = codes.shape[0]
         scores = _nearness(jax.lax.stop_gradient(x), jax.lax.stop_gradient(codes), self.distance)
         code = jnp.argmax(scores, axis=-1)
         one_hot = jax.nn.one_hot(code, k)
         nearest = jnp.einsum("bsk,kd->bsd", one_hot, codes, precision=jax.lax.Precision.HIGHEST)
         stop = jax.lax.stop_gradient
-        error = jnp.square(nearest - stop(x)) + self.commitment * jnp.square(x - stop(nearest))
+        error = self.commitment * jnp.square(x - stop(nearest))
+        if self.codebook == "learned":
+            error = error + jnp.square(nearest - stop(x))
         sow(self, "losses", "vq_loss", self.coef * masked_mean(error, valid, (0, 1)).mean())
         use = masked_mean(one_hot, valid, (0, 1))
         sow(self, "stats", "code_perplexity", jnp.exp(-jax.scipy.special.xlogy(use, use).sum()))
-        if moves is not None and train and self.is_mutable_collection("router_state"):
-            moves.value = self._revived(moves.value, codes, x, valid, use)
+        if state is not None and train and self.is_mutable_collection("router_state"):
+            update = self._revived if self.revive_below else self._averaged
+            state.value = stop(update(state.value, codes, x, valid, use, one_hot))
         if self.quantise == "blend":
             return (1 - self.rho) * x + self.rho * stop(nearest - x), scores, code
         return x + stop(nearest - x), scores, code
+
+    def _codes(self, width: int) -> tuple[Float[Array, "k d"], nn.Variable | None]:
+        """The codebook, and the state that it rests on if there is one."""
+        k = self.num_codes or self.bank.num_experts
+        if self.codebook == "averaged":
+            start = _uniform(1 / k)
+            state = self.variable(
+                "router_state",
+                "codes",
+                lambda: {"total": start(self.make_rng("params"), (k, width)) / k, "use": jnp.full(k, 1 / k)},
+            )
+            return state.value["total"] / jnp.maximum(state.value["use"], 1e-9)[:, None], state
+        codes = param(self, "codebook", _uniform(1 / k), (k, width), (None, "embed"))
+        if not self.revive_below:
+            return codes, None
+        # A parameter cannot be set in a forward pass: where a code was moved to is kept beside it.
+        state = self.variable("router_state", "codes", lambda: {"move": jnp.zeros(codes.shape), "use": jnp.full(k, 1 / k)})
+        return codes + state.value["move"], state
+
+    def _averaged(
+        self,
+        state: dict[str, Array],
+        codes: Float[Array, "k d"],
+        x: Float[Array, "b s d"],
+        valid: Bool[Array, "b s"],
+        use: Float[Array, "k"],
+        one_hot: Float[Array, "b s k"],
+    ) -> dict[str, Array]:
+        """Running means over tokens of each code's use and of its tokens' sum. Linear, so microbatches' states can be averaged."""
+        tokens = jnp.einsum("bsk,bsd->kd", one_hot * valid[..., None], x) / jnp.maximum(valid.sum(), 1)
+        new = {"total": tokens, "use": use}
+        return {name: MEMORY * state[name] + (1 - MEMORY) * new[name] for name in new}
 
     def _revived(
         self,
@@ -128,6 +164,7 @@ class VQMoE(MoE):
         x: Float[Array, "b s d"],
         valid: Bool[Array, "b s"],
         use: Float[Array, "k"],
+        one_hot: Float[Array, "b s k"],
     ) -> dict[str, Array]:
         k, valid = codes.shape[0], valid.reshape(-1)
         dead = state["use"] < self.revive_below / k
@@ -135,7 +172,7 @@ class VQMoE(MoE):
         draw = jax.random.uniform(self.make_rng("router"), (k, valid.shape[0])) * valid
         token = x.reshape(-1, x.shape[-1])[jnp.argmax(draw, axis=-1)]
         move = jnp.where(dead[:, None], state["move"] + token - codes, state["move"])
-        return jax.lax.stop_gradient({"move": move, "use": jnp.where(dead, 1 / k, MEMORY * state["use"] + (1 - MEMORY) * use)})
+        return {"move": move, "use": jnp.where(dead, 1 / k, MEMORY * state["use"] + (1 - MEMORY) * use)}
 
     def active_fraction(self) -> float:
         """Share of the experts' parameters that a token uses: those that the rule selects, and the code's."""

@@ -156,6 +156,29 @@ def test_codes_that_nobody_uses_move_to_tokens_in_training() -> None:
     assert after["stats"]["code_perplexity"] >= changed["stats"]["code_perplexity"]
 
 
+def test_averaged_codes_are_the_running_means_of_their_tokens() -> None:
+    """NumPy, two steps: use and sums decay by 0.99; no parameter and no gradient of a code; evaluation leaves them."""
+    vq, x = layer(paths="discrete", codebook="averaged"), example()[1]
+    variables = draw(vq, x)
+    assert "codebook" not in variables["params"]
+    rng = np.random.default_rng(0)
+    use, total = rng.random(K) / K, rng.normal(size=(K, D)) / K
+    for train in (True, True, False):
+        state = {"codes": {"total": jnp.asarray(total, jnp.float32), "use": jnp.asarray(use, jnp.float32)}}
+        _, sown = apply(vq, train)({"params": variables["params"], "router_state": state}, x)
+        codes, rows = total / use[:, None], np.asarray(x, np.float64)[VALID]
+        code = ((rows[:, None] - codes) ** 2).sum(-1).argmin(-1)
+        np.testing.assert_allclose(
+            sown["losses"]["vq_loss"], vq.coef * vq.commitment * ((rows - codes[code]) ** 2).mean(), rtol=1e-5
+        )
+        if train:
+            one_hot = np.eye(K)[code]
+            use, total = 0.99 * use + 0.01 * one_hot.mean(0), 0.99 * total + 0.01 * one_hot.T @ rows / len(rows)
+        kept = sown["router_state"]["codes"]
+        np.testing.assert_allclose(kept["use"], use, rtol=1e-5)
+        np.testing.assert_allclose(kept["total"], total, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_mesh_computes_the_same() -> None:
     vq = layer()
@@ -192,7 +215,11 @@ def test_it_is_a_layer_of_a_decoder() -> None:
 
 
 def test_settings() -> None:
-    for fields, message in (({"quantise": "round"}, "quantise='round'"), ({"revive_below": 1.0}, r"revive_below=1\.0")):
+    for fields, message in (
+        ({"quantise": "round"}, "quantise='round'"),
+        ({"revive_below": 1.0}, r"revive_below=1\.0"),
+        ({"revive_below": 0.1, "codebook": "averaged"}, "take codebook='learned'"),
+    ):
         with pytest.raises(ConfigError, match=message):
             layer(**fields)
     leaky = {"select": ExpertTopK(1.0)}
