@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import canary, readme, record, report, tables
+from experiments import canary, environment, readme, record, report, tables
 from experiments.cache import Cache, Run, train_in
 from experiments.progress import Board, Line
 from experiments.record import Outcome
@@ -157,6 +157,8 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache) -> Fit:
             models.build(config.model)
         except ConfigError as error:
             raise ConfigError(f"{error} (arm '{arm}')") from None
+    if jax.default_backend() == "cpu":
+        environment.keep_freed_memory()
     if jax.config.jax_compilation_cache_dir is None:
         # Compiling is most of a small run's time, and the same programs come again: further presets, --fresh, resumption.
         jax.config.update("jax_compilation_cache_dir", str(cache.root.absolute() / "compiled"))

@@ -159,5 +159,8 @@ STUDY = Study(
     metrics=("eval/stats/max_logit", "eval/stats/z", "eval/stats/drop_rate", "eval/stats/experts_per_token"),
     notes="The paper counts diverged runs of six; three seeds can only show where some diverge. Fine-tuning (which parameters to update, "
     "batch size, learning rate, expert dropout) and what experts of an encoder specialise in have no arm here, nor has the headline (SuperGLUE "
-    "and other transfer, 269 billion parameters). Learning rate and steps of the paper preset are ours.",
+    "and other transfer, 269 billion parameters). Learning rate and steps of the paper preset are ours. Where logits do not grow by "
+    "themselves, as in the short runs of the CPU preset, the z-loss makes the largest magnitude larger: its minimum is not at logits of 0 "
+    "but of -log e, where the sum of their exponentials is 1, so it moves all of them down together by 2, which changes no routing. What it "
+    "bounds is growth (`hot`).",
 )
