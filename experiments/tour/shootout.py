@@ -85,6 +85,17 @@ ARMS = (
         note="three of 31 fine experts and a shared one (DeepSeekMoE)",
     ),
     Arm("sigmoid", moe(16, SIGMOID), note="normalised sigmoid gates"),
+    Arm(
+        "sigma",
+        moe(
+            16,
+            {"kind": "expert_dropout", "rate": 0.05, "select": {"kind": "top_k", "k": 2, "score": "sigmoid"}},
+            {"spread": {"coef": 1e-3}},
+            router={"kind": "equal_norm"},
+            bank={"kind": "dense_matched_ffn", "hidden": TOTAL // 16},
+        ),
+        note="sigmoid gates as they are, started as the dense layer is (sigma-MoE)",
+    ),
     Arm("loss_free", moe(16, SIGMOID, {}, balancer={"kind": "loss_free", "speed": 1e-2}), note="balanced by a bias, no loss"),
     Arm(
         "base",
@@ -111,6 +122,29 @@ ARMS = (
         note="ReLU gates, two on average (ReMoE)",
     ),
     Arm(
+        "top_any",
+        moe(
+            16,
+            {"kind": "top_any"},
+            {},
+            router={
+                "kind": "expert_pool",
+                "initial": 16,
+                "scale_init": 10.0,
+                "learn_scale": True,
+                "diversity": 1e-2,
+                "cycle": 60,
+            },
+        ),
+        note="all experts over a learned threshold (DynMoE)",
+    ),
+    Arm("recurrent", moe(16, TOP2, router={"kind": "recurrent", "width": 32}), note="a router with memory over depth (RMoE)"),
+    Arm(
+        "codes",
+        wide("vq_moe", 16, router={"kind": "linear"}, select={"kind": "top_k", "k": 1}, losses=BALANCE),
+        note="one of 16, and the one that its code names (VQMoE)",
+    ),
+    Arm(
         "chain",
         wide(
             "chain_of_experts",
@@ -130,7 +164,12 @@ ARMS = (
     Arm(
         "expert_choice",
         moe(8, {"kind": "expert_choice", "capacity_factor": 1.0}, {}),
-        note="experts choose tokens: one expert a token on average",
+        note="experts choose tokens: one of 8 a token on average",
+    ),
+    Arm(
+        "merged",
+        wide("smear", 8),
+        note="8 experts averaged for each image (SMEAR)",
     ),
     Arm(
         "soft",
