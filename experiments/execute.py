@@ -1,5 +1,6 @@
 """Training the arms of a study, or one config, through the cache and under live progress."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,11 @@ def finish(outcome: Outcome, runs: Path, ledger: Path, console: Console) -> int:
     written = report.write(outcome, runs)
     paths = [*written.plots, written.results, written.html]
     if not outcome.missing:
-        paths.append(record.write_entry(outcome, ledger))
+        entry = record.write_entry(outcome, ledger)
+        paths.append(entry)
+        # A ranking of many arms is looked at, not read: it stands beside its numbers.
+        ranking = [plot for plot in written.plots if plot.stem == "ranking" and not outcome.ablation]
+        paths += [Path(shutil.copy(plot, entry.with_suffix(".png"))) for plot in ranking]
         readme.renew(ledger)
     say(console, "wrote")
     for path in paths:

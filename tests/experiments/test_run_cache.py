@@ -12,7 +12,9 @@ from toy_studies import FakeFit, final_bits, make_study
 from configs import base_lm
 from experiments import cache, canary, plots, record
 from experiments.cache import Cache, key
-from experiments.execute import execute, execute_config
+from experiments.execute import execute, execute_config, finish
+from experiments.study import Arm
+from experiments.terminal import make_console
 from moejax.errors import ConfigError
 
 
@@ -188,6 +190,16 @@ def test_ablations_and_the_papers_scale_have_entries_of_their_own(tmp_path):
     paper = execute(make_study(), "paper", runs=tmp_path / "runs", fit=FakeFit())
     assert record.write_entry(paper, tmp_path).name == "toy.paper.json"
     assert [entry["preset"] for entry in record.entries(tmp_path)] == ["cpu", "paper"]
+
+
+def test_the_ranking_of_many_arms_stands_beside_their_entry(tmp_path):
+    many = tuple(Arm(f"k{k}", {"model.blocks.moe.ffn.select.k": k}) for k in range(1, 6))
+    study = make_study(arms=(*make_study().arms, *many))
+    for ablation in ("", "capacity"):
+        outcome = execute(study, "cpu", runs=tmp_path / "runs", ablation=ablation, fit=FakeFit())
+        finish(outcome, tmp_path / "runs", tmp_path / "ledger", make_console(quiet=True))
+    written = sorted(path.name for path in (tmp_path / "ledger").iterdir())
+    assert written == ["toy.capacity.json", "toy.json", "toy.png"]
 
 
 class TestCanary:
