@@ -41,12 +41,16 @@ def demo_table(ledger: Path) -> str:
 
 
 def verdict_table(ledger: Path) -> str:
-    """The headline claim of every other study that has been judged at CPU scale."""
-    lines = ["| study | claim | measured | 95 % interval | verdict |", "|---|---|---|---|---|"]
-    for file in sorted(ledger.glob("*.json")):
-        entry = _read(file)
-        if entry.get("slug", DEMO) != DEMO and entry["preset"] == "cpu" and not entry["ablation"]:
-            lines += [f"| {entry['slug']} {_row(claim)}" for claim in entry["claims"] if claim["headline"]]
+    """Of every other study that has been judged at CPU scale: its headline claim, and the verdicts on all its claims."""
+    lines = ["| study | claim | measured | 95 % interval | verdict | all claims, with ablations |", "|---|---|---|---|---|---|"]
+    found = [entry for entry in record.entries(ledger) if entry["preset"] == "cpu" and entry["slug"] != DEMO]
+    for entry in found:
+        if entry["ablation"]:
+            continue
+        # An ablation's entry judges the study's other claims again, on the same runs.
+        claims = {claim["claim"]: claim for each in found if each["slug"] == entry["slug"] for claim in each["claims"]}
+        counts = tables.count_verdicts([{"claims": list(claims.values())}])
+        lines += [f"| {entry['slug']} {_row(claim)} {counts} |" for claim in entry["claims"] if claim["headline"]]
     return "\n".join(lines)
 
 
