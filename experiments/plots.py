@@ -59,25 +59,34 @@ def curves(outcome: Outcome, path: Path) -> Path | None:
 def ranking(outcome: Outcome, path: Path) -> Path | None:
     """Arms from best to worst by the headline's metric: a dot per seed, a line at their mean.
 
+    Runs of one seed share their data, and often more than half of their spread: beside the values stand their distances from what
+    all arms reach on average with that seed.
+
     Returns:
       `path`, or None for fewer arms than are worth ranking.
     """
     claim = outcome.study.headline
-    found = {arm: [run.value(claim.metric) for run in seeds.values()] for arm, seeds in outcome.runs.items()}
-    found = {arm: values for arm, values in found.items() if np.isfinite(values).all()}
+    found = {arm: {seed: run.value(claim.metric) for seed, run in seeds.items()} for arm, seeds in outcome.runs.items()}
+    found = {arm: values for arm, values in found.items() if np.isfinite(list(values.values())).all()}
     if len(found) < MIN_RANKED:
         return None
-    order = sorted(found, key=lambda arm: np.mean(found[arm]), reverse=math.isinf(claim.high))
+    order = sorted(found, key=lambda arm: np.mean(list(found[arm].values())), reverse=math.isinf(claim.high))
+    paired = sorted(set.intersection(*(set(found[arm]) for arm in order)))
+    values = [list(found[arm].values()) for arm in order]
+    table = np.array([[found[arm][seed] for seed in paired] for arm in order])
+    panels = [(f"{claim.metric}: a dot per seed, a line at their mean", values)]
+    if len(paired) > 1:
+        panels.append(("less the mean of all arms of that seed", list(table - table.mean(0))))
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "both"}):
-        figure = Figure(figsize=(7.5, 0.33 * len(order) + 1.1), layout="constrained")
-        axes = figure.subplots()
-        for place, arm in enumerate(order):
-            mean = np.mean(found[arm])
-            axes.plot(found[arm], [place] * len(found[arm]), "o", color=COLOURS[0], alpha=0.55, markersize=6, markeredgewidth=0)
-            axes.plot([mean, mean], [place - 0.32, place + 0.32], color=COLOURS[1], linewidth=2)
+        figure = Figure(figsize=(1.5 + 5.5 * len(panels), 0.33 * len(order) + 1.1), layout="constrained")
+        for axes, (title, rows) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+            for place, dots in enumerate(rows):
+                mean = np.mean(dots)
+                axes.plot(dots, [place] * len(dots), "o", color=COLOURS[0], alpha=0.55, markersize=6, markeredgewidth=0)
+                axes.plot([mean, mean], [place - 0.32, place + 0.32], color=COLOURS[1], linewidth=2)
+            axes.set_title(title)
         axes.set_yticks(range(len(order)), order)
         axes.invert_yaxis()
-        axes.set_title(f"{claim.metric}: a dot per seed, a line at their mean")
         return save(figure, path)
 
 

@@ -2,7 +2,8 @@
 
 A small ViT on MNIST (16 patches of 7 x 7), every other layer a mixture. All arms have the same data, the same steps, 1,024 hidden
 units of experts in each mixture layer, and, as far as a method lets one choose, 128 of them active per token (the table's
-'active' says what each really used). Soft and expert choice see all tokens of an image; the others decide token by token.
+'active' says what each really used). Soft and expert choice see all tokens of an image; the others decide token by token. Capacity and assignment are over the batch, as
+in V-MoE: the patches of one image look so much alike that a capacity for each image refuses more than half of all choices.
 
     python -m experiments.run --study=shootout
 """
@@ -76,9 +77,17 @@ ARMS = (
         note="about equal parameters: a bound",
     ),
     Arm("random", moe(16, TOP2, {}, router={"kind": "random"}), note="two random experts of 16"),
-    Arm("switch", moe(8, {"kind": "top_k", "k": 1, "capacity_factor": 1.25}), note="one of 8, capacity 1.25"),
+    Arm(
+        "switch",
+        moe(8, {"kind": "top_k", "k": 1, "capacity_factor": 1.25}, group_by="batch"),
+        note="one of 8, capacity 1.25",
+    ),
     Arm("top2", moe(16, TOP2), note="two of 16, dropless"),
-    Arm("gshard", moe(16, {"kind": "gshard", "capacity_factor": 1.25}), note="two of 16, random second, capacity 1.25"),
+    Arm(
+        "gshard",
+        moe(16, {"kind": "gshard", "capacity_factor": 1.25}, group_by="batch"),
+        note="two of 16, random second, capacity 1.25",
+    ),
     Arm(
         "fine_shared",
         moe(31, {"kind": "top_k", "k": 3}, shared={"kind": "ffn", "hidden": 32}, bank={"kind": "ffn", "hidden": 32}),
@@ -99,7 +108,9 @@ ARMS = (
     Arm("loss_free", moe(16, SIGMOID, {}, balancer={"kind": "loss_free", "speed": 1e-2}), note="balanced by a bias, no loss"),
     Arm(
         "base",
-        moe(8, {"kind": "balanced_assignment"}, {}, eval_select={"kind": "top_k", "k": 1, "score": "sigmoid"}),
+        moe(
+            8, {"kind": "balanced_assignment"}, {}, eval_select={"kind": "top_k", "k": 1, "score": "sigmoid"}, group_by="batch"
+        ),
         note="balanced assignment in training, greedy after",
     ),
     Arm(
