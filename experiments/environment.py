@@ -62,7 +62,7 @@ def keep_freed_memory() -> bool:
     """Lets this process keep the memory that it frees, where the C library can (glibc); whether it does now.
 
     On a CPU, XLA allocates the temporaries of every step anew. The large ones would come from the system each time and go back to
-    it, which maps and zeroes all their pages again: 14 % of a small dense model's training step and 29 % of a mixture's.
+    it, which maps and zeroes all their pages again: a quarter of a small model's training step, dense or mixture.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     trim_threshold, mmap_max = -1, -4  # of malloc.h

@@ -134,14 +134,20 @@ def _backends(config: ConfigDict) -> Cell:
 
 
 def _split(config: ConfigDict) -> Cell:
-    """'experts' if they are split and tokens travel; 'parameters' if XLA splits the layer by its parameters' names."""
+    """'experts' if they are split and tokens travel; 'parameters' if XLA splits the layer by its parameters' names.
+
+    Experts whose number no mesh of eight divides keep together: their parameters are then split within, and the cell says why.
+    """
     parallel = Parallel(make_mesh(MESH, jax.devices()[:DEVICES]))
     if _has_backend(config):
         travelling = _try(lambda: _trace(config, parallel, backend="expert_parallel"))
         if travelling.text == "yes":
             return Cell("experts")
     split = _try(lambda: _trace(config, parallel))
-    return Cell("parameters") if split.text == "yes" else split
+    if split.text == "yes":
+        return Cell("parameters")
+    whole = _try(lambda: _trace(config, Parallel(make_mesh("fsdp", jax.devices()[:DEVICES]))))
+    return Cell("parameters", split.why) if whole.text == "yes" else whole
 
 
 def _has_backend(config: ConfigDict) -> bool:

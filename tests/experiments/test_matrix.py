@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import matrix
-from experiments.study import load
+from experiments.study import load, resolve
 
 
 @pytest.mark.slow
@@ -48,3 +48,10 @@ def test_causality_and_decoding_are_found_by_running() -> None:
     assert matrix._causal(Model(), None, sees_the_future) == "no"
     assert matrix._causal(Model(), None, in_training) == "at inference"
     assert matrix._causal(Model(), None, lambda _, tokens, train: tokens[..., None].astype("float32")) == "yes"
+
+
+@pytest.mark.slow
+def test_experts_that_no_mesh_of_eight_divides_stay_together() -> None:
+    cell = matrix._split(matrix._small(resolve(load("smear"), "smoke", "smear")))
+    assert cell.text == "parameters"
+    assert "'expert' of size 3 does not divide" in cell.why
