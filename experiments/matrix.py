@@ -138,15 +138,16 @@ def _split(config: ConfigDict) -> Cell:
 
     Experts whose number no mesh of eight divides keep together: their parameters are then split within, and the cell says why.
     """
-    parallel = Parallel(make_mesh(MESH, jax.devices()[:DEVICES]))
-    if _has_backend(config):
-        travelling = _try(lambda: _trace(config, parallel, backend="expert_parallel"))
-        if travelling.text == "yes":
-            return Cell("experts")
-    split = _try(lambda: _trace(config, parallel))
+
+    def on(mesh: str, **context: Any) -> Cell:
+        return _try(lambda: _trace(config, Parallel(make_mesh(mesh, jax.devices()[:DEVICES])), **context))
+
+    if _has_backend(config) and on(MESH, backend="expert_parallel").text == "yes":
+        return Cell("experts")
+    split = on(MESH)
     if split.text == "yes":
         return Cell("parameters")
-    whole = _try(lambda: _trace(config, Parallel(make_mesh("fsdp", jax.devices()[:DEVICES]))))
+    whole = on("fsdp")
     return Cell("parameters", split.why) if whole.text == "yes" else whole
 
 

@@ -59,8 +59,8 @@ def curves(outcome: Outcome, path: Path) -> Path | None:
 def ranking(outcome: Outcome, path: Path) -> Path | None:
     """Arms from best to worst by the headline's metric: a dot per seed, a line at their mean.
 
-    Runs of one seed share their data, and often more than half of their spread: beside the values stand their distances from what
-    all arms reach on average with that seed.
+    Runs of one seed share their data, and so part of their spread: beside the values stand their distances from what all arms reach
+    on average with that seed. Seeds that some arm has not run with stand on the left only.
 
     Returns:
       `path`, or None for fewer arms than are worth ranking.
@@ -71,11 +71,10 @@ def ranking(outcome: Outcome, path: Path) -> Path | None:
     if len(found) < MIN_RANKED:
         return None
     order = sorted(found, key=lambda arm: np.mean(list(found[arm].values())), reverse=math.isinf(claim.high))
-    paired = sorted(set.intersection(*(set(found[arm]) for arm in order)))
-    values = [list(found[arm].values()) for arm in order]
-    table = np.array([[found[arm][seed] for seed in paired] for arm in order])
-    panels = [(f"{claim.metric}: a dot per seed, a line at their mean", values)]
-    if len(paired) > 1:
+    shared = sorted(set.intersection(*map(set, found.values())))
+    panels = [(f"{claim.metric}: a dot per seed, a line at their mean", [list(found[arm].values()) for arm in order])]
+    if len(shared) > 1:
+        table = np.array([[found[arm][seed] for seed in shared] for arm in order])
         panels.append(("less the mean of all arms of that seed", list(table - table.mean(0))))
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure = Figure(figsize=(1.5 + 5.5 * len(panels), 0.33 * len(order) + 1.1), layout="constrained")

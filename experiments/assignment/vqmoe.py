@@ -102,7 +102,7 @@ STUDY = Study(
         ),
     },
     metrics=("eval/stats/code_perplexity", "eval/stats/max_violation"),
-    notes="On bytes the learned codebook collapses: two or three codes of eight are in use, and the code's expert is nearly always the "
-    "same. Running averages, or codes that move to tokens when they fall out of use (`quantise`), keep about twice as many, not all. The "
+    notes="On bytes the learned codebook collapses: two or three codes of eight are in use, and where codes alone route (`discrete`), "
+    "one expert takes more than half of the tokens. Running averages, or codes that move to tokens when they fall out of use (`quantise`), keep about twice as many, not all. The "
     "release's blend has as few, but as it hands on nearly the token itself, its losses are the best of the group.",
 )

@@ -2,8 +2,9 @@
 
 A small ViT on MNIST (16 patches of 7 x 7), every other layer a mixture. All arms have the same data, the same steps, 1,024 hidden
 units of experts in each mixture layer, and, as far as a method lets one choose, 128 of them active per token (the table's
-'active' says what each really used). Soft and expert choice see all tokens of an image; the others decide token by token. Capacity and assignment are over the batch, as
-in V-MoE: the patches of one image look so much alike that a capacity for each image refuses more than half of all choices.
+'active' says what each really used). Soft slots, merged experts and
+expert choice see all tokens of an image; the others decide token by token. Capacity and assignment are over the batch, as in V-MoE:
+the patches of one image look so much alike that a capacity for each image refuses more than half of all choices.
 
     python -m experiments.run --study=shootout
 """

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from toy_studies import FakeFit, final_bits, make_study
 
@@ -200,6 +201,21 @@ def test_the_ranking_of_many_arms_stands_beside_their_entry(tmp_path):
         finish(outcome, tmp_path / "runs", tmp_path / "ledger", make_console(quiet=True))
     written = sorted(path.name for path in (tmp_path / "ledger").iterdir())
     assert written == ["toy.capacity.json", "toy.json", "toy.png"]
+
+
+def test_a_ranking_shows_distances_within_a_seed(tmp_path, monkeypatch):
+    """Losses are made up: an arm's own part, and one of the seed that is ten times as large and must cancel."""
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    many = tuple(Arm(f"k{k}", {"model.blocks.moe.ffn.select.k": k}) for k in range(2, 8))
+    fit = FakeFit(lambda config, seed: 2 + 0.1 * config.model.blocks.moe.ffn.select.k + seed)
+    outcome = execute(make_study(arms=(*make_study().arms, *many)), "cpu", runs=tmp_path / "runs", fit=fit)
+    plots.ranking(outcome, tmp_path / "ranking.png")
+    left, right = ([line.get_xdata() for line in axes.lines[::2]] for axes in drawn[0].axes)
+    assert [len(dots) for dots in left] == [3] * len(outcome.runs)
+    assert all(np.ptp(dots) > 1.9 for dots in left)
+    assert all(np.ptp(dots) < 1e-9 for dots in right)
+    np.testing.assert_allclose(np.diff([dots[0] for dots in right]), np.diff([dots[0] for dots in left]), atol=1e-9)
 
 
 class TestCanary:
