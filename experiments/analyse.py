@@ -24,7 +24,7 @@ from experiments.record import Outcome
 from experiments.tables import Table, number
 from experiments.terminal import say, short, show
 from moejax.analysis import Layer, changed, favourites, observe, preferences, with_noise
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 BATCHES = 16
 NOISE = 0.1  # share of tokens replaced, to see whether the others are routed as before
@@ -83,9 +83,9 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
     """
     from moejax import models
     from moejax.data import info, make_iterator
+    from moejax.tasks.base import tasks
     from moejax.train import load
     from moejax.train.checkpoints import saved_steps
-    from moejax.train.tasks import tasks
 
     steps = saved_steps(run.path)
     if not steps:

@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import environment
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.

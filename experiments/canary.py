@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments import environment
 from experiments.cache import NUMERICS_VERSION, write_json
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 TOLERANCE = 1e-5
 STEPS = 5

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments import record
 from experiments.study import ROOT, study_files
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 FILE = ROOT / "catalog.toml"
 TIERS = ("core", "adjacent", "peripheral")
@@ -77,7 +77,7 @@ def load(file: Path = FILE) -> dict[str, Row]:
 
 
 def resolve(name: str) -> Any:
-    """The object that a dotted name means: `moejax.layers.moe.MoE`.
+    """The object that a dotted name means: `moejax.layers.ffn.moe.MoE`.
 
     Raises:
       ConfigError: no module or attribute of that name.

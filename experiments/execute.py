@@ -14,7 +14,7 @@ from experiments.progress import Board, Line
 from experiments.record import Outcome
 from experiments.study import Study, resolve
 from experiments.terminal import make_console, say, short, show
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 Fit = Callable[..., Any]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 DEFAULT_STUDY = "first_mixture"
 DEFAULT_PRESET = "cpu"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from experiments import flags
 from experiments.environment import REPOSITORY
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 HOME = "moejax"  # folder on the workers, below the home directory
 PAUSE = 30.0  # seconds between two looks at a slice that is not ready, and before a restart

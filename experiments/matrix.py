@@ -22,15 +22,15 @@ from experiments import overrides
 from experiments.study import Study, resolve
 from experiments.tables import Table
 from moejax import dispatch, models
-from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.aot.ahead import batch_shapes
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.models import DecoderLM, ViT
 from moejax.parallel import Parallel, make_mesh
-from moejax.parallel.ahead import batch_shapes
 from moejax.serve import generate
+from moejax.tasks.base import tasks
 from moejax.train.program import get_program
 from moejax.train.settings import TrainSettings, plain, section
-from moejax.train.tasks import tasks
 
 DEVICES = 8
 MESH = "data=4,expert=2"

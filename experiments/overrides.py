@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 FREE = ("model", "blocks")
 # Where a run computes: every config has these, named or not, and they do not change what it is. No mesh is one device.

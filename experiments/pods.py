@@ -22,7 +22,7 @@ from experiments.tables import Table, duration, percent, quantity
 from experiments.terminal import make_console, say, short, show
 
 if TYPE_CHECKING:
-    from moejax.parallel.report import Report
+    from moejax.aot.report import Report
 
 CONFIGS = REPOSITORY / "configs" / "pods"
 RECORD = REPOSITORY / "experiments" / "ledger" / "pods"
@@ -52,7 +52,7 @@ def compile_configs(configs: Mapping[str, Any], topology: str, folder: Path, con
 
 def compile_one(name: str, config: Any, topology: str, console: Console) -> "Report":
     """Compiles one config and shows what it needs."""
-    from moejax.parallel import ahead, report
+    from moejax.aot import ahead, report
 
     where = ahead.topology(topology)
     with _phases(console, f"{name} for {topology}") as phase:
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # looking for an accelerator takes a while, and none is needed
     from experiments import readme
     from experiments.flags import load_config
-    from moejax.errors import ConfigError, nearest
+    from moejax.core.errors import ConfigError, nearest
 
     console = make_console()
     topologies = [a.removeprefix("--for=") for a in argv if a.startswith("--for=")] or SLICES

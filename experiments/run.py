@@ -16,7 +16,7 @@ from rich.console import Console
 from experiments import flags
 from experiments.flags import Options
 from experiments.terminal import make_console, say, short, show
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from typing import Any, TypedDict, Unpack
 from ml_collections import ConfigDict
 
 from experiments import overrides
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 ROOT = Path(__file__).parent
 PRESETS = ("smoke", "cpu", "paper")

@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.cache import Run
 from experiments.study import Claim
-from moejax.errors import nearest
+from moejax.core.errors import nearest
 
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"

@@ -13,7 +13,7 @@ import moejax
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Package -> what it may never import. `moejax.models.registries` holds names only and is open to layers.
+# Package -> what it may never import. `moejax.models.registry` holds names only and is open to layers.
 FORBIDDEN = {
     "pallas_kernels": ["moejax", "experiments", "configs"],
     "moejax.routing": [f"moejax.{p}" for p in ("dispatch", "experts", "layers", "models", "data", "train", "serve")],
@@ -24,7 +24,7 @@ FORBIDDEN = {
     "moejax.data": [f"moejax.{p}" for p in ("routing", "dispatch", "experts", "layers", "models", "train", "serve")],
     "moejax": ["experiments", "configs", "tests"],
 }
-ALLOWED = {("moejax.layers", "moejax.models.registries")}
+ALLOWED = {("moejax.layers", "moejax.models.registry")}
 
 
 @functools.cache
@@ -151,5 +151,5 @@ def test_public_names_resolve_and_the_package_itself_imports_no_jax() -> None:
         assert name in dir(moejax)
     with pytest.raises(AttributeError, match="module 'moejax' has no attribute 'MoEE'"):
         _ = moejax.MoEE
-    code = "import sys, moejax, moejax.errors, moejax.registry; sys.exit('jax' in sys.modules)"
+    code = "import sys, moejax, moejax.core.errors, moejax.core.registry; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiments.environment import machine
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 BENCHES = ("dispatch", "decode", "scaling", "tiny", "router", "memory", "train", "kernels")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.bench.timing import Foreign
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.routing import TopK
 
 if TYPE_CHECKING:

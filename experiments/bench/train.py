@@ -16,13 +16,12 @@ from experiments import study as studies
 from experiments.bench.table import Bar, Outcome
 from experiments.bench.timing import race
 from moejax import data, models
-from moejax.context import Context
-from moejax.layers import ffns
-from moejax.models import mixers
-from moejax.train.optim import optimizers
+from moejax.core.context import Context
+from moejax.layers.registry import ffns, mixers
+from moejax.optim.base import optimizers
+from moejax.tasks.base import tasks
 from moejax.train.settings import plain
 from moejax.train.step import init_state, make_train_step
-from moejax.train.tasks import tasks
 
 # Mixture -> the dense model of equal active FLOPs, arms of the study `first_mixture`.
 PAIRS = {"switch8": "dense", "top2": "wide"}

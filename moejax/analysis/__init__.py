@@ -1,9 +1,5 @@
 """What routers learnt: load, uncertainty, specialisation by domain, similarity of experts, change between checkpoints and under noise."""
 
-from moejax.analysis.measures import balance, entropy, favourites, mutual_information, preferences, specialisation
-from moejax.analysis.observe import Layer, changed, observe, with_noise
+from moejax.core.folders import lazy
 
-__all__ = [
-    "Layer", "balance", "changed", "entropy", "favourites", "mutual_information", "observe", "preferences", "specialisation",
-    "with_noise",
-]  # fmt: skip
+__getattr__, __dir__ = lazy(__name__)

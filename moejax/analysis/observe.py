@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from moejax import dispatch
 from moejax.analysis import measures
-from moejax.context import Context
-from moejax.errors import ConfigError
-from moejax.routing.plan import ExpertChoice, Merge, Plan, SoftSlots, TokenChoice
-from moejax.train.tasks import Batch, Task
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
+from moejax.routing.plan import ExpertPlan, MergePlan, Plan, SlotPlan, TokenPlan
+from moejax.tasks.base import Batch, Task
 
 SAMPLE = 32  # tokens of a batch on which experts are compared
 LARGEST_VOCABULARY = 65_536
@@ -189,7 +189,7 @@ def _routing(model: nn.Module, variables: Any, x: Array, ctx: Context, responses
 
 
 def _nodes(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    if "plan" in tree and not isinstance(tree["plan"], (Mapping, Merge)):
+    if "plan" in tree and not isinstance(tree["plan"], (Mapping, MergePlan)):
         yield ".".join(path), dict(tree)
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -251,7 +251,7 @@ def _assigned(plan: Plan) -> Float[Array, "*layers g n e"]:
 
 
 # Dimensions of a plan's first leaf.
-_RANKS = {TokenChoice: 3, ExpertChoice: 3, SoftSlots: 4}
+_RANKS = {TokenPlan: 3, ExpertPlan: 3, SlotPlan: 4}
 
 
 def _compare_experts(go_on: Any, args: Any, kwargs: Any, call: nn.module.InterceptorContext) -> Any:
@@ -266,7 +266,7 @@ def _compare_experts(go_on: Any, args: Any, kwargs: Any, call: nn.module.Interce
     rows = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
     experts = jnp.repeat(jnp.arange(e, dtype=jnp.int32), len(rows))[None, :, None]
     used = jnp.ones(experts.shape, bool)
-    plan = TokenChoice(experts, used.astype(jnp.float32), used, ~used, num_experts=e)
+    plan = TokenPlan(experts, used.astype(jnp.float32), used, ~used, num_experts=e)
     answers = dispatch.dispatch(plan, lambda r, layout: module.bank(r, layout, ctx), jnp.tile(rows, (e, 1))[None], "reference")
     answers = answers.astype(jnp.float32).reshape(e, len(rows), -1)
     answers = answers / (jnp.linalg.norm(answers, axis=-1, keepdims=True) + 1e-9)

@@ -9,24 +9,6 @@
 folder that TFDS prepared. `python -m moejax.data` prepares the embedded ones and shows what they hold.
 """
 
-from moejax.data.catalog import DATASETS
-from moejax.data.computed import with_computed
-from moejax.data.config import DataConfig, ImageConfig, TextConfig
-from moejax.data.frequencies import token_clusters, token_frequencies, token_successors
-from moejax.data.iterator import DataInfo, info, make_iterator
-from moejax.data.storage import prepare
+from moejax.core.folders import lazy
 
-__all__ = [
-    "DATASETS",
-    "DataConfig",
-    "DataInfo",
-    "ImageConfig",
-    "TextConfig",
-    "info",
-    "make_iterator",
-    "prepare",
-    "token_clusters",
-    "token_frequencies",
-    "token_successors",
-    "with_computed",
-]
+__getattr__, __dir__ = lazy(__name__)

@@ -8,10 +8,10 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
+from moejax.core.errors import ConfigError, nearest
 from moejax.data import storage
 from moejax.data.catalog import DATASETS, TextDataset
 from moejax.data.config import parse
-from moejax.errors import ConfigError, nearest
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,9 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moejax.core.errors import ConfigError, nearest
 from moejax.data.frequencies import token_clusters, token_frequencies, token_successors
 from moejax.data.iterator import make_iterator
-from moejax.errors import ConfigError, nearest
 
 COMPUTED = {
     "token_clusters": token_clusters,

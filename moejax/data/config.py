@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moejax.core.errors import ConfigError, nearest
 from moejax.data.catalog import DATASETS, ImageDataset, TextDataset
-from moejax.errors import ConfigError, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ import grain
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from moejax.core.errors import ConfigError
 from moejax.data import storage
 from moejax.data.catalog import ImageDataset
 from moejax.data.config import ImageConfig, check_split
 from moejax.data.order import batched, derive_seed, ordered, padded
-from moejax.errors import ConfigError
 
 
 def image_batches(

@@ -6,12 +6,12 @@ from typing import Any
 
 import grain
 
+from moejax.core.errors import ConfigError
 from moejax.data import storage, tokenizers
 from moejax.data.catalog import DATASETS
 from moejax.data.config import TextConfig, check_shards, check_split, parse
 from moejax.data.images import image_batches, image_shape
 from moejax.data.text import text_batches
-from moejax.errors import ConfigError
 
 
 def make_iterator(

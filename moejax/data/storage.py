@@ -15,10 +15,10 @@ from typing import Any
 
 from grain.sources import RandomAccessDataSource
 
+from moejax.core.errors import ConfigError
 from moejax.data.builders import sources
 from moejax.data.catalog import DATASETS
 from moejax.data.config import DataConfig
-from moejax.errors import ConfigError
 
 
 class Held:

@@ -12,11 +12,11 @@ import grain
 import numpy as np
 from grain.sources import RandomAccessDataSource
 
+from moejax.core.errors import ConfigError
 from moejax.data import storage, tokenizers
 from moejax.data.config import TextConfig, check_split
 from moejax.data.order import batched, derive_seed, ordered, padded, with_workers
 from moejax.data.packing import Corpus, PackedRows, cut, empty_row, example_id
-from moejax.errors import ConfigError
 
 # Streamed windows are shuffled within a buffer of this many, so that the windows of a long document do not come in a run.
 _SHUFFLE_WINDOWS = 1024

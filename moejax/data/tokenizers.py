@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 
 class Tokenizer(NamedTuple):

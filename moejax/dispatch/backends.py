@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from moejax.dispatch.layout import Batched, Grouped, Layout, Merged, PerToken
-from moejax.routing.plan import Entries, ExpertChoice, Merge, Plan, SoftSlots, TokenChoice, sort_by_expert
+from moejax.routing.plan import Entries, ExpertPlan, MergePlan, Plan, SlotPlan, TokenPlan, sort_by_expert
 from pallas_kernels.permute import permute, unpermute
 
 Bank: TypeAlias = Callable[[Array, Layout], Array]
@@ -27,10 +27,10 @@ Bank: TypeAlias = Callable[[Array, Layout], Array]
 def reference(plan: Plan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Every expert on every token (slot, merged expert), then the weighted sum that the plan defines."""
     g, n, d = x.shape
-    if isinstance(plan, Merge):
+    if isinstance(plan, MergePlan):
         # The definition: one group at a time, its own merged bank.
         return jnp.concatenate([bank(x[i : i + 1], Merged(plan.weight[i : i + 1])) for i in range(g)])
-    if isinstance(plan, SoftSlots):
+    if isinstance(plan, SlotPlan):
         rows = jnp.stack([jnp.einsum("gns,gnd->gsd", plan.dispatch[:, :, i], x) for i in range(plan.num_experts)])
         s = rows.shape[2]
         y = bank(rows.reshape(plan.num_experts, g * s, d), Batched()).reshape(plan.num_experts, g, s, -1)
@@ -40,27 +40,27 @@ def reference(plan: Plan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, 
     return jnp.einsum("gne,egnf->gnf", plan.dense().astype(y.dtype), y)
 
 
-def einsum(plan: TokenChoice | ExpertChoice | SoftSlots, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def einsum(plan: TokenPlan | ExpertPlan | SlotPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Matrices move tokens into slots and back: what SPMD partitioners like best, quadratic in the group size."""
-    if isinstance(plan, TokenChoice):
+    if isinstance(plan, TokenPlan):
         plan = plan.to_slots()
-    soft = plan if isinstance(plan, SoftSlots) else plan.to_soft()
+    soft = plan if isinstance(plan, SlotPlan) else plan.to_soft()
     g, n, e, s = soft.dispatch.shape
     rows = jnp.einsum("gnes,gnd->egsd", soft.dispatch.astype(x.dtype), x)
     y = bank(rows.reshape(e, g * s, -1), Batched()).reshape(e, g, s, -1)
     return jnp.einsum("gnes,egsf->gnf", soft.combine.astype(y.dtype), y)
 
 
-def capacity(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def capacity(plan: TokenPlan | ExpertPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Indices move tokens into `[e, g * c]` slots and back."""
-    slots = plan.to_slots() if isinstance(plan, TokenChoice) else plan
+    slots = plan.to_slots() if isinstance(plan, TokenPlan) else plan
     g, e, c = slots.token.shape
     rows = gather_tokens(slots, x).swapaxes(0, 1).reshape(e, g * c, -1)
     y = bank(rows, Batched()).reshape(e, g, c, -1).swapaxes(0, 1)
     return scatter_tokens(slots, y)
 
 
-def grouped(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def grouped(plan: TokenPlan | ExpertPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Rows sorted by expert; unused rows go last and are never multiplied."""
     g, n, d = x.shape
     entries = plan.entries()
@@ -69,7 +69,7 @@ def grouped(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d
     layout = Grouped(group_sizes, num_rows=order.shape[0])
     weight = jnp.where(entries.used, entries.weight, 0)
     flat = x.reshape(g * n, d)
-    if isinstance(plan, TokenChoice):
+    if isinstance(plan, TokenPlan):
         k = plan.expert.shape[-1]
         y = unpermute(bank(permute(flat, order, inverse, k), layout), weight.reshape(g * n, k), order, inverse)
     else:
@@ -77,13 +77,13 @@ def grouped(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d
     return y.reshape(g, n, -1)
 
 
-def gather(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def gather(plan: TokenPlan | ExpertPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Each row with its own copy of its expert's parameters: fastest when rows or experts are tiny."""
     g, n, d = x.shape
     entries: Entries = plan.entries()
     y = bank(x.reshape(g * n, d)[entries.token], PerToken(entries.expert))
     weight = jnp.where(entries.used, entries.weight, 0)
-    if isinstance(plan, TokenChoice):
+    if isinstance(plan, TokenPlan):
         k = plan.expert.shape[-1]
         y = jnp.einsum("tk,tkf->tf", weight.reshape(g * n, k).astype(y.dtype), y.reshape(g * n, k, -1))
     else:
@@ -91,18 +91,18 @@ def gather(plan: TokenChoice | ExpertChoice, bank: Bank, x: Float[Array, "g n d"
     return y.reshape(g, n, -1)
 
 
-def merged(plan: Merge, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def merged(plan: MergePlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """One expert per group, with averaged parameters."""
     return bank(x, Merged(plan.weight))
 
 
-def gather_tokens(plan: ExpertChoice, x: Shaped[Array, "g n *d"]) -> Shaped[Array, "g e c *d"]:
+def gather_tokens(plan: ExpertPlan, x: Shaped[Array, "g n *d"]) -> Shaped[Array, "g e c *d"]:
     """The tokens that the experts chose; zeros in unused slots."""
     rows = jax.vmap(lambda tokens, index: tokens[index])(x, plan.token)
     return jnp.where(plan.used.reshape(*plan.used.shape, *(1,) * (x.ndim - 2)), rows, jnp.zeros((), x.dtype))
 
 
-def scatter_tokens(plan: ExpertChoice, y: Float[Array, "g e c f"]) -> Float[Array, "g n f"]:
+def scatter_tokens(plan: ExpertPlan, y: Float[Array, "g e c f"]) -> Float[Array, "g n f"]:
     """Sums slot outputs, weighted by the plan, back into their tokens. Unused slots count nothing, whatever they hold."""
     weight = jnp.where(plan.used, plan.weight, 0).astype(y.dtype)
     y = jnp.where(plan.used[..., None], y, 0) * weight[..., None]

@@ -2,9 +2,9 @@
 
 import flax.linen as nn
 
+from moejax.core.params import Initializer, per_expert
 from moejax.experts.ffn import FFN
 from moejax.experts.registry import banks
-from moejax.params import Initializer, per_expert
 
 
 @banks.register("adapter")

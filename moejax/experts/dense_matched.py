@@ -5,10 +5,10 @@ from typing import Literal
 
 import flax.linen as nn
 
-from moejax.errors import check_choice
+from moejax.core.errors import check_choice
+from moejax.core.params import Initializer, per_expert
 from moejax.experts.ffn import FFN
 from moejax.experts.registry import banks
-from moejax.params import Initializer, per_expert
 
 
 @banks.register("dense_matched_ffn")

@@ -3,10 +3,10 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from moejax.context import Context
+from moejax.core.context import Context
+from moejax.core.params import Initializer, per_expert
 from moejax.dispatch.layout import Layout
 from moejax.experts.registry import activation, banks, declare, dropout
-from moejax.params import Initializer, per_expert
 
 _INIT = per_expert(nn.initializers.lecun_normal())
 

@@ -3,10 +3,10 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from moejax.context import Context
+from moejax.core.context import Context
+from moejax.core.params import per_expert
 from moejax.dispatch.layout import Layout
 from moejax.experts.registry import banks, declare
-from moejax.params import per_expert
 
 
 @banks.register("lora")

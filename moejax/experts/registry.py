@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array
 
-from moejax.errors import ConfigError, nearest
-from moejax.params import Initializer, param
-from moejax.registry import Registry
+from moejax.core.errors import ConfigError, nearest
+from moejax.core.params import Initializer, param
+from moejax.core.registry import Registry
 
-banks = Registry("bank")
+banks = Registry("bank", "moejax.experts")
 
 Axes = tuple[str | None, ...]
 

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.context import Context
+from moejax.core.context import Context
+from moejax.core.params import per_expert
 from moejax.dispatch.layout import Layout
 from moejax.experts.registry import activation, banks, declare
-from moejax.params import per_expert
 
 _INIT = per_expert(nn.initializers.lecun_normal())
 

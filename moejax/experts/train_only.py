@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.context import Context
+from moejax.core.context import Context
 from moejax.dispatch.layout import Layout
 from moejax.experts.registry import banks
 

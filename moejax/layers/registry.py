@@ -1,6 +1,8 @@
-"""Registries of what a model author plugs into a block: feed-forward layers and norms."""
+"""Registries of what a model author plugs in: blocks, and the feed-forward layers, mixers and norms that blocks are made of."""
 
-from moejax.registry import Registry
+from moejax.core.registry import Registry
 
-ffns = Registry("ffn")
-norms = Registry("norm")
+ffns = Registry("ffn", "moejax.layers.ffn")
+mixers = Registry("mixer", "moejax.layers.mixers", "moejax.layers.ffn.smear")
+norms = Registry("norm", "moejax.layers.norms")
+blocks = Registry("block", "moejax.layers.blocks", "moejax.layers.depth")

@@ -6,19 +6,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import dispatch as dispatch_lib
-from moejax.context import Context
-from moejax.control import control
+from moejax.core.context import Context
+from moejax.core.control import control
+from moejax.core.errors import ConfigError
+from moejax.core.sowing import sow
 from moejax.dispatch.backends import Bank
-from moejax.errors import ConfigError
 from moejax.parallel.mesh import BATCH_AXES, batch_ways, shard_map
 from moejax.parallel.scope import current
-from moejax.routing.adaptive import AdaptiveLoss
-from moejax.routing.losses import Loss, Routing
-from moejax.routing.losses import losses as loss_registry
-from moejax.routing.plan import Plan, TokenChoice
+from moejax.routing.losses.adaptive_l1 import AdaptiveLoss
+from moejax.routing.losses.base import Loss, Routing
+from moejax.routing.losses.base import losses as loss_registry
+from moejax.routing.plan import Plan, TokenPlan
 from moejax.routing.select import Select
 from moejax.routing.stats import routing_stats
-from moejax.sowing import sow
 
 GROUPINGS = ("sequence", "batch", "position")
 
@@ -50,7 +50,7 @@ def plan_tokens(
     else:
         plan = _select(select, logits, valid, bias, train)
     if module.has_variable("overrides", "expert"):
-        if not isinstance(plan, TokenChoice):
+        if not isinstance(plan, TokenPlan):
             raise ConfigError(f"overrides.expert in {'/'.join(module.path)} needs token choice, not {type(plan).__name__}")
         plan = select.weigh(logits, module.get_variable("overrides", "expert"), valid, train=train)
     return plan, logits
@@ -130,7 +130,7 @@ def run_plan(
         a token's choices are the same in any order: a mesh executes them sequence by sequence.
     """
     name = dispatch_lib.choose(plan, x.shape[-1]) if backend == "auto" else backend
-    if name == "expert_parallel" and by == "position" and isinstance(plan, TokenChoice):
+    if name == "expert_parallel" and by == "position" and isinstance(plan, TokenPlan):
         turned = dispatch_lib.limit(_turned(plan), current())
         y = dispatch_lib.dispatch(turned, bank, x.swapaxes(0, 1), name).swapaxes(0, 1)
         plan = plan.replace(used=turned.used.swapaxes(0, 1), dropped=turned.dropped.swapaxes(0, 1))
@@ -140,7 +140,7 @@ def run_plan(
     return y, plan, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)
 
 
-def _turned(plan: TokenChoice) -> TokenChoice:
+def _turned(plan: TokenPlan) -> TokenPlan:
     """Groups for tokens and tokens for groups; what capacity the groups had, they have used."""
     leaves = {name: getattr(plan, name).swapaxes(0, 1) for name in ("expert", "weight", "used", "dropped")}
     return plan.replace(**leaves, capacity=None, limit=None)

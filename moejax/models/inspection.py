@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.models.parts import NamedBlock, walk
 from moejax.models.stack import SCANNED, UNROLLED, block_name, pattern_blocks
 

@@ -4,7 +4,7 @@
 
 The repeats are one `nn.scan`, so compile time does not grow with depth; parameters, caches, losses, stats, router state and
 overrides of the scanned body carry a leading layers axis (one entry a repeat). What layers pass to later layers, or share, is in
-`moejax.memory`: values go along with the tokens, and parameters that all layers share lie beside the repeats, in 'shared'. `scan=False` unrolls them under names of
+`moejax.core.memory`: values go along with the tokens, and parameters that all layers share lie beside the repeats, in 'shared'. `scan=False` unrolls them under names of
 their own; `to_scanned` and `to_unrolled` move any such tree from one layout to the other.
 """
 
@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.context import Context
-from moejax.errors import ConfigError, nearest
-from moejax.memory import Memory, Shared, carried_by, shared_by
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError, nearest
+from moejax.core.memory import Memory, Shared, carried_by, shared_by
+from moejax.core.registry import Many
+from moejax.layers.registry import blocks
 from moejax.models.parts import NamedBlock, walk
-from moejax.models.registries import blocks
 from moejax.parallel import constrain
-from moejax.registry import Many
 
 SCANNED = "repeats"
 UNROLLED = "repeat_"

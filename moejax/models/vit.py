@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from moejax.context import Context
-from moejax.errors import ConfigError, nearest
-from moejax.layers import norms
-from moejax.models.registries import models
-from moejax.models.stack import NamedBlock, Stack, block_table, pattern_blocks
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError, nearest
+from moejax.core.params import Dense, param
+from moejax.layers.registry import norms
+from moejax.models.parts import NamedBlock
+from moejax.models.registry import models
+from moejax.models.stack import Stack, block_table, pattern_blocks
 from moejax.parallel import constrain
-from moejax.params import Dense, param
 
 POSITIONS = ("learned", "sincos2d")
 POOLINGS = ("mean", "cls")

@@ -1,8 +1,5 @@
 """Meshes, sharding rules, and programs that run on many devices and hosts."""
 
-from moejax.parallel.mesh import MESH_AXES, PRESETS, make_mesh, parse_mesh, shard_map
-from moejax.parallel.scope import Exchange, Parallel, constrain, current, for_use, make_parallel, use
+from moejax.core.folders import lazy
 
-__all__ = [
-    "MESH_AXES", "PRESETS", "Exchange", "Parallel", "constrain", "current", "for_use", "make_mesh", "make_parallel", "parse_mesh", "shard_map", "use",
-]  # fmt: skip
+__getattr__, __dir__ = lazy(__name__)

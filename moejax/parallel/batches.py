@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel.mesh import batch_ways, describe
 from moejax.parallel.rules import batch_sharding
 

@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 AUTO = "auto"
 ENVIRONMENT = {"coordinator": "MOEJAX_COORDINATOR", "processes": "MOEJAX_PROCESSES", "process": "MOEJAX_PROCESS"}

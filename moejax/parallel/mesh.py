@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # those that split the batch

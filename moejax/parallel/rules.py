@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel.mesh import BATCH_AXES, batch_ways, describe
 
 Tree = Any
@@ -46,7 +46,7 @@ def param_specs(params: Tree, axes: Axes, mesh: Mesh, model: Mapping[str, Any] |
 
     Args:
       params: nested dict of arrays or shapes.
-      axes: parameter path -> logical axis names, from `moejax.params.record_axes`. A parameter with more dimensions than names
+      axes: parameter path -> logical axis names, from `moejax.core.params.record_axes`. A parameter with more dimensions than names
         has been scanned over: its leading dimensions are layers.
       mesh: of all four axes.
       model: `config.model`, in which errors look for the key to change.

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
+from moejax.core.params import placing
 from moejax.parallel.mesh import BATCH_AXES, SINGLE, make_mesh
 
 # Logical axis -> mesh axes, of activations. Parameters' rules are in rules.py.
@@ -76,7 +77,8 @@ def use(parallel: Parallel | None) -> Iterator[None]:
     """Traces inside the `with` block are for this mesh."""
     token = _current.set(parallel)
     try:
-        yield
+        with placing(for_use):
+            yield
     finally:
         _current.reset(token)
 

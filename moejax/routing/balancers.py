@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.errors import ConfigError, check_choice
-from moejax.registry import Registry
-from moejax.routing.losses import Routing, masked_mean
+from moejax.core.errors import ConfigError, check_choice
+from moejax.core.registry import Registry
+from moejax.routing.losses.base import Routing, masked_mean
 
-balancers = Registry("balancer")
+balancers = Registry("balancer", "moejax.routing.balancers")
 
 
 BalanceState = dict[str, Float[Array, "e"]]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import check_choice
-from moejax.routing.plan import TokenChoice, rank_in_expert
+from moejax.core.errors import check_choice
+from moejax.routing.plan import TokenPlan, rank_in_expert
 
 Priority = Literal["token", "choice", "score"]
 PRIORITIES: tuple[Priority, ...] = ("token", "choice", "score")
@@ -40,8 +40,8 @@ def capacity_of(
 
 
 def drop_over_capacity(
-    plan: TokenChoice, valid: Bool[Array, "g n"] | None, factor: float, priority: Priority, score: Float[Array, "g n"]
-) -> TokenChoice:
+    plan: TokenPlan, valid: Bool[Array, "g n"] | None, factor: float, priority: Priority, score: Float[Array, "g n"]
+) -> TokenPlan:
     """Refuses choices that find their expert full. Earlier choices in priority order come first:
 
     - `token`: in token order, all choices of a token before any of the next. Causal inside a group.

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 @struct.dataclass
-class TokenChoice:
+class TokenPlan:
     """Each token names its experts.
 
     Attributes:
@@ -61,7 +61,7 @@ class TokenChoice:
         token = jnp.broadcast_to(jnp.arange(g * n, dtype=jnp.int32)[:, None], (g * n, k))
         return Entries(token.reshape(-1), self.expert.reshape(-1), self.weight.reshape(-1), self.used.reshape(-1))
 
-    def to_slots(self, capacity: int | None = None) -> "ExpertChoice":
+    def to_slots(self, capacity: int | None = None) -> "ExpertPlan":
         """The same plan seen from the experts. Exact as long as no expert has more than `capacity` used rows in a group.
 
         Args:
@@ -78,11 +78,11 @@ class TokenChoice:
         filled, rows = rows >= 0, jnp.maximum(rows, 0)
         weight = jnp.take_along_axis(self.weight.reshape(g, m), rows, axis=1)
         shape = (g, self.num_experts, c)
-        return ExpertChoice((rows // k).reshape(shape), weight.reshape(shape), filled.reshape(shape), num_tokens=n)
+        return ExpertPlan((rows // k).reshape(shape), weight.reshape(shape), filled.reshape(shape), num_tokens=n)
 
 
 @struct.dataclass
-class ExpertChoice:
+class ExpertPlan:
     """Each expert (or block, for depth) names its tokens.
 
     Attributes:
@@ -102,7 +102,7 @@ class ExpertChoice:
         return self.token.shape[1]
 
     def dense(self) -> Float[Array, "g n e"]:
-        """The combine matrix `[g, n, e]`; see `TokenChoice.dense`."""
+        """The combine matrix `[g, n, e]`; see `TokenPlan.dense`."""
         return self._scatter(jnp.where(self.used, self.weight, 0))
 
     def assigned(self) -> Float[Array, "g n e"]:
@@ -120,11 +120,11 @@ class ExpertChoice:
         expert = jnp.broadcast_to(jnp.arange(e, dtype=jnp.int32)[:, None], (g, e, c))
         return Entries(token.reshape(-1), expert.reshape(-1), self.weight.reshape(-1), self.used.reshape(-1))
 
-    def to_soft(self) -> "SoftSlots":
+    def to_soft(self) -> "SlotPlan":
         """The one-hot form that one-hot einsum dispatch executes: every slot holds one whole token or nothing."""
         one_hot = jax.nn.one_hot(self.token, self.num_tokens, dtype=self.weight.dtype)  # g e c n
         dispatch = jnp.einsum("gecn,gec->gnec", one_hot, self.used.astype(self.weight.dtype))
-        return SoftSlots(dispatch=dispatch, combine=dispatch * self.weight[:, None])
+        return SlotPlan(dispatch=dispatch, combine=dispatch * self.weight[:, None])
 
     def _scatter(self, values: Float[Array, "g e c"]) -> Float[Array, "g n e"]:
         one_hot = jax.nn.one_hot(self.token, self.num_tokens, dtype=values.dtype)
@@ -132,7 +132,7 @@ class ExpertChoice:
 
 
 @struct.dataclass
-class SoftSlots:
+class SlotPlan:
     """Every slot holds a mixture of tokens, every token a mixture of slot outputs (Puigcerver et al. 2023).
 
     Attributes:
@@ -157,13 +157,13 @@ class SoftSlots:
 
 def dropless(
     expert: Int[Array, "g n k"], weight: Float[Array, "g n k"], used: Bool[Array, "g n k"], num_experts: int
-) -> TokenChoice:
+) -> TokenPlan:
     """Token choice without capacity: every choice that is wanted is used."""
-    return TokenChoice(expert.astype(jnp.int32), weight, used, jnp.zeros_like(used), num_experts=num_experts)
+    return TokenPlan(expert.astype(jnp.int32), weight, used, jnp.zeros_like(used), num_experts=num_experts)
 
 
 @struct.dataclass
-class Merge:
+class MergePlan:
     """One merged expert per group: its parameters are `sum_e weight[g, e] * parameters_e` (SMEAR and its kin)."""
 
     weight: Float[Array, "g e"]
@@ -190,7 +190,7 @@ class Entries:
     used: Bool[Array, "m"]
 
 
-Plan: TypeAlias = TokenChoice | ExpertChoice | SoftSlots | Merge
+Plan: TypeAlias = TokenPlan | ExpertPlan | SlotPlan | MergePlan
 
 
 def sort_by_expert(key: Int[Array, "m"], num_experts: int) -> tuple[Int[Array, "m"], Int[Array, "m"], Int[Array, "e"]]:

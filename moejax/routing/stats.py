@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.routing.losses import Routing, masked_mean
-from moejax.routing.plan import ExpertChoice, Plan, TokenChoice
+from moejax.routing.losses.base import Routing, masked_mean
+from moejax.routing.plan import ExpertPlan, Plan, TokenPlan
 
 
 def routing_stats(routing: Routing) -> dict[str, Array]:
@@ -49,7 +49,7 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
     }
 
 
-def routing_overlap(plan: TokenChoice, other: TokenChoice, valid: Bool[Array, "g n"]) -> Float[Array, ""]:
+def routing_overlap(plan: TokenPlan, other: TokenPlan, valid: Bool[Array, "g n"]) -> Float[Array, ""]:
     """Mean share of a token's experts under `other` that it also has under `plan`; tokens without any there count nothing.
 
     Between an early and the final checkpoint of one training this is router saturation (Muennighoff et al. 2024); one minus it,
@@ -62,9 +62,9 @@ def routing_overlap(plan: TokenChoice, other: TokenChoice, valid: Bool[Array, "g
 
 
 def _mean_capacity(plan: Plan, valid: Bool[Array, "g n"]) -> Float[Array, ""]:
-    if isinstance(plan, ExpertChoice):
+    if isinstance(plan, ExpertPlan):
         per_group = plan.used.sum(-1).max(-1)
-    elif isinstance(plan, TokenChoice) and plan.limit is not None:
+    elif isinstance(plan, TokenPlan) and plan.limit is not None:
         per_group = plan.limit
     else:
         return jnp.float32(-1)

@@ -1,6 +1,5 @@
 """Running trained models: decoding with a cache."""
 
-from moejax.serve.decode import Generated, complete, generate
-from moejax.serve.sampling import Greedy, Sampler, Temperature
+from moejax.core.folders import lazy
 
-__all__ = ["Generated", "Greedy", "Sampler", "Temperature", "complete", "generate"]
+__getattr__, __dir__ = lazy(__name__)

@@ -11,8 +11,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.models.inspection import why_not_decodable
 from moejax.serve.sampling import Greedy, Sampler
 

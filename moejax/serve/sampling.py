@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 # `sampler(logits, key) -> token`; hashable.
 Sampler = Callable[[Float[Array, "b v"], Key[Array, ""]], Int[Array, "b"]]

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel import hosts
 from moejax.train.metrics import write_atomically
 from moejax.train.step import TrainState

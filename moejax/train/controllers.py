@@ -1,4 +1,4 @@
-"""After an optimizer step: the layers' controllers change state, parameters and the optimizer's memory (see `moejax.control`)."""
+"""After an optimizer step: the layers' controllers change state, parameters and the optimizer's memory (see `moejax.core.control`)."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from moejax.control import Declared, Path, Site
+from moejax.core.control import Declared, Path, Site
 
 Tree = Any
 

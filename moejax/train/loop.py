@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moejax import data
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
 from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers, read_lines, write_atomically

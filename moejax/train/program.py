@@ -12,14 +12,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from moejax import models
+from moejax.core.params import record_axes
 from moejax.dispatch.expert_parallel import overlap_options
+from moejax.optim.base import Optimizer, optimizers
 from moejax.parallel import Parallel, rules, use
-from moejax.params import record_axes
+from moejax.tasks.base import Batch, Task, tasks
 from moejax.train.flops import matmul_flops
-from moejax.train.optim import Optimizer, optimizers
 from moejax.train.settings import TrainSettings
 from moejax.train.step import TrainState, abstract, init_state, make_eval_step, make_train_step
-from moejax.train.tasks import Batch, Task, tasks
 
 # Programs kept per process. One holds executables, not arrays; a study seldom has more arms than this in flight.
 KEPT = 8

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from moejax.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError, nearest
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
 OPTIONAL = ("eval", "checkpoint", "mesh", "exchange")

@@ -13,13 +13,13 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from moejax.control import record_controllers
-from moejax.errors import ConfigError
+from moejax.core.control import record_controllers
+from moejax.core.errors import ConfigError
+from moejax.optim.base import Optimizer
 from moejax.parallel import constrain
+from moejax.tasks.base import Batch, Sums, Task
 from moejax.train.controllers import apply_controllers
 from moejax.train.metrics import flatten
-from moejax.train.optim import Optimizer
-from moejax.train.tasks import Batch, Sums, Task
 
 # Streams that layers may draw from while training.
 STREAMS = ("router", "dropout")
@@ -97,7 +97,7 @@ def make_train_step(
     `place` says where a tree like the parameters lies, for gradients: their identity, with a sharding.
 
     After the update, controllers that layers have declared change state and parameters by what was measured over the whole
-    batch; see `moejax.control`.
+    batch; see `moejax.core.control`.
 
     Metrics: 'train/loss' (the task's, nats), 'train/objective', 'train/grad_norm' (before clipping), 'train/param_norm',
     'train/learning_rate', 'losses/<name>' (summed over layers), 'stats/<module>/<name>' (see `metrics.flatten`), and

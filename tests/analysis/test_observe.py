@@ -9,8 +9,9 @@ import pytest
 
 from moejax import models
 from moejax.analysis import changed, observe, with_noise
-from moejax.errors import ConfigError
-from moejax.train.tasks import Classify, NextToken
+from moejax.core.errors import ConfigError
+from moejax.tasks.classify import Classify
+from moejax.tasks.next_token import NextToken
 
 B, S, D, E, V = 4, 6, 8, 4, 16
 NORM = {"kind": "rms_norm"}

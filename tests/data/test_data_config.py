@@ -3,9 +3,9 @@
 import ml_collections
 import pytest
 
+from moejax.core.errors import ConfigError
 from moejax.data import DATASETS, info, make_iterator
 from moejax.data.config import ImageConfig, TextConfig, parse
-from moejax.errors import ConfigError
 
 TEXT = {"name": "embedded_text", "batch_size": 8, "seq_len": 32}
 IMAGES = {"name": "embedded_digits", "batch_size": 8}

@@ -13,9 +13,9 @@ import tensorflow_datasets as tfds
 from data.oracle import expected_segments, segments_of
 from PIL import Image
 
+from moejax.core.errors import ConfigError
 from moejax.data import info, make_iterator, prepare
 from moejax.data.__main__ import main
-from moejax.errors import ConfigError
 
 
 class _Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -14,9 +14,9 @@ from data.oracle import expected_segments, segments_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moejax.core.errors import ConfigError
 from moejax.data import info, make_iterator
 from moejax.data.builders import sources
-from moejax.errors import ConfigError
 
 BASE = {"name": "embedded_text", "batch_size": 8, "seq_len": 64}
 MODES = pytest.mark.parametrize("streaming", [False, True], ids=["in_memory", "streamed"])

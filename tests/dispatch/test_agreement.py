@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moejax.core.errors import ConfigError
 from moejax.dispatch import ACCEPTS, BACKENDS, choose, dispatch
 from moejax.dispatch.layout import Batched
-from moejax.errors import ConfigError
 from moejax.experts import FFN, GLU, LoRA
 from moejax.parallel import Parallel, make_mesh, use
-from moejax.routing import ExpertChoice, ExpertTopK, Merge, NullExperts, Plan, ReLU, SoftTopAll, TokenChoice, TopK
+from moejax.routing import ExpertChoice, ExpertPlan, MergePlan, NullExperts, Plan, ReLU, SoftSlots, TokenPlan, TopK
 
 G, N, D, E = 2, 11, 6, 5
 
@@ -35,14 +35,14 @@ def logits(seed: int, n: int = N, e: int = E) -> jax.Array:
     return 2 * jax.random.normal(jax.random.key(seed), (G, n, e))
 
 
-def ragged(plan: TokenChoice, seed: int) -> TokenChoice:
+def ragged(plan: TokenPlan, seed: int) -> TokenPlan:
     """Random choices switched off, and signed weights: thresholds, null experts and zero-initialised gates look like this."""
     a, b = jax.random.split(jax.random.key(seed))
     used = plan.used & jax.random.bernoulli(a, 0.6, plan.used.shape)
     return plan.replace(used=used, weight=jax.random.normal(b, plan.weight.shape))
 
 
-def one_expert_takes_all() -> TokenChoice:
+def one_expert_takes_all() -> TokenPlan:
     return TopK(k=2)(logits(3).at[..., 2].add(50.0))
 
 
@@ -58,9 +58,9 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "all_experts": lambda: TopK(k=E)(logits(8)),
     "null_experts": lambda: NullExperts(k=2, num_null=3)(logits(12, e=E + 3), VALID),
     "relu": lambda: ReLU()(logits(13), VALID),
-    "expert_choice": lambda: ExpertTopK(capacity_factor=1.5)(logits(9), VALID),
-    "soft_slots": lambda: SoftTopAll(slots=2)(logits(10, e=2 * E), VALID),
-    "merge": lambda: Merge(jax.nn.softmax(logits(11)[:, 0])),
+    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), VALID),
+    "soft_slots": lambda: SoftSlots(slots=2)(logits(10, e=2 * E), VALID),
+    "merge": lambda: MergePlan(jax.nn.softmax(logits(11)[:, 0])),
 }
 
 
@@ -150,16 +150,16 @@ def numpy_dispatch(plan: Plan, bank_name: str, params: dict, x: np.ndarray) -> n
     g, n, _ = x.shape
     out = numpy_expert(bank_name, params, 0, x[0, 0]).shape[0]
     y = np.zeros((g, n, out))
-    if isinstance(plan, TokenChoice):
+    if isinstance(plan, TokenPlan):
         for i, t, j in np.ndindex(*plan.expert.shape):
             if plan.used[i, t, j]:
                 y[i, t] += float(plan.weight[i, t, j]) * numpy_expert(bank_name, params, int(plan.expert[i, t, j]), x[i, t])
-    elif isinstance(plan, ExpertChoice):
+    elif isinstance(plan, ExpertPlan):
         for i, e, c in np.ndindex(*plan.token.shape):
             if plan.used[i, e, c]:
                 t = int(plan.token[i, e, c])
                 y[i, t] += float(plan.weight[i, e, c]) * numpy_expert(bank_name, params, e, x[i, t])
-    elif isinstance(plan, Merge):
+    elif isinstance(plan, MergePlan):
         for i in range(g):
             mean = {k: np.tensordot(np.asarray(plan.weight[i]), np.asarray(v), 1)[None] for k, v in params["params"].items()}
             for t in range(n):
@@ -215,7 +215,7 @@ def test_choices_of_auto_are_all_in_the_agreement_test() -> None:
         chosen = {choose(plan_of(p), width, platform) for p in PLANS for width in (8, 4096)}
         for g, n, k, e in sizes:
             zeros = jnp.zeros((g, n, k), jnp.int32)
-            plan = TokenChoice(zeros, zeros.astype(jnp.float32), zeros > 0, zeros > 0, num_experts=e)
+            plan = TokenPlan(zeros, zeros.astype(jnp.float32), zeros > 0, zeros > 0, num_experts=e)
             chosen |= {choose(p, width, platform) for p in (plan, plan.replace(capacity=n)) for width in (8, 4096)}
         assert chosen <= tested
 

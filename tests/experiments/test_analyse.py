@@ -8,7 +8,7 @@ import pytest
 from configs import small_lm
 from experiments import analyse
 from experiments.cache import Run
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.train import fit
 
 

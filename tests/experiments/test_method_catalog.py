@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import catalog
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLUGS = Path(__file__).with_name("slugs.txt").read_text().split()

@@ -8,9 +8,9 @@ import pytest
 
 from experiments import pods, readme, run
 from experiments.flags import load_config
-from moejax.parallel import ahead, report
-from moejax.parallel.cost import Costs
-from moejax.parallel.report import Exchanged, Memory, Report
+from moejax.aot import ahead, report
+from moejax.aot.cost import Costs
+from moejax.aot.report import Exchanged, Memory, Report
 
 FILES = sorted(f for f in pods.CONFIGS.glob("*.py") if f.stem != "__init__")
 # Billions of parameters: published, or counted from the paper's sizes. The rest of Switch and V-MoE is dense.

@@ -16,7 +16,7 @@ from experiments.cache import Cache, key
 from experiments.execute import execute, execute_config, finish
 from experiments.study import Arm
 from experiments.terminal import make_console
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 
 def test_a_second_execution_trains_nothing(tmp_path):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from experiments import catalog
 from experiments.study import load, resolve, study_files
 from moejax import models
-from moejax.context import Context
+from moejax.core.context import Context
 
 SLUGS = sorted(study_files())
 FULL_SIZE = {"switch": 7e9, "expert_choice": 1e9, "soft_moe": 1e10, "mixture_of_depths": 1e9, "shootout": 5e7}

@@ -7,7 +7,7 @@ from toy_studies import SOURCE, make_study
 from configs import base_lm, base_vit
 from experiments import overrides, study
 from experiments.study import Arm, Claim, Preset, above, below, faster, higher, lower, resolve, within
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 
 CLAIM = (lower("m", "switch", "dense", headline=True),)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.context import Context
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.dispatch import Batched, PerToken
-from moejax.errors import ConfigError
 from moejax.experts import ACTIVATIONS, FFN, GLU, Adapter, DenseMatchedFFN, LoRA, Residual, banks
 
 D, F = 6, 5

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from kernels.tpu import compile_for, custom_calls
 
-from moejax.context import Context
+from moejax.core.context import Context
 from moejax.experts import GLU
 from moejax.layers import MoE
 from moejax.routing import Balance, Linear, TopK, ZLoss

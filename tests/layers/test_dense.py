@@ -7,8 +7,9 @@ import pytest
 from numpy_layers import draw, glu, silu
 
 from moejax import GLU, Context
-from moejax.layers import DenseFFN, DenseGLU, LayerNorm, RMSNorm, ffns, norms
-from moejax.layers.dense import sum_shared
+from moejax.layers import DenseFFN, DenseGLU, LayerNorm, RMSNorm
+from moejax.layers.ffn.dense import sum_shared
+from moejax.layers.registry import ffns, norms
 
 B, S, D = 2, 3, 6
 

@@ -13,7 +13,7 @@ from numpy_routing import combine, softmax, top_k
 
 from moejax import Balance, ConfigError, Context, LoRAMixture, TopK, WithLoRA
 from moejax.layers import adapted_layers
-from moejax.layers.depth import MixtureOfDepths
+from moejax.layers.depth.mixture_of_depths import MixtureOfDepths
 from moejax.models import build
 
 B, S, D, O, E, R = 2, 4, 5, 3, 4, 2

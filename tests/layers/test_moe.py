@@ -11,9 +11,9 @@ import pytest
 from numpy_layers import close, compiled, draw, glu, weighted_experts
 from numpy_routing import admit, capacity, combine, expert_choice, service_order, top_k
 
-from moejax import GLU, Balance, ConfigError, Context, ExpertTopK, Linear, MoE, SoftTopAll, TopK, ZLoss
+from moejax import GLU, Balance, ConfigError, Context, ExpertChoice, Linear, MoE, SoftSlots, TopK, ZLoss
 from moejax.dispatch import BACKENDS, backend_index
-from moejax.layers import ffns
+from moejax.layers.registry import ffns
 from moejax.routing import Random
 
 B, S, D, E = 2, 6, 5, 4
@@ -30,9 +30,9 @@ def layer(select=TOP_2, **fields) -> MoE:
 
 
 def numpy_plan(rule, logits: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """The combine matrix of one group under a `TopK` with token priority, or an `ExpertTopK`."""
+    """The combine matrix of one group under a `TopK` with token priority, or an `ExpertChoice`."""
     n = len(logits)
-    if isinstance(rule, ExpertTopK):
+    if isinstance(rule, ExpertChoice):
         dense = np.zeros((n, E))
         for e, tokens in enumerate(expert_choice(logits, valid, rule.capacity_factor)):
             for t, weight in tokens:
@@ -68,8 +68,8 @@ class TestOutput:
             (TopK(k=2, normalise=True), "sequence"),
             (TopK(k=2, capacity_factor=0.7), "sequence"),
             (TopK(k=2, capacity_factor=0.7), "batch"),
-            (ExpertTopK(1.5), "sequence"),
-            (ExpertTopK(2.0), "position"),
+            (ExpertChoice(1.5), "sequence"),
+            (ExpertChoice(2.0), "position"),
         ],
         ids=["dropless", "capacity", "capacity_over_the_batch", "expert_choice", "expert_choice_at_one_position"],
     )
@@ -131,7 +131,7 @@ class TestBackends:
 
     @pytest.mark.parametrize(
         ("rule", "tokens", "backend"),
-        [(TopK(k=2), S, "grouped"), (ExpertTopK(1.0), S, "capacity"), (SoftTopAll(1), S, "einsum"), (TopK(k=1), 1, "gather")],
+        [(TopK(k=2), S, "grouped"), (ExpertChoice(1.0), S, "capacity"), (SoftSlots(1), S, "einsum"), (TopK(k=1), 1, "gather")],
         ids=["token_choice", "expert_choice", "soft_slots", "one_token"],
     )
     def test_auto_says_what_ran(self, rng: np.random.Generator, rule, tokens: int, backend: str) -> None:
@@ -142,9 +142,9 @@ class TestBackends:
     def test_a_named_backend_runs_or_raises(self, rng: np.random.Generator) -> None:
         x = inputs(rng)
         with pytest.raises(
-            ConfigError, match="backend='grouped' cannot execute a SoftSlots plan; use one of: reference, einsum, auto"
+            ConfigError, match="backend='grouped' cannot execute a SlotPlan plan; use one of: reference, einsum, auto"
         ):
-            jax.eval_shape(layer(SoftTopAll(1), backend="grouped").init, jax.random.key(0), x)
+            jax.eval_shape(layer(SoftSlots(1), backend="grouped").init, jax.random.key(0), x)
         with pytest.raises(ConfigError, match="backend='groupd' is unknown; did you mean 'grouped'"):
             jax.eval_shape(layer(backend="groupd").init, jax.random.key(0), x)
 
@@ -183,9 +183,9 @@ class TestOverrides:
             np.testing.assert_allclose(y[b], expected, rtol=1e-4, atol=1e-5)
 
     def test_experts_are_given_to_token_choice_only(self, rng: np.random.Generator) -> None:
-        moe, x = layer(ExpertTopK()), inputs(rng)
+        moe, x = layer(ExpertChoice()), inputs(rng)
         variables = {**draw(moe, x), "overrides": {"expert": jnp.zeros((B, S, 1), jnp.int32)}}
-        with pytest.raises(ConfigError, match=r"overrides\.expert in .* needs token choice, not ExpertChoice"):
+        with pytest.raises(ConfigError, match=r"overrides\.expert in .* needs token choice, not ExpertPlan"):
             jax.eval_shape(moe.apply, variables, x)
 
 
@@ -204,16 +204,16 @@ class TestErrorsAndQuestions:
                 TopK(),
                 "gives 8 logits a token, but TopK needs 1 for each of the bank's 4 experts",
             ),
-            (Linear(4), SoftTopAll(2), "gives 4 logits a token, but SoftTopAll needs 2 for each of the bank's 4 experts; set"),
+            (Linear(4), SoftSlots(2), "gives 4 logits a token, but SoftSlots needs 2 for each of the bank's 4 experts; set"),
         ):
             with pytest.raises(ConfigError, match=message):
                 jax.eval_shape(MoE(router, rule, GLU(hidden=3, num_experts=4)).init, jax.random.key(0), x)
 
     def test_causality_is_asked_of_both_rules(self) -> None:
         layer(TopK(k=2, capacity_factor=1.0), eval_select=TopK(k=2)).check_causal("ffn")
-        layer(ExpertTopK(), group_by="position").check_causal("ffn")
+        layer(ExpertChoice(), group_by="position").check_causal("ffn")
         for fields, rule in (
-            (dict(select=ExpertTopK()), "select"),
+            (dict(select=ExpertChoice()), "select"),
             (dict(eval_select=TopK(k=2, capacity_factor=1.0, priority="choice")), "eval_select"),
         ):
             with pytest.raises(
@@ -229,21 +229,21 @@ class TestErrorsAndQuestions:
         assert (
             "TopK plans several tokens together at inference; set eval_select" in layer(TopK(capacity_factor=1.0)).decodable()
         )
-        assert "ExpertTopK plans several tokens together" in layer(eval_select=ExpertTopK()).decodable()
+        assert "ExpertChoice plans several tokens together" in layer(eval_select=ExpertChoice()).decodable()
 
     def test_groups_of_one_position_hide_the_future_from_expert_choice(self, rng: np.random.Generator) -> None:
         x = inputs(rng)
         changed = x.at[:, 3:].set(inputs(rng)[:, 3:])
         for group_by, leaks in (("position", False), ("sequence", True)):
-            moe = layer(ExpertTopK(1.5), group_by=group_by, backend="reference")
+            moe = layer(ExpertChoice(1.5), group_by=group_by, backend="reference")
             variables = draw(moe, x)
             before, after = (compiled(moe)(variables, value) for value in (x, changed))
             assert np.array_equal(before[:, :3], after[:, :3]) == (not leaks)
 
     def test_active_fraction(self) -> None:
         assert layer(TopK(k=2)).active_fraction() == 0.5
-        assert layer(ExpertTopK(1.0)).active_fraction() == 0.25
-        assert layer(ExpertTopK(9.0)).active_fraction() == 1.0
+        assert layer(ExpertChoice(1.0)).active_fraction() == 0.25
+        assert layer(ExpertChoice(9.0)).active_fraction() == 1.0
 
 
 SPEC = dict(

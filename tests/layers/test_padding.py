@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy_layers import close, draw
 
-from moejax import GLU, Balance, Context, ExpertTopK, Importance, Linear, MoE, SoftTopAll, TopK, ZLoss
+from moejax import GLU, Balance, Context, ExpertChoice, Importance, Linear, MoE, SoftSlots, TopK, ZLoss
 from moejax.routing import NullExperts, ReLU, TopAny
 from moejax.routing.select import Select
 
@@ -21,8 +21,8 @@ RULES: dict[str, tuple[Select, str]] = {
     "null_experts": (NullExperts(k=2, num_null=3), "sequence"),
     "relu": (ReLU(), "sequence"),
     "top_any": (TopAny(), "sequence"),
-    "expert_choice": (ExpertTopK(1.5, normalise=True), "sequence"),
-    "soft_slots": (SoftTopAll(slots=2), "sequence"),
+    "expert_choice": (ExpertChoice(1.5, normalise=True), "sequence"),
+    "soft_slots": (SoftSlots(slots=2), "sequence"),
 }
 
 

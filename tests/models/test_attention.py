@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.context import Context
-from moejax.errors import ConfigError
-from moejax.models.attention import CHUNK, Attention, attend, rope, visible
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
+from moejax.layers.mixers.attention import CHUNK, Attention, attend, rope, visible
 
 B, S, D = 2, 7, 24
 
@@ -190,7 +190,7 @@ def test_long_sequences_in_chunks_equal_all_queries_at_once(monkeypatch, rng):
         return jnp.sin(attend(q, k, v, mask)).sum(), attend(q, k, v, mask)
 
     whole = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-    monkeypatch.setattr("moejax.models.attention.CHUNK", 4)
+    monkeypatch.setattr("moejax.layers.mixers.attention.CHUNK", 4)
     assert "scan" in str(jax.make_jaxpr(run)(q, k, v))
     chunked = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.context import Context
-from moejax.errors import ConfigError
-from moejax.layers import ffns
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
+from moejax.core.params import logical_axes
+from moejax.layers.registry import ffns
 from moejax.models import active_params, build, count_params
 from moejax.models.inspection import why_not_decodable
-from moejax.params import logical_axes
 
 V, S = 19, 8
 NORM = dict(kind="rms_norm")

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
+from moejax.layers.registry import blocks
 from moejax.models import build, to_scanned, to_unrolled
-from moejax.models.registries import blocks
-from moejax.models.stack import NamedBlock, Stack
+from moejax.models.parts import NamedBlock
+from moejax.models.stack import Stack
 
 NORM = dict(kind="rms_norm")
 MIXER = dict(kind="attention", num_heads=2)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.models import build, count_params
 from moejax.models.vit import patches, sincos2d
 

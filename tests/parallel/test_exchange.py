@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.core.errors import ConfigError
 from moejax.dispatch import Batched, choose, dispatch, limit
 from moejax.dispatch.expert_parallel import count_hosts, exchanges
-from moejax.errors import ConfigError
 from moejax.experts import FFN, GLU, LoRA
 from moejax.parallel import Exchange, Parallel, make_mesh, use
-from moejax.routing import ExpertTopK, Merge, Plan, SoftTopAll, TokenChoice, TopK
+from moejax.routing import ExpertChoice, MergePlan, Plan, SoftSlots, TokenPlan, TopK
 
 G, N, D, E = 8, 6, 4, 8
 MESHES = ("expert=8", "data=2,expert=4", "fsdp=2,expert=2,tensor=2", "data=8")
@@ -30,7 +30,7 @@ def logits(seed: int, g: int = G, n: int = N) -> jax.Array:
     return 2 * jax.random.normal(jax.random.key(seed), (g, n, E))
 
 
-def ragged(plan: TokenChoice, seed: int) -> TokenChoice:
+def ragged(plan: TokenPlan, seed: int) -> TokenPlan:
     """Random choices switched off, and signed weights."""
     a, b = jax.random.split(jax.random.key(seed))
     used = plan.used & jax.random.bernoulli(a, 0.5, plan.used.shape)
@@ -40,7 +40,7 @@ def ragged(plan: TokenChoice, seed: int) -> TokenChoice:
 VALID = jnp.arange(N)[None] < jnp.array([N, 3, 0, 5, N, 1, N, 2])[:, None]
 
 # Plans of equal structure share a compiled program.
-ROUTINGS: dict[str, Callable[[], TokenChoice]] = {
+ROUTINGS: dict[str, Callable[[], TokenPlan]] = {
     "uneven": lambda: TopK(k=2)(logits(0) + 2 * jnp.arange(E) / E),
     "empty_experts": lambda: TopK(k=2)(logits(1).at[..., jnp.array([0, 3, 4, 7])].add(-50.0)),
     "one_expert_takes_all": lambda: TopK(k=2)(logits(2).at[..., 5].add(50.0)),
@@ -51,11 +51,11 @@ ROUTINGS: dict[str, Callable[[], TokenChoice]] = {
 }
 OTHERS: dict[str, Callable[[], Plan]] = {
     "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), VALID),
-    "expert_choice": lambda: ExpertTopK(capacity_factor=1.5)(logits(9), VALID),
-    "expert_choice_over_all": lambda: ExpertTopK(capacity_factor=1.0)(logits(10, 1, G * N)),
-    "soft_slots": lambda: SoftTopAll(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), VALID),
-    "merge": lambda: Merge(jax.nn.softmax(logits(12)[:, 0])),
-    "merge_for_few_groups": lambda: Merge(jax.nn.softmax(logits(13, 1)[:, 0])),
+    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), VALID),
+    "expert_choice_over_all": lambda: ExpertChoice(capacity_factor=1.0)(logits(10, 1, G * N)),
+    "soft_slots": lambda: SoftSlots(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), VALID),
+    "merge": lambda: MergePlan(jax.nn.softmax(logits(12)[:, 0])),
+    "merge_for_few_groups": lambda: MergePlan(jax.nn.softmax(logits(13, 1)[:, 0])),
 }
 
 
@@ -94,7 +94,7 @@ def compiled(mesh: str | None, exchange: Exchange, bank: str) -> Callable[..., t
 
 def check(plan: Plan, mesh: str, exchange: Exchange, bank: str = "ffn") -> None:
     g = jax.tree.leaves(plan)[0].shape[0]
-    n = plan.expert.shape[1] if isinstance(plan, TokenChoice) else getattr(plan, "num_tokens", N)
+    n = plan.expert.shape[1] if isinstance(plan, TokenPlan) else getattr(plan, "num_tokens", N)
     args = params_of(bank), jax.random.normal(jax.random.key(20), (g, n, D)), weights_of(plan), plan
     expected, actual = compiled(None, Exchange(), bank)(*args), compiled(mesh, exchange, bank)(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
@@ -172,8 +172,8 @@ class TestChoice:
         plans = [make() for name, make in (ROUTINGS | OTHERS).items() if name != "merge_for_few_groups"]
         with use(Parallel(make_mesh("data=8"))):
             assert {choose(plan, D) for plan in plans} == {"expert_parallel"}
-            assert choose(SoftTopAll(slots=1)(logits(0, 1)), D) == "einsum"
-            assert choose(Merge(jnp.ones((1, E))), D) == "merged"
+            assert choose(SoftSlots(slots=1)(logits(0, 1)), D) == "einsum"
+            assert choose(MergePlan(jnp.ones((1, E))), D) == "merged"
         with use(Parallel(make_mesh("single"))):
             assert "expert_parallel" not in {choose(plan, D) for plan in plans}
 
@@ -228,7 +228,7 @@ class TestChoice:
         with use(Parallel(make_mesh("data=2,expert=4"))):
             y = jax.jit(lambda plan, x: dispatch(plan, bank, x))(plan, x)
         np.testing.assert_allclose(y, dispatch(plan, bank, x, "grouped"), rtol=1e-5, atol=1e-5)
-        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="cannot execute a ExpertChoice plan"):
+        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="cannot execute a ExpertPlan plan"):
             dispatch(OTHERS["expert_choice"](), bank, x)
 
     def test_hosts_are_blocks_of_the_expert_axis(self) -> None:

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moejax.aot.hlo import Collective, collectives
+from moejax.core.params import record_axes
 from moejax.dispatch import Batched, dispatch
 from moejax.dispatch.expert_parallel import Sizes, exchanged_bytes, overlap_options
 from moejax.dispatch.expert_parallel.hops import Ragged
 from moejax.experts import FFN
 from moejax.parallel import Exchange, Parallel, make_mesh, shard_map, use
-from moejax.parallel.hlo import Collective, collectives
 from moejax.parallel.mesh import BATCH_AXES
 from moejax.parallel.rules import param_specs
-from moejax.params import record_axes
-from moejax.routing import SoftTopAll, TopK
+from moejax.routing import SoftSlots, TopK
 from moejax.routing.select import Select
 from moejax.train.flops import matmul_flops
 from pallas_kernels.ahead import custom_calls, devices_of
@@ -111,7 +111,7 @@ class TestBytes:
         assert {c.kind for c in found if "expert" in c.axes} == {"all-to-all"}
 
     def test_soft_slots(self) -> None:
-        found = Program("data=2,expert=4", Exchange(), SoftTopAll(slots=3)).exchanges()
+        found = Program("data=2,expert=4", Exchange(), SoftSlots(slots=3)).exchanges()
         each = exchanged_bytes("capacity", Sizes(N, 1, E, shards=4), D, D, 4, slots=3)
         assert total(found, "all-to-all", "expert") == 2 * each
         assert {(c.kind, c.axes) for c in found} == {("all-to-all", ("expert",)), ("all-reduce", ("data",))}

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.context import Context
+from moejax.aot.hlo import collectives
+from moejax.core.context import Context
 from moejax.dispatch import BACKENDS
 from moejax.experts import FFN
 from moejax.layers import MoE
 from moejax.parallel import Exchange, Parallel, make_mesh, use
-from moejax.parallel.hlo import collectives
-from moejax.routing import ExpertTopK, Linear, TopK
-from moejax.routing.losses import Balance, ZLoss
+from moejax.routing import ExpertChoice, Linear, TopK
+from moejax.routing.losses.balance import Balance
+from moejax.routing.losses.z import ZLoss
 
 B, S, D, E = 8, 6, 8, 8
 VALID = jnp.arange(S)[None] < jnp.array([S, 3, 0, 5, S, 1, S, 2])[:, None]
@@ -109,7 +110,7 @@ def test_bfloat16_tokens_on_float32_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    "select", [TopK(k=2, capacity_factor=0.75), ExpertTopK(capacity_factor=1.0)], ids=["token_choice", "expert_choice"]
+    "select", [TopK(k=2, capacity_factor=0.75), ExpertChoice(capacity_factor=1.0)], ids=["token_choice", "expert_choice"]
 )
 def test_tokens_that_compete_across_sequences(select: Any) -> None:
     """Groups of one position each lie across the devices that the batch is split over."""

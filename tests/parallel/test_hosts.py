@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import worker
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel import hosts
 from moejax.parallel.hosts import Group, find
 

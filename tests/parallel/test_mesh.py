@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel import MESH_AXES, make_mesh, parse_mesh
 from moejax.parallel.mesh import batch_ways, describe
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from moejax.aot import ahead
 from moejax.dispatch.expert_parallel.parameters import _all_gather, torus_ways
-from moejax.parallel import ahead, make_mesh
+from moejax.parallel import make_mesh
 from moejax.parallel.mesh import shard_map
 
 

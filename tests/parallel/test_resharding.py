@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 sys.path.insert(0, str(Path(__file__).parent))
 import worker
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel import MESH_AXES, Parallel, make_mesh, parse_mesh
 from moejax.parallel.batches import data_shard, to_global
 from moejax.train import CorruptCheckpoint, load, program

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.parallel import Parallel, make_mesh, rules
 from moejax.train.program import get_program
 from moejax.train.settings import TrainSettings

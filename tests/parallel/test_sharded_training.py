@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import worker
 
 from moejax import models
+from moejax.aot.hlo import collectives
 from moejax.layers import WithLoRA
 from moejax.parallel import Parallel, make_mesh
-from moejax.parallel.hlo import collectives
 from moejax.routing.select import TopK
 from moejax.train.program import get_program
 from moejax.train.settings import TrainSettings

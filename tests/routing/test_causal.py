@@ -7,13 +7,13 @@ import pytest
 
 from moejax.routing import (
     BalancedAssignment,
+    ExpertChoice,
     ExpertDropout,
-    ExpertTopK,
+    GShard,
     NullExperts,
-    RandomSecond,
     ReLU,
     Sinkhorn,
-    SoftTopAll,
+    SoftSlots,
     TopAny,
     TopK,
 )
@@ -31,8 +31,8 @@ RULES: dict[str, tuple[Select, bool, bool]] = {  # rule, causal, per_token
     "score_1": (TopK(k=1, capacity_factor=0.7, priority="score"), False, False),
     "score_in_training": (TopK(capacity_factor=0.7, eval_capacity_factor=None, priority="score"), False, True),
     "score_in_evaluation": (TopK(capacity_factor=None, eval_capacity_factor=0.7, priority="score"), False, False),
-    "gshard": (RandomSecond(0.7), False, False),
-    "gshard_dropless": (RandomSecond(None), True, True),
+    "gshard": (GShard(0.7), False, False),
+    "gshard_dropless": (GShard(None), True, True),
     "null_experts": (NullExperts(k=3, num_null=5), True, True),
     "relu": (ReLU(), True, True),
     "top_any": (TopAny(), True, True),
@@ -40,10 +40,10 @@ RULES: dict[str, tuple[Select, bool, bool]] = {  # rule, causal, per_token
     "limited_groups": (TopK(k=2, groups=2, groups_kept=1), True, True),
     "balanced_assignment": (BalancedAssignment(), False, False),
     "sinkhorn": (Sinkhorn(), False, False),
-    "expert_choice": (ExpertTopK(1.0), False, False),
-    "expert_choice_in_order": (ExpertTopK(0.3, score="logit", in_order=True), False, False),
-    "soft": (SoftTopAll(), False, False),
-    "soft_slots": (SoftTopAll(slots=2), False, False),
+    "expert_choice": (ExpertChoice(1.0), False, False),
+    "expert_choice_in_order": (ExpertChoice(0.3, score="logit", in_order=True), False, False),
+    "soft": (SoftSlots(), False, False),
+    "soft_slots": (SoftSlots(slots=2), False, False),
 }
 
 

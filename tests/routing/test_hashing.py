@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.experts import FFN
 from moejax.layers import MoE
 from moejax.routing import Hash, TopK
-from moejax.routing.hashing import balanced_table
+from moejax.routing.routers.hash import balanced_table
 
 E = 4
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy_routing import sigmoid, softmax, top_k
 
-from moejax.errors import ConfigError
-from moejax.routing import Balance, ExpertTopK, Importance, Routing, SoftTopAll, TokenChoice, TopK, ZLoss
+from moejax.core.errors import ConfigError
+from moejax.routing import Balance, ExpertChoice, Importance, Routing, SoftSlots, TokenPlan, TopK, ZLoss
 
 G, N, E = 2, 9, 4
 VALID = np.array([[True] * N, [True, False, True, True, False, True, False, True, False]])
@@ -24,7 +24,7 @@ def make_logits(rng: np.random.Generator) -> jax.Array:
 
 def by_hand(probs: np.ndarray, expert: np.ndarray, weight: np.ndarray | None = None) -> Routing:
     """Tokens `[n, k]` of one group that chose `expert`."""
-    plan = TokenChoice(
+    plan = TokenPlan(
         jnp.asarray(expert, jnp.int32)[None],
         jnp.ones((1, *expert.shape)) if weight is None else jnp.asarray(weight, jnp.float32)[None],
         jnp.ones((1, *expert.shape), bool),
@@ -78,7 +78,7 @@ class TestBalance:
         expected = probs * (d_probs - (probs * d_probs).sum(-1, keepdims=True))
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
         # Soft plans count by their weights: those pass no gradient either.
-        soft = SoftTopAll()
+        soft = SoftSlots()
         _, pullback = jax.vjp(
             lambda plan: Balance()(Routing(logits, soft.probabilities(logits), plan, jnp.asarray(VALID))), soft(logits)
         )
@@ -101,9 +101,9 @@ class TestBalance:
 
     def test_first_choices_need_token_choice(self, rng: np.random.Generator) -> None:
         with pytest.raises(
-            ConfigError, match=r"losses.balance.count='first' needs token choice, not ExpertChoice; use count='all'"
+            ConfigError, match=r"losses.balance.count='first' needs token choice, not ExpertPlan; use count='all'"
         ):
-            Balance(count="first")(decide(make_logits(rng), ExpertTopK()))
+            Balance(count="first")(decide(make_logits(rng), ExpertChoice()))
 
 
 class TestImportance:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy_routing import best
 
-from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.routing import Cosine, Linear, Random, TopK
-from moejax.routing.routers import check_num_experts
+from moejax.routing.routers.base import check_num_experts
 
 G, N, D, E = 2, 256, 16, 64
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.errors import ConfigError
-from moejax.routing import SoftTopAll
+from moejax.core.errors import ConfigError
+from moejax.routing import SoftSlots
 
 G, N, E, S = 2, 5, 3, 2
 VALID = np.array([[True] * N, [False, True, True, False, True]])
@@ -33,7 +33,7 @@ def expected(logits: np.ndarray, valid: np.ndarray, dispatch: str, combine: str)
 )
 def test_plan_is_numpys(rng: np.random.Generator, dispatch: str, combine: str) -> None:
     logits = rng.normal(size=(G, N, E * S))
-    plan = SoftTopAll(S, dispatch, combine)(jnp.asarray(logits, jnp.float32), jnp.asarray(VALID))
+    plan = SoftSlots(S, dispatch, combine)(jnp.asarray(logits, jnp.float32), jnp.asarray(VALID))
     for g in range(G):
         into, out = expected(logits[g], VALID[g], dispatch, combine)
         np.testing.assert_allclose(plan.dispatch[g], into, rtol=1e-5)
@@ -42,7 +42,7 @@ def test_plan_is_numpys(rng: np.random.Generator, dispatch: str, combine: str) -
 
 def test_sums_are_over_tokens_and_over_slots(rng: np.random.Generator) -> None:
     """The classic bug is to swap the two softmax axes."""
-    plan = SoftTopAll(S)(jnp.asarray(rng.normal(size=(G, N, E * S)), jnp.float32), jnp.ones((G, N), bool))
+    plan = SoftSlots(S)(jnp.asarray(rng.normal(size=(G, N, E * S)), jnp.float32), jnp.ones((G, N), bool))
     np.testing.assert_allclose(plan.dispatch.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(plan.combine.sum((2, 3)), 1, rtol=1e-5)
     assert np.ptp(np.asarray(plan.dispatch.sum((2, 3)))) > 0.1
@@ -50,7 +50,7 @@ def test_sums_are_over_tokens_and_over_slots(rng: np.random.Generator) -> None:
 
 def test_a_group_of_padding_gives_zeros_and_large_logits_no_infinities() -> None:
     for mask in (jnp.zeros((G, N), bool), jnp.asarray(VALID)):
-        plan = SoftTopAll(S)(jnp.full((G, N, E * S), 1e4), mask)
+        plan = SoftSlots(S)(jnp.full((G, N, E * S), 1e4), mask)
         assert np.isfinite(plan.dispatch).all()
         np.testing.assert_array_equal(plan.dispatch[~np.asarray(mask)], 0)
         np.testing.assert_array_equal(plan.combine[~np.asarray(mask)], 0)
@@ -59,19 +59,19 @@ def test_a_group_of_padding_gives_zeros_and_large_logits_no_infinities() -> None
 def test_a_bias_shifts_both_softmaxes_and_probabilities_are_per_expert(rng: np.random.Generator) -> None:
     logits, bias = rng.normal(size=(G, N, E * S)), rng.normal(size=E * S)
     valid = jnp.ones((G, N), bool)
-    biased = SoftTopAll(S)(jnp.asarray(logits, jnp.float32), valid, bias=jnp.asarray(bias, jnp.float32))
+    biased = SoftSlots(S)(jnp.asarray(logits, jnp.float32), valid, bias=jnp.asarray(bias, jnp.float32))
     into, out = expected(logits[0] + bias, np.ones(N, bool), "soft", "soft")
     np.testing.assert_allclose(biased.dispatch[0], into, rtol=1e-5)
     np.testing.assert_allclose(biased.combine[0], out, rtol=1e-5)
     _, combine = expected(logits[0], np.ones(N, bool), "soft", "soft")
-    probs = SoftTopAll(S).probabilities(jnp.asarray(logits, jnp.float32))
+    probs = SoftSlots(S).probabilities(jnp.asarray(logits, jnp.float32))
     np.testing.assert_allclose(probs[0], combine.sum(-1), rtol=1e-5)
 
 
 def test_errors_and_mean_experts() -> None:
     with pytest.raises(ConfigError, match="slots=0 must be at least 1"):
-        SoftTopAll(0)
+        SoftSlots(0)
     with pytest.raises(ConfigError, match="combine='hard' is unknown; valid names: soft, uniform"):
-        SoftTopAll(combine="hard")
-    assert SoftTopAll(slots=3).mean_experts(8) == 8.0
-    assert SoftTopAll(slots=3).num_outputs_per_expert == 3
+        SoftSlots(combine="hard")
+    assert SoftSlots(slots=3).mean_experts(8) == 8.0
+    assert SoftSlots(slots=3).num_outputs_per_expert == 3

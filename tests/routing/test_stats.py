@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy_routing import admit, capacity, expert_choice, service_order, softmax, top_k
 
-from moejax.routing import ExpertTopK, Routing, SoftTopAll, TopK, routing_overlap, routing_stats
+from moejax.routing import ExpertChoice, Routing, SoftSlots, TopK, routing_overlap, routing_stats
 
 G, N, E = 2, 9, 4
 VALID = np.array([[True] * N, [True, False, True, True, False, True, False, True, False]])
@@ -41,8 +41,8 @@ def counts_soft(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 CASES = {
     "token_choice": (TopK(k=2, capacity_factor=0.6), counts_token_choice),
     "dropless": (TopK(k=2), lambda x: (counts_token_choice(x)[1], counts_token_choice(x)[1], -1)),
-    "expert_choice": (ExpertTopK(1.0), counts_expert_choice),
-    "soft_slots": (SoftTopAll(slots=2), counts_soft),
+    "expert_choice": (ExpertChoice(1.0), counts_expert_choice),
+    "soft_slots": (SoftSlots(slots=2), counts_soft),
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy_routing import softmax, top_k
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.routing import TopK
 
 G, N, E = 2, 7, 5

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.context import Context
-from moejax.errors import ConfigError
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.models import build
 from moejax.serve import Temperature, complete, generate
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.serve import Greedy, Temperature
 
 LOGITS = np.array([0.0, 2.0, -1.0, 1.0, 1.5])

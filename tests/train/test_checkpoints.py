@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
+from moejax.optim.base import optimizers
 from moejax.train.checkpoints import Checkpoints, CorruptCheckpoint, find_damage, load
-from moejax.train.optim import optimizers
 from moejax.train.step import TrainState
 
 OPTIMIZER = optimizers.build({"kind": "adamw", "learning_rate": 0.1}, "optimizer", steps=10)

@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_harness import INIT, VOCAB, Info, TinyText, device, run_tiny
 
-from moejax.context import Context
-from moejax.control import Site, control
+from moejax.core.context import Context
+from moejax.core.control import Site, control
+from moejax.optim.base import optimizers
 from moejax.parallel import Parallel, make_mesh
+from moejax.tasks.base import tasks
 from moejax.train import load
-from moejax.train.optim import optimizers
 from moejax.train.program import get_program
 from moejax.train.settings import TrainSettings
 from moejax.train.step import init_state, make_eval_step, make_train_step
-from moejax.train.tasks import tasks
-
-from .harness import INIT, VOCAB, Info, TinyText, device, run_tiny
 
 WIDTH, LAYERS, AT = 4, 3, 2
 TASK = tasks.build({"kind": "next_token"}, "task", domains=Info.domains)

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_harness import Info, TinyLM, TinyText, device, run_tiny
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
+from moejax.tasks.base import tasks
 from moejax.train import CorruptCheckpoint, NonFiniteLoss, fit, load, program
-from moejax.train.tasks import tasks
-
-from .harness import Info, TinyLM, TinyText, device, run_tiny
 
 
 class Crash(RuntimeError):

@@ -5,11 +5,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from training_harness import TinyLM, TinyText, device
 
+from moejax.tasks.next_token import NextToken
 from moejax.train.metrics import MetricLog, expand, flatten, numbers, read_lines
-from moejax.train.tasks import NextToken
-
-from .harness import TinyLM, TinyText, device
 
 
 def test_flatten_names_by_module_and_sums_losses():

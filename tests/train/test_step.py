@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_harness import Info, TinyLM, TinyText, device
 
-from moejax.errors import ConfigError
-from moejax.train.optim import optimizers
+from moejax.core.errors import ConfigError
+from moejax.optim.base import optimizers
+from moejax.tasks.base import tasks
 from moejax.train.step import init_state, make_eval_step, make_train_step
-from moejax.train.tasks import tasks
-
-from .harness import Info, TinyLM, TinyText, device
 
 TASK = tasks.build({"kind": "next_token"}, "task", domains=Info.domains)
 # Plain descent with rate 1 and no clipping: the change of a parameter is its gradient.

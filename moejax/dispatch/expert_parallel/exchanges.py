@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from moejax.core.errors import ConfigError, nearest
 from moejax.dispatch.expert_parallel.hops import AXIS, Hop, Padded, Ragged
-from moejax.errors import ConfigError, nearest
 from moejax.parallel.scope import Parallel
-from moejax.routing.plan import ExpertChoice, SoftSlots, TokenChoice
+from moejax.routing.plan import ExpertPlan, SlotPlan, TokenPlan
 from pallas_kernels.chips import TPUS
 from pallas_kernels.implementations import current_chip
 
@@ -198,7 +198,7 @@ def exchanged_bytes(
 
 
 def choose_exchange(
-    plan: TokenChoice | ExpertChoice | SoftSlots, kind: str, devices: Devices, sizes: Sizes, local_groups: int
+    plan: TokenPlan | ExpertPlan | SlotPlan, kind: str, devices: Devices, sizes: Sizes, local_groups: int
 ) -> str:
     """The exchange that runs: the named one, or what 'auto' stands for.
 
@@ -216,7 +216,7 @@ def choose_exchange(
     """
     if kind not in (*EXCHANGES, "auto"):
         raise ConfigError(f"exchange.kind='{kind}' is unknown{nearest(kind, [*EXCHANGES, 'auto'])}")
-    if not isinstance(plan, TokenChoice):
+    if not isinstance(plan, TokenPlan):
         return "capacity"
     if kind == "auto":
         few = plan.capacity is not None and sizes.experts * local_groups * plan.capacity <= sizes.shards * sizes.most

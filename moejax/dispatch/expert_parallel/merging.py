@@ -13,10 +13,10 @@ from moejax.dispatch.expert_parallel.tokens import Call, pad_axis
 from moejax.dispatch.layout import Batched
 from moejax.parallel.mesh import BATCH_AXES, MESH_AXES, batch_ways, shard_map
 from moejax.parallel.scope import Parallel
-from moejax.routing.plan import Merge
+from moejax.routing.plan import MergePlan
 
 
-def run_merge(plan: Merge, x: Float[Array, "g n d"], call: Call, experts: int, parallel: Parallel) -> Float[Array, "g n f"]:
+def run_merge(plan: MergePlan, x: Float[Array, "g n d"], call: Call, experts: int, parallel: Parallel) -> Float[Array, "g n f"]:
     """One expert per group, merged for the device that holds the group; groups are padded to a multiple of the devices.
 
     With fewer groups than experts along axis `expert`, each device merges its own experts for all of these groups, and what travels is

@@ -15,13 +15,13 @@ from moejax.dispatch.expert_parallel.tokens import Call, Split, pad_axis
 from moejax.dispatch.layout import Batched
 from moejax.parallel.mesh import BATCH_AXES, MESH_AXES, shard_map
 from moejax.parallel.scope import Parallel
-from moejax.routing.plan import ExpertChoice, SoftSlots, TokenChoice
+from moejax.routing.plan import ExpertPlan, SlotPlan, TokenPlan
 
-Slots = TypeVar("Slots", ExpertChoice, SoftSlots)
+Slots = TypeVar("Slots", ExpertPlan, SlotPlan)
 
 
 def run_slots(
-    plan: TokenChoice | ExpertChoice | SoftSlots, x: Float[Array, "g n d"], call: Call, experts: int, parallel: Parallel
+    plan: TokenPlan | ExpertPlan | SlotPlan, x: Float[Array, "g n d"], call: Call, experts: int, parallel: Parallel
 ) -> Float[Array, "g n f"]:
     """Executes a plan by an exchange of slots.
 
@@ -37,15 +37,15 @@ def run_slots(
     shards, tensor, chunks = mesh.shape[AXIS], mesh.shape["tensor"], parallel.exchange.chunks
     entering = Entering(mesh, call.axes, call.summed)
     specs, pieces = entering.specs(call.params), entering.split(call.params)
-    across = g % split.parts != 0 and not isinstance(plan, SoftSlots)
-    if across and isinstance(plan, TokenChoice):
+    across = g % split.parts != 0 and not isinstance(plan, SlotPlan)
+    if across and isinstance(plan, TokenPlan):
         plan = plan.to_slots()
 
     def device(x: Array, plan: Any, params: Any, key: Array | None) -> Array:
         params = entering.gather(params, specs, pieces, x.dtype)
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(MESH_AXES))
-        slots = _own(plan, split, x.shape[1]) if across else plan.to_slots() if isinstance(plan, TokenChoice) else plan
+        slots = _own(plan, split, x.shape[1]) if across else plan.to_slots() if isinstance(plan, TokenPlan) else plan
         y = 0
         for i, part in enumerate(_cut(slots, tensor, chunks)):
             rows = pad_axis(_fill(part, x), 0, experts)
@@ -70,7 +70,7 @@ def run_slots(
     return split.together(y).reshape(g, n, -1) if across else y[:g]
 
 
-def _own(plan: ExpertChoice, split: Split, tokens: int) -> ExpertChoice:
+def _own(plan: ExpertPlan, split: Split, tokens: int) -> ExpertPlan:
     """Of a plan of groups across devices, what this device's tokens have in it, as one group."""
     g, e, c = plan.token.shape
     start = split.each * jax.lax.axis_index(BATCH_AXES)
@@ -79,7 +79,7 @@ def _own(plan: ExpertChoice, split: Split, tokens: int) -> ExpertChoice:
     mine = used & (token >= 0) & (token < split.each)
     first = jnp.argsort(~mine, axis=1, stable=True)[:, : min(g * c, tokens)]
     token, weight, mine = (jnp.take_along_axis(a, first, 1)[None] for a in (token, weight, mine))
-    return ExpertChoice(jnp.where(mine, token, 0), weight, mine, num_tokens=tokens)
+    return ExpertPlan(jnp.where(mine, token, 0), weight, mine, num_tokens=tokens)
 
 
 def _cut(slots: Slots, tensor: int, chunks: int) -> list[Slots]:
@@ -96,18 +96,18 @@ def _cut(slots: Slots, tensor: int, chunks: int) -> list[Slots]:
     return [jax.tree.unflatten(structure, each) for each in zip(*map(cut, leaves), strict=True)]
 
 
-def _fill(slots: ExpertChoice | SoftSlots, x: Float[Array, "g n d"]) -> Float[Array, "e r d"]:
+def _fill(slots: ExpertPlan | SlotPlan, x: Float[Array, "g n d"]) -> Float[Array, "e r d"]:
     """Rows of each expert, group by group."""
-    if isinstance(slots, SoftSlots):
+    if isinstance(slots, SlotPlan):
         rows = jnp.einsum("gnes,gnd->egsd", slots.dispatch.astype(x.dtype), x)
     else:
         rows = gather_tokens(slots, x).swapaxes(0, 1)
     return rows.reshape(rows.shape[0], -1, x.shape[-1])
 
 
-def _empty(slots: ExpertChoice | SoftSlots, y: Float[Array, "e r f"]) -> Float[Array, "g n f"]:
+def _empty(slots: ExpertPlan | SlotPlan, y: Float[Array, "e r f"]) -> Float[Array, "g n f"]:
     """The weighted sums of what the slots have become."""
-    if isinstance(slots, SoftSlots):
+    if isinstance(slots, SlotPlan):
         g, _, e, s = slots.combine.shape
         return jnp.einsum("gnes,egsf->gnf", slots.combine.astype(y.dtype), y.reshape(e, g, s, -1))
     g, e, c = slots.token.shape

@@ -16,7 +16,7 @@ from moejax.dispatch.expert_parallel.parameters import Entering
 from moejax.dispatch.layout import Expert, Grouped, Layout, PerToken
 from moejax.parallel.mesh import BATCH_AXES, MESH_AXES, shard_map
 from moejax.parallel.scope import Parallel
-from moejax.routing.plan import TokenChoice, sort_by_expert
+from moejax.routing.plan import TokenPlan, sort_by_expert
 from pallas_kernels.permute import permute, unpermute
 
 
@@ -70,7 +70,7 @@ class Split:
 
 
 def run_tokens(
-    plan: TokenChoice, x: Float[Array, "g n d"], call: Call, kind: str, sizes: Sizes, parallel: Parallel
+    plan: TokenPlan, x: Float[Array, "g n d"], call: Call, kind: str, sizes: Sizes, parallel: Parallel
 ) -> Float[Array, "g n f"]:
     """Executes a plan by an exchange of tokens.
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
-from moejax.routing.plan import TokenChoice, dropless
+from moejax.core.errors import ConfigError
+from moejax.routing.plan import TokenPlan, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -28,7 +28,7 @@ class SigmoidGated:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes the given experts."""
         weight = jax.nn.sigmoid(jnp.take_along_axis(logits, expert, axis=-1))
         used = jnp.broadcast_to((all_valid(logits) if valid is None else valid)[..., None], expert.shape)
@@ -67,7 +67,7 @@ class BalancedAssignment(SigmoidGated):
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`."""
         n, e = logits.shape[1:]
         real = all_valid(logits) if valid is None else valid
@@ -102,7 +102,7 @@ class Sinkhorn(SigmoidGated):
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`."""
         real = (all_valid(logits) if valid is None else valid)[..., None]
         scores = jax.lax.stop_gradient(logits if bias is None else logits + bias) / self.temperature

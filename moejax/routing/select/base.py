@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.registry import Registry
+from moejax.core.registry import Registry
 from moejax.routing.plan import Plan
 
-selects = Registry("select")
+selects = Registry("select", "moejax.routing.select")
 
 
 @runtime_checkable

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError, check_choice
 from moejax.routing.capacity import capacity_of
-from moejax.routing.plan import ExpertChoice
+from moejax.routing.plan import ExpertPlan
 from moejax.routing.select.base import all_valid, probabilities, selects
 
 SCORES = ("softmax", "sigmoid", "logit")
@@ -17,7 +17,7 @@ SCORES = ("softmax", "sigmoid", "logit")
 
 @selects.register("expert_choice")
 @dataclasses.dataclass(frozen=True)
-class ExpertTopK:
+class ExpertChoice:
     """Each expert takes the `capacity_factor * n / e` tokens of its group that score highest; ties go to the earlier token.
 
     Load is perfectly balanced and a token gets between 0 and e experts. Selection runs over the token axis, so a token's plan
@@ -51,7 +51,7 @@ class ExpertTopK:
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> ExpertChoice:
+    ) -> ExpertPlan:
         """The plan; see `Select`."""
         g, n, e = logits.shape
         if self.score == "logit":
@@ -68,7 +68,7 @@ class ExpertTopK:
             order = jnp.argsort(jnp.where(used, token, n), axis=2)
             token, used = jnp.take_along_axis(token, order, axis=2), jnp.take_along_axis(used, order, axis=2)
         weight = jnp.take_along_axis(scores.swapaxes(1, 2), token, axis=2)
-        plan = ExpertChoice(token.astype(jnp.int32), weight, used, num_tokens=n)
+        plan = ExpertPlan(token.astype(jnp.int32), weight, used, num_tokens=n)
         if self.normalise:
             total = plan.dense().sum(-1)  # g n
             weight = weight / (jnp.take_along_axis(total[:, None], token, axis=2) + 1e-20)

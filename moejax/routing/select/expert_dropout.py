@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moejax.errors import ConfigError
-from moejax.routing.plan import TokenChoice
+from moejax.core.errors import ConfigError
+from moejax.routing.plan import TokenPlan
 from moejax.routing.select.base import selects
 
 
@@ -57,7 +57,7 @@ class ExpertDropout:
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
         key: Key[Array, ""] | None = None,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`. Raises ConfigError for a rule that is not token choice."""
         more = {"key": jax.random.fold_in(key, 1)} if train and self.select.needs_key else {}
         if not train or not self.rate:
@@ -65,7 +65,7 @@ class ExpertDropout:
         here = jax.random.bernoulli(key, 1 - self.rate, logits.shape)
         # Far below every logit: a weight of 0, except as a raw logit, which `used` keeps out.
         plan = self.select(jnp.where(here, logits, -1e9), valid, bias=bias, train=train, **more)
-        if not isinstance(plan, TokenChoice):
+        if not isinstance(plan, TokenPlan):
             raise ConfigError(
                 f"expert_dropout needs token choice, and {type(self.select).__name__} gives {type(plan).__name__}"
             )
@@ -79,7 +79,7 @@ class ExpertDropout:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes the given experts; none is missing."""
         return self.select.weigh(logits, expert, valid, train=train)
 

@@ -7,16 +7,16 @@ from typing import ClassVar, Literal
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
+from moejax.core.errors import ConfigError
 from moejax.routing.capacity import Priority, drop_over_capacity
-from moejax.routing.plan import TokenChoice
+from moejax.routing.plan import TokenPlan
 from moejax.routing.select.base import selects
 from moejax.routing.select.top_k import TopK
 
 
 @selects.register("gshard")
 @dataclasses.dataclass(frozen=True)
-class RandomSecond:
+class GShard:
     """Top-2 in which training keeps a token's second expert with probability `min(1, g2 / threshold)`, so that near-useless second
     choices leave their capacity to others.
 
@@ -61,7 +61,7 @@ class RandomSecond:
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
         key: Array | None = None,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`. Raises ConfigError in training without a `key`."""
         if not train:
             return self._top_2(logits, valid, bias=bias)
@@ -82,7 +82,7 @@ class RandomSecond:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes the given experts; nothing is drawn."""
         return self._top_2.weigh(logits, expert, valid, train=train)
 

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError, check_choice
-from moejax.routing.losses import Routing, losses, masked_mean
-from moejax.routing.plan import TokenChoice, dropless
+from moejax.core.errors import ConfigError, check_choice
+from moejax.routing.plan import TokenPlan, dropless
 from moejax.routing.select.base import all_valid, selects
 
 NORMALISE = ("true", "selected", "none")
@@ -53,7 +52,7 @@ class NullExperts:
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`. A `bias` is for true experts only."""
         self.check_num_experts(logits.shape[-1] - self.num_null)
         ranking = logits if bias is None else jax.nn.softmax(logits, axis=-1) + jnp.pad(bias, (0, self.num_null))
@@ -66,7 +65,7 @@ class NullExperts:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes the given experts; indices from e on are null experts."""
         num_experts = logits.shape[-1] - self.num_null
         weight = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), expert, axis=-1)
@@ -93,34 +92,3 @@ class NullExperts:
     def mean_experts(self, num_experts: int) -> float:
         """True experts of a token under a uniform load."""
         return min(self.k * num_experts / (num_experts + self.num_null), float(num_experts))
-
-
-@losses.register("null_balance")
-@dataclasses.dataclass(frozen=True)
-class NullBalance:
-    """`coef * (e + m) * sum_i f_i P_i` over e true and m null experts, each null one with the mean f of all m.
-
-    f is the share of choices and P the mean probability, over the batch; f passes no gradient. Null experts are
-    interchangeable, so only how much goes to them together is balanced: towards m / (e + m) of all choices. 1 times `coef` under
-    uniform routing. Without it, routers trained from scratch may send everything to null experts.
-
-    Attributes:
-      coef: weight (the paper: 1e-3 with LoRA experts, 1e-4 in Mixtral).
-      null: 'mean' as above, or 'each' to balance the null experts one by one (the paper's ablation).
-    """
-
-    coef: float = 1e-3
-    null: Literal["mean", "each"] = "mean"
-
-    def __post_init__(self) -> None:
-        check_choice("null", self.null, ("mean", "each"))
-
-    def __call__(self, routing: Routing) -> Float[Array, ""]:
-        e, o, k = routing.plan.num_experts, routing.logits.shape[-1], routing.plan.expert.shape[-1]
-        # A plan does not say which null experts were chosen; the logits do.
-        chosen = jax.nn.one_hot(jax.lax.top_k(routing.logits, k)[1], o).sum(-2)
-        share = masked_mean(chosen, routing.valid, (0, 1)) / k
-        if self.null == "mean":
-            share = jnp.where(jnp.arange(o) < e, share, share[e:].mean())
-        mean_prob = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1))
-        return self.coef * o * (jax.lax.stop_gradient(share) * mean_prob).sum()

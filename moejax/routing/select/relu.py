@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
-from moejax.routing.plan import TokenChoice, dropless
+from moejax.core.errors import ConfigError
+from moejax.routing.plan import TokenPlan, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -45,7 +45,7 @@ class ReLU:
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`. A `bias` says who comes first where `max_experts` is less than all."""
         e = logits.shape[-1]
         self.check_num_experts(e)
@@ -60,7 +60,7 @@ class ReLU:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes those of the given experts whose gates are above 0."""
         weight = jax.nn.relu(jnp.take_along_axis(logits, expert, axis=-1))
         used = (weight > 0) & (all_valid(logits) if valid is None else valid)[..., None]

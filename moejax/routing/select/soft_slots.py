@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moejax.errors import ConfigError, check_choice
-from moejax.routing.plan import SoftSlots
+from moejax.core.errors import ConfigError, check_choice
+from moejax.routing.plan import SlotPlan
 from moejax.routing.select.base import all_valid, selects
 
 
 @selects.register("soft_slots")
 @dataclasses.dataclass(frozen=True)
-class SoftTopAll:
+class SoftSlots:
     """Dispatch is a softmax over the tokens of a group, combine a softmax over all slots of all experts.
 
     The router gives `slots` logits per expert: `logits[g, n, e * slots]`, expert-major. Fully differentiable, nothing is
@@ -50,7 +50,7 @@ class SoftTopAll:
         *,
         bias: Float[Array, "es"] | None = None,
         train: bool = False,
-    ) -> SoftSlots:
+    ) -> SlotPlan:
         """The plan; see `Select`. Invalid tokens enter no slot and get a zero output."""
         g, n, _ = logits.shape
         mask = (all_valid(logits) if valid is None else valid)[..., None]
@@ -61,7 +61,7 @@ class SoftTopAll:
         # A finite floor rather than -inf: a group without any valid token must not give NaN.
         dispatch = jnp.where(mask, jax.nn.softmax(jnp.where(mask, into, -1e30), axis=1), 0)
         combine = jnp.where(mask, jax.nn.softmax(out, axis=2), 0)
-        return SoftSlots(dispatch.reshape(g, n, -1, self.slots), combine.reshape(g, n, -1, self.slots))
+        return SlotPlan(dispatch.reshape(g, n, -1, self.slots), combine.reshape(g, n, -1, self.slots))
 
     def probabilities(self, logits: Float[Array, "g n es"]) -> Float[Array, "g n e"]:
         g, n, _ = logits.shape

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
-from moejax.routing.losses import Routing, losses, masked_mean
-from moejax.routing.plan import TokenChoice, dropless
+from moejax.routing.plan import TokenPlan, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -36,7 +34,7 @@ class TopAny:
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`. Logits are pairs of score and threshold; a `bias` is added to the scores for passing."""
         score, threshold = split(logits)
         taken = score - threshold + (0 if bias is None else bias) > 0
@@ -53,7 +51,7 @@ class TopAny:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes all of the given experts."""
         score, threshold = split(logits)
         return self._plan(score - threshold, expert, jnp.ones(expert.shape, bool), valid)
@@ -69,7 +67,7 @@ class TopAny:
 
     def _plan(
         self, margin: Float[Array, "g n e"], expert: Int[Array, "g n k"], taken: Bool[Array, "g n k"], valid: Array | None
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         num_experts = margin.shape[-1]
         margin = jnp.take_along_axis(margin, expert, axis=-1)
         k = jnp.maximum(taken.sum(-1, keepdims=True), 1)
@@ -83,30 +81,3 @@ def split(logits: Float[Array, "g n o"]) -> tuple[Float[Array, "g n e"], Float[A
     """Scores and thresholds."""
     pairs = logits.reshape(*logits.shape[:-1], -1, 2)
     return pairs[..., 0], pairs[..., 1]
-
-
-@losses.register("top_any")
-@dataclasses.dataclass(frozen=True)
-class TopAnyLoss:
-    """`coef * (balance * e^2 mean_e(mean_t(g_te / k_t) mean_t g_te) + efficiency * mean g)` over the tokens that take an expert.
-
-    Of the released vision-language models, not of the paper: presses on busy experts and on the number of experts. The gradient
-    goes through both factors by the straight-through estimator.
-    """
-
-    coef: float = 0.01
-    balance: float = 1.0
-    efficiency: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.balance < 0 or self.efficiency < 0:
-            raise ConfigError(f"balance={self.balance} and efficiency={self.efficiency} must not be negative")
-
-    def __call__(self, routing: Routing) -> Float[Array, ""]:
-        e = routing.plan.num_experts
-        share = routing.plan.dense()
-        k = jax.lax.stop_gradient(routing.plan.assigned()).sum(-1, keepdims=True)
-        some = routing.valid & (k[..., 0] > 0)
-        gate = masked_mean(share * k, some, (0, 1))
-        balance = e**2 * (masked_mean(share, some, (0, 1)) * gate).mean()
-        return self.coef * (self.balance * balance + self.efficiency * gate.mean())

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError, check_choice
 from moejax.routing.capacity import PRIORITIES, Priority, drop_over_capacity
-from moejax.routing.plan import TokenChoice, dropless
+from moejax.routing.plan import TokenPlan, dropless
 from moejax.routing.select.base import all_valid, probabilities, selects
 
 SCORES = ("softmax", "softmax_selected", "sigmoid", "logit")
@@ -97,7 +97,7 @@ class TopK:
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`. Raises ConfigError when k exceeds the number of experts."""
         e = logits.shape[-1]
         self.check_num_experts(e)
@@ -115,7 +115,7 @@ class TopK:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes the given experts, with the weights and drops that this rule gives them."""
         scores = self._scores(logits)
         weight = jnp.take_along_axis(scores, expert, axis=-1)

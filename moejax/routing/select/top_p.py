@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.errors import ConfigError
-from moejax.routing.plan import TokenChoice, dropless
+from moejax.core.errors import ConfigError
+from moejax.routing.plan import TokenPlan, dropless
 from moejax.routing.select.base import all_valid, selects
 
 
@@ -46,7 +46,7 @@ class TopP:
         *,
         bias: Float[Array, "e"] | None = None,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan; see `Select`. With a `bias`, experts are tried in the order of their biased probabilities."""
         self.check_num_experts(logits.shape[-1])
         probs = self.probabilities(logits)
@@ -60,7 +60,7 @@ class TopP:
         valid: Bool[Array, "g n"] | None = None,
         *,
         train: bool = False,
-    ) -> TokenChoice:
+    ) -> TokenPlan:
         """The plan in which each token takes the given experts, in their order, until the threshold is reached."""
         weight = jnp.take_along_axis(self.probabilities(logits), expert, axis=-1)
         before = jnp.cumsum(weight, axis=-1) - weight

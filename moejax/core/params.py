@@ -1,0 +1,132 @@
+"""Parameters: plain trees of arrays whose logical axis names are declared where they are made.
+
+Axis names come from one vocabulary, `AXES`; `moejax.parallel` maps them to mesh axes. They are recorded while a model is
+traced (`logical_axes`), so that parameter trees stay plain arrays with no boxes around them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+AXES = frozenset({"batch", "seq", "embed", "mlp", "heads", "kv", "expert", "layers", "vocab", "rank"})
+
+Initializer = Callable[..., Array]
+_recorder: ContextVar[dict[tuple[str, ...], tuple[str | None, ...]] | None] = ContextVar("axes_recorder", default=None)
+_placing: ContextVar[Callable[[Array, tuple[str | None, ...]], Array] | None] = ContextVar("placing", default=None)
+_whole: ContextVar[frozenset[str]] = ContextVar("whole_axes", default=frozenset())
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: Any = jnp.float32,
+) -> Array:
+    """Declares parameter `name` of `module` with one logical axis name (or None) per dimension.
+
+    It comes as it is used (`for_use`), but for stacks of experts, which dispatch gathers itself when it runs them.
+    """
+    axes = tuple(None if axis in _whole.get() else axis for axis in axes)
+    _record(module, name, shape, axes)
+    value = module.param(name, init, shape, dtype)
+    return value if "expert" in axes else for_use(value, axes)
+
+
+class Dense(nn.Dense):
+    """`nn.Dense` whose kernel `[in, out]` carries logical axis names."""
+
+    axes: tuple[str | None, str | None] = (None, None)
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.param`; a kernel or bias comes as it is used."""
+        return for_use(super().param(name, *args, **kwargs), self.axes if name == "kernel" else self.axes[1:])
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        _record(self, "kernel", (inputs.shape[-1], self.features), self.axes)
+        if self.use_bias:
+            _record(self, "bias", (self.features,), self.axes[1:])
+        return super().__call__(inputs)
+
+
+def for_use(value: Array, axes: tuple[str | None, ...]) -> Array:
+    """A parameter as it is used: what `placing` was given makes of it; as it is on a single device."""
+    place = _placing.get()
+    return value if place is None else place(value, axes)
+
+
+@contextlib.contextmanager
+def placing(place: Callable[[Array, tuple[str | None, ...]], Array]) -> Iterator[None]:
+    """Parameters that are declared inside the `with` block come as `place(value, axes)`: gathered from the devices that store them."""
+    token = _placing.set(place)
+    try:
+        yield
+    finally:
+        _placing.reset(token)
+
+
+def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Parameter path -> logical axis names, found by tracing `model.init(key, *args, **kwargs)` without computing it.
+
+    A parameter of a scanned layer has one more dimension than its names: its leading axis is `layers`.
+    """
+    with record_axes() as axes:
+        jax.eval_shape(lambda key: model.init(key, *args, **kwargs), jax.random.key(0))
+    return axes
+
+
+@contextlib.contextmanager
+def record_axes() -> Iterator[dict[tuple[str, ...], tuple[str | None, ...]]]:
+    """Collects the axis names of the parameters that are declared inside the `with` block."""
+    axes: dict[tuple[str, ...], tuple[str | None, ...]] = {}
+    token = _recorder.set(axes)
+    try:
+        yield axes
+    finally:
+        _recorder.reset(token)
+
+
+@contextlib.contextmanager
+def whole(axis: str) -> Iterator[None]:
+    """Parameters that are declared inside the `with` block are not split along `axis`: their names say None there.
+
+    For experts that every token uses (shared experts, a dense layer as a bank of one): no token travels to them.
+    """
+    token = _whole.set(_whole.get() | {axis})
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def per_expert(init: Initializer) -> Initializer:
+    """An initializer for `[e, ...]` that draws each expert from its own key, folded from the expert's index.
+
+    Expert i starts the same however many experts there are and however they are sharded, no two start alike, and fan-in is
+    that of one expert, not of the stack.
+    """
+
+    def stacked(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
+        return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
+
+    return stacked
+
+
+def _record(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+    recorder = _recorder.get()
+    if recorder is None:
+        return
+    if len(axes) != len(shape) or not {a for a in axes if a} <= AXES:
+        raise ValueError(
+            f"axes {axes} of {'/'.join((*module.path, name))} do not fit shape {shape}; valid names: {sorted(AXES)}"
+        )
+    recorder[(*module.path, name)] = axes

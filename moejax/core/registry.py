@@ -1,0 +1,180 @@
+"""From a config's `kind` strings to classes: one registry per slot of a model, and errors with the nearest valid name.
+
+A class registers itself where it is written, a registry knows the folders in which to look for them, and so a new file in such a
+folder is all that a new kind takes. A class is then buildable from a mapping `{'kind': name, **fields}`. Its dataclass fields are the valid
+keys, so a new method needs no parsing code:
+
+    routers = Registry('router', 'moejax.routing.routers')
+
+    @routers.register('linear')
+    class Linear(nn.Module):
+        num_experts: int
+
+    routers.build({'kind': 'linear'}, where='model.ffn.router', num_experts=8)
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from moejax.core.errors import ConfigError, nearest
+from moejax.core.folders import import_all
+
+# Fields that Flax adds to every module's dataclass; never keys of a config.
+_FLAX_FIELDS = frozenset({"parent", "name"})
+
+
+class Registry:
+    """Maps `kind` names to classes for one slot.
+
+    Fields that are themselves slots (a MoE's router, a block's norm) are declared in `slots`: field name -> registry. Such a
+    field may be a spec, which is built recursively, or an object, which is taken as it is. `Many(registry)` is a slot of
+    several items, `Given(registry, {...})` one whose context differs from its surroundings'.
+
+    Args:
+      slot: what its classes are, for errors.
+      *homes: packages (with all that lies in them) and modules whose classes register here; imported when first asked for.
+    """
+
+    def __init__(self, slot: str, *homes: str):
+        self.slot = slot
+        self._homes: tuple[str, ...] = homes
+        self._classes: dict[str, type] = {}
+        self._slots: dict[str, dict[str, "Slot"]] = {}
+
+    def register(self, kind: str, slots: Mapping[str, "Slot"] | None = None) -> Callable[[type], type]:
+        """Class decorator: makes the class buildable as `kind`."""
+
+        def add(cls: type) -> type:
+            if kind in self._classes:
+                raise ValueError(f"{self.slot} kind '{kind}' is registered twice: {self._classes[kind]} and {cls}")
+            self._classes[kind] = cls
+            self._slots[kind] = dict(slots or {})
+            return cls
+
+        return add
+
+    def build(self, spec: Any, where: str, **context: Any) -> Any:
+        """The object that `spec` describes.
+
+        Args:
+          spec: mapping with a `kind` and fields, or a ready object, which is returned unchanged.
+          where: the dotted place of the spec in the user's config, for errors.
+          **context: values for fields that the class has and the spec leaves out (num_experts, dtype, ...). Passed on to
+            nested slots.
+
+        Raises:
+          ConfigError: unknown kind or key, or a required field left out; names the place and the nearest valid name.
+        """
+        if not isinstance(spec, Mapping) and not hasattr(spec, "items"):
+            if isinstance(spec, str):
+                raise ConfigError(f"{where}='{spec}' must be a mapping such as {{'kind': '{spec}'}}")
+            return spec
+        given = {k: v for k, v in spec.items() if k != "kind"}
+        if "kind" not in spec:
+            raise ConfigError(f"{where} has no 'kind'; valid {self.slot} kinds: {', '.join(self.kinds())}")
+        kind = spec["kind"]
+        self._look()
+        if kind not in self._classes:
+            raise ConfigError(f"unknown {self.slot} kind '{kind}' in {where}.kind{nearest(kind, self._classes)}")
+        cls, slots = self._classes[kind], self._slots[kind]
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _FLAX_FIELDS}
+        for key in given:
+            if key not in fields:
+                raise ConfigError(f"unknown key '{key}' in {where} ({self.slot} '{kind}'){nearest(key, fields)}")
+        # A slot is filled only where it is written: an outer part may use the same name for something else.
+        inherited = {k: v for k, v in context.items() if k in fields and k not in given and k not in slots}
+        # What the spec itself says (num_experts, say) is the context of its own parts.
+        inner = {**context, **{k: v for k, v in given.items() if k not in slots}}
+        built = {}
+        for key, value in given.items():
+            if key in slots and value is not None:
+                built[key] = slots[key].build(value, f"{where}.{key}", **inner)
+            else:
+                built[key] = _plain(value)
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in built and name not in inherited:
+                raise ConfigError(f"{where} ({self.slot} '{kind}') needs '{name}'")
+        try:
+            return cls(**inherited, **built)
+        except ConfigError as error:
+            if where in str(error):
+                raise
+            raise ConfigError(f"{error} (in {where})") from None
+
+    def kinds(self) -> list[str]:
+        """The registered names, sorted."""
+        self._look()
+        return sorted(self._classes)
+
+    def kind_of(self, item: Any) -> str:
+        """The name under which an object's class is registered."""
+        for kind, cls in self._classes.items():
+            if type(item) is cls:
+                return kind
+        raise ConfigError(f"{type(item).__name__} is not a registered {self.slot}; valid kinds: {', '.join(self.kinds())}")
+
+    def items(self) -> Iterator[tuple[str, type]]:
+        """Pairs of name and class, sorted by name."""
+        self._look()
+        return iter(sorted(self._classes.items()))
+
+    def _look(self) -> None:
+        """Imports the homes, once. Those of a folder may build parts while they are imported."""
+        homes, self._homes = self._homes, ()
+        for home in homes:
+            import_all(home)
+
+    def __getitem__(self, kind: str) -> type:
+        self._look()
+        if kind not in self._classes:
+            raise ConfigError(f"unknown {self.slot} kind '{kind}'{nearest(kind, self._classes)}")
+        return self._classes[kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """A slot that holds several items of a registry: a mapping of kind -> fields in a config, a tuple once built.
+
+    A mapping rather than a list, so that a single field can be overridden by name on the command line.
+    """
+
+    registry: Registry
+
+    def build(self, specs: Any, where: str, **context: Any) -> tuple[Any, ...]:
+        if isinstance(specs, (tuple, list)):
+            return tuple(self.registry.build(s, f"{where}[{i}]", **context) for i, s in enumerate(specs))
+        items = {kind: fields for kind, fields in specs.items() if fields is not None}
+        for kind, fields in items.items():
+            if not hasattr(fields, "items"):
+                raise ConfigError(f"{where}.{kind}={fields!r} must be a mapping of fields, or None to leave it out")
+        return tuple(
+            self.registry.build({"kind": kind, **fields}, f"{where}.{kind}", **context) for kind, fields in items.items()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A slot whose parts see `values` in their context instead of what surrounds them.
+
+    Shared experts, say, are not as many as the routed ones beside them unless their own spec says so.
+    """
+
+    registry: Registry
+    values: Mapping[str, Any]
+
+    def build(self, spec: Any, where: str, **context: Any) -> Any:
+        return self.registry.build(spec, where, **{**context, **self.values})
+
+
+Slot: TypeAlias = Registry | Many | Given
+
+
+def _plain(value: Any) -> Any:
+    """Config containers as hashable Python values, which Flax modules need as fields."""
+    if hasattr(value, "items"):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    return value

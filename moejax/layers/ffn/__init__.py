@@ -1,0 +1,5 @@
+"""Feed-forward layers, dense and routed, one file a kind."""
+
+from moejax.core.folders import lazy
+
+__getattr__, __dir__ = lazy(__name__)

@@ -1,0 +1,148 @@
+"""The sparse mixture-of-experts layer: any router, any select rule, any bank."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError, check_choice
+from moejax.core.registry import Given, Many
+from moejax.experts.registry import banks
+from moejax.layers.ffn.dense import sum_shared
+from moejax.layers.registry import ffns
+from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
+from moejax.routing.balancers import Balancer, balancers, fresh_state
+from moejax.routing.losses.base import Loss, Routing, losses
+from moejax.routing.routers.base import check_num_experts, routers, with_null_outputs
+from moejax.routing.select import Select, num_outputs, selects
+
+SLOTS = {
+    "router": routers,
+    "select": selects,
+    "eval_select": selects,
+    "bank": banks,
+    "shared": Given(banks, {"num_experts": 1}),
+    "losses": Many(losses),
+    "balancer": balancers,
+}
+
+
+@ffns.register("moe", slots=SLOTS)
+class MoE(nn.Module):
+    """`y = sum of weight * expert(x)` over each token's plan, plus the shared experts.
+
+        layer = MoE(Linear(8), TopK(k=2), GLU(hidden=512, num_experts=8), losses=(Balance(0.01), ZLoss(1e-3)))
+        variables = layer.init(key, x)
+        y, sown = layer.apply(variables, x, mutable=['losses', 'stats'])
+
+    Attributes:
+      router: tokens -> logits.
+      select: logits -> plan.
+      bank: the routed experts.
+      eval_select: the rule outside training, for methods that select differently there; `select` by default.
+      shared: a bank whose experts every token uses, with weight 1 (DeepSeekMoE); None for none.
+      losses: balance and other routing losses, sown weighted into 'losses'.
+      balancer: balances the load without a loss, by a bias on the selection that is kept in 'router_state'; None for none.
+      backend: of dispatch; 'auto' or a name.
+      group_by: who competes for capacity: tokens of one 'sequence', of the 'batch', or of one 'position'.
+      leaky_training: accepts in a decoder that `select` looks at later tokens, in training only: `eval_select` must not (BASE layers).
+      num_experts: only for configs, where it fills the router's and the bank's field of the same name (not the shared bank's,
+        which is one expert unless its own spec says otherwise).
+
+    Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'overrides'; keeps
+    a balancer's state in 'router_state', which training updates.
+    """
+
+    router: nn.Module
+    select: Any
+    bank: nn.Module
+    eval_select: Any = None
+    shared: nn.Module | None = None
+    losses: tuple[Loss, ...] = ()
+    balancer: Balancer | None = None
+    backend: str = "auto"
+    group_by: Literal["sequence", "batch", "position"] = "sequence"
+    leaky_training: bool = False
+    num_experts: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("group_by", self.group_by, GROUPINGS)
+        check_num_experts(self.router, self.bank)
+        for rule in (self.select, self.eval_select):
+            if hasattr(rule, "check_num_experts"):
+                rule.check_num_experts(self.bank.num_experts)
+        object.__setattr__(self, "router", with_null_outputs(self.router, getattr(self.select, "num_null", 0)))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
+        """Routes `x` and returns the combined outputs, in x's dtype; padding gets zeros from the routed experts.
+
+        Raises:
+          ConfigError: parts that do not fit each other, named with both values.
+        """
+        ctx = ctx or Context()
+        b, s, _ = x.shape
+        tokens, grouped_ctx = group_tokens(x, ctx, self.group_by)
+        select: Select = self.select if ctx.train or self.eval_select is None else self.eval_select
+        logits = self.router(tokens, grouped_ctx).astype(jnp.float32)
+        self._check_fit(logits.shape[-1], select)
+        state = self._balance_state()
+        bias = None if state is None else self.balancer.bias(state.value)
+        plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train, bias)
+        valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
+        y, plan, backend = run_plan(
+            plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend, self.group_by
+        )
+        routing = Routing(logits, select.probabilities(logits), plan, valid)
+        sow_routing(self, routing, self.losses, backend=backend)
+        if state is not None and ctx.train and self.is_mutable_collection("router_state"):
+            state.value = self.balancer.update(state.value, routing)
+        y = ungroup_tokens(y, b, s, self.group_by).astype(x.dtype)
+        if self.shared is not None:
+            y = y + sum_shared(self.shared, x, ctx)
+        return y
+
+    def _balance_state(self) -> nn.Variable | None:
+        if self.balancer is None:
+            return None
+        return self.variable("router_state", "balance", lambda: fresh_state(self.bank.num_experts))
+
+    def _check_fit(self, outputs: int, select: Select) -> None:
+        """Refuses a router whose logits are not what the rule and the bank expect; dispatch would clamp indices in silence."""
+        each, wanted = select.num_outputs_per_expert, num_outputs(select, self.bank.num_experts)
+        if outputs != wanted:
+            null = wanted - each * self.bank.num_experts
+            also = f" and {null} for null experts" if null else ""
+            raise ConfigError(
+                f"the router gives {outputs} logits a token, but {type(select).__name__} needs {each} for each of the bank's "
+                f"{self.bank.num_experts} experts{also}; set the router's outputs_per_expert={each} and equal num_experts"
+            )
+
+    def active_fraction(self) -> float:
+        """Share of the routed experts' parameters that a token uses, on average at most; for counting active parameters."""
+        return min(1.0, self.select.mean_experts(self.bank.num_experts) / self.bank.num_experts)
+
+    def check_causal(self, where: str) -> None:
+        """Raises ConfigError if a token's output may depend on later tokens of its sequence."""
+        rules = {"select": self.select, "eval_select": self.eval_select}
+        for name, rule in rules.items():
+            accepted = name == "select" and self.leaky_training and self.eval_select is not None
+            if rule is not None and not rule.causal and self.group_by != "position" and not accepted:
+                raise ConfigError(
+                    f"{where}.{name} ({type(rule).__name__}) selects over later tokens and leaks the future in a decoder; use "
+                    f"{where}.group_by='position' (tokens compete across the batch, not along the sequence), or for capacity "
+                    "with k > 1 priority='token'"
+                )
+
+    def decodable(self) -> str | None:
+        """None if decoding one token at a time gives the plan of a whole forward pass; else the reason why not."""
+        rule = self.eval_select or self.select
+        if rule.per_token:
+            return None
+        return (
+            f"{type(rule).__name__} plans several tokens together at inference; set eval_select to a per-token rule, or "
+            "eval_capacity_factor=None"
+        )

@@ -1,0 +1,161 @@
+"""Product-key layers: each token retrieves a few of n * n tiny experts (PEER, He 2024) or memory values (PKM, Lample et al. 2019)."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError, check_choice
+from moejax.core.params import param
+from moejax.core.sowing import sow
+from moejax.dispatch.expert_parallel.rows import by_device
+from moejax.experts.rank_one import RankOne
+from moejax.layers.registry import ffns
+from pallas_kernels.product_keys import product_key_top_k
+
+SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
+QUERY_NORMS = ("batch", "layer", "none")
+
+
+@ffns.register("product_keys")
+class ProductKeys(nn.Module):
+    """`y = sum over heads and their k best experts of g act(<x, u>) v`, found among n * n in O(n) time.
+
+    A head's query has two halves; expert `a * n + b` scores `<q_1, c_1[a]> + <q_2, c_2[b]>`, so the best experts are among
+    the pairs of each half's k best. Experts (and sub-keys) are shared by all heads; per token the layer is a network of heads * k
+    hidden units that is put together anew. No balance loss: normalised queries keep the usage even.
+
+    Normalising over the batch lets tokens of a training batch see each other, later ones too; outside training it uses running
+    statistics and a token depends on itself alone. 'layer' is the strict substitute.
+
+    Attributes:
+      num_keys: n, sub-keys of each half; there are n * n experts.
+      heads: h, each with its own query.
+      k: experts of a head.
+      query_dim: width of a query, both halves together.
+      values_only: memory values instead of experts (PKM).
+      activation: of an expert, a name of `ACTIVATIONS`.
+      score: g, from the scores of a head's k: 'softmax' over them; 'sigmoid' or 'relu' of each (Csordas et al. 2023).
+      query_norm: 'batch' over valid tokens, 'layer', or 'none'.
+      shared_keys: all heads use the same sub-keys; False gives each its own (Lample et al. 2019).
+      momentum: of the running statistics of queries.
+      key_std: standard deviation of sub-keys at the start.
+      implementation: of the kernels; 'auto' or a name.
+
+    Collections: sows 'stats' usage (share of experts that were picked in the last few hundred training batches), unevenness
+    (Kullback-Leibler divergence of their summed weights from uniform, nats) and entropy (of a head's weights, nats). Keeps running
+    statistics and usage in 'router_state', which training updates.
+
+    Raises:
+      ConfigError: sizes that do not fit, unknown options.
+    """
+
+    num_keys: int
+    heads: int = 8
+    k: int = 16
+    query_dim: int = 128
+    values_only: bool = False
+    activation: str = "gelu"
+    score: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    query_norm: Literal["batch", "layer", "none"] = "batch"
+    shared_keys: bool = True
+    momentum: float = 0.9
+    key_std: float = 0.02
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, options in (("score", (*SCORES,)), ("query_norm", QUERY_NORMS)):
+            check_choice(name, getattr(self, name), options)
+        if self.query_dim % 2:
+            raise ConfigError(f"query_dim={self.query_dim} must be even: a query has two halves")
+        if self.k > self.num_keys**2:
+            raise ConfigError(f"k={self.k} exceeds the num_keys={self.num_keys} squared experts; lower k or add keys")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
+        """Padding gets zeros."""
+        ctx = ctx or Context()
+        rows = x.reshape(-1, x.shape[-1])
+        valid = jnp.ones(rows.shape[0], bool) if ctx.valid is None else ctx.valid.reshape(-1)
+        score, index = self._retrieve(self._query(rows, valid, ctx.train))
+        weight = SCORES[self.score](score)
+        self._count(index, weight, valid, ctx.train)
+        weight = jnp.where(valid[:, None, None], weight, 0)
+        # As wide as the network of heads * k units that a token puts together; values by their own width.
+        fan_in = x.shape[-1] if self.values_only else self.heads * self.k
+        bank = RankOne(self.num_keys**2, self.activation, self.values_only, fan_in**-0.5, self.implementation, name="bank")
+        y = bank(rows, index.reshape(rows.shape[0], -1), weight.reshape(rows.shape[0], -1))
+        return y.reshape(x.shape).astype(x.dtype)
+
+    def _query(self, x: Float[Array, "n d"], valid: Bool[Array, "n"], train: bool) -> Float[Array, "n h q"]:
+        """Normalised queries, float32 like everything that decides who is chosen."""
+        width = self.heads * self.query_dim
+        w = param(self, "query", nn.initializers.lecun_normal(), (x.shape[-1], width), ("embed", None))
+        query = jnp.einsum("nd,dq->nq", x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
+        if self.query_norm == "batch":
+            query = self._batch_norm(query, valid, train)
+        query = query.reshape(-1, self.heads, self.query_dim)
+        return nn.LayerNorm(name="query_norm")(query) if self.query_norm == "layer" else query
+
+    def _batch_norm(self, query: Float[Array, "n q"], valid: Bool[Array, "n"], train: bool) -> Float[Array, "n q"]:
+        width = query.shape[-1]
+        scale = param(self, "scale", nn.initializers.ones, (width,), (None,))
+        shift = param(self, "shift", nn.initializers.zeros, (width,), (None,))
+        running = self.variable("router_state", "query", lambda: {"mean": jnp.zeros(width), "var": jnp.ones(width)})
+        now = running.value
+        if train:
+            share = valid[:, None] / jnp.maximum(valid.sum(), 1)
+            mean = (share * query).sum(0)
+            now = {"mean": mean, "var": (share * jnp.square(query - mean)).sum(0)}
+            if self.is_mutable_collection("router_state"):
+                running.value = jax.tree.map(self._follow, running.value, now)
+        return (query - now["mean"]) * jax.lax.rsqrt(now["var"] + 1e-5) * scale + shift
+
+    def _retrieve(self, query: Float[Array, "n h q"]) -> tuple[Float[Array, "n h k"], Int[Array, "n h k"]]:
+        n, h, q = query.shape
+        own = 1 if self.shared_keys else h
+        shape = (own, 2, self.num_keys, q // 2)
+        keys = param(self, "keys", nn.initializers.normal(self.key_std), shape, (None, None, None, None))
+        # Heads with common keys are so many more tokens.
+        halves = query.reshape(n * h // own, own, 2, q // 2)
+
+        def top_k(keys: Array, halves: Array) -> tuple[Array, Array]:
+            return product_key_top_k(halves, keys, self.k, self.implementation)
+
+        score, index = by_device(top_k, keys, PartitionSpec(), halves)
+        return score.reshape(n, h, self.k), index.reshape(n, h, self.k)
+
+    def _count(self, index: Int[Array, "n h k"], weight: Float[Array, "n h k"], valid: Bool[Array, "n"], train: bool) -> None:
+        """Follows each expert's share of the weights, and sows what the shares look like."""
+        e, weight = self.num_keys**2, jax.lax.stop_gradient(weight)
+        usage = self.variable("router_state", "usage", lambda: jnp.zeros(e))
+        if train and self.is_mutable_collection("router_state"):
+            spent = jnp.where(valid[:, None, None], weight, 0)
+            share = jnp.zeros(e).at[index].add(spent) / jnp.maximum(spent.sum(), 1e-9)
+            usage.value = self._follow(usage.value, share)
+        share = usage.value / jnp.maximum(usage.value.sum(), 1e-9)
+        sow(self, "stats", "usage", (share > 0).mean())
+        sow(self, "stats", "unevenness", jax.scipy.special.xlogy(share, share * e).sum())
+        own = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
+        entropy = -jax.scipy.special.xlogy(own, own).sum(-1).mean(-1)
+        sow(self, "stats", "entropy", (entropy * valid).sum() / jnp.maximum(valid.sum(), 1))
+
+    def _follow(self, old: Array, new: Array) -> Array:
+        """The running mean. Microbatches start from one state and their results are averaged, which is exact."""
+        return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)
+
+    def active_fraction(self) -> float:
+        """Share of the experts that a token uses."""
+        return min(1.0, self.heads * self.k / self.num_keys**2)
+
+    def check_causal(self, where: str) -> None:
+        """Outside training a token depends on itself alone; see the class about batch statistics in training."""
+
+    def decodable(self) -> str | None:
+        """None: every token by itself."""
+        return None

@@ -1,0 +1,20 @@
+"""AdamW."""
+
+import dataclasses
+
+import optax
+
+from moejax.optim.base import Optimizer, optimizers
+
+
+@optimizers.register("adamw")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)

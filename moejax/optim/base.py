@@ -1,0 +1,119 @@
+"""Optimizers: a kind from the registry, a schedule, clipping, and weight decay on matrices only."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from moejax.core.errors import ConfigError, nearest
+from moejax.core.registry import Registry
+
+optimizers = Registry("optimizer", "moejax.optim")
+
+# Parameters that decay, by name. Shape cannot tell: a bias stacked over experts `[e, f]` and a norm's scale stacked over
+# scanned layers `[layers, d]` look like matrices but are none, and a bank `[e, d, f]` is one matrix per expert. So a tensor
+# decays if its own name is that of a matrix, and any other name (bias, b, scale, position, gates, temperatures) does not.
+MATRICES = ("kernel", "embedding", "head", "projection", "w", "w_*")
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What all kinds share: clip the gradient, let the kind find a direction, add weight decay, scale by the schedule.
+
+    Attributes:
+      steps: updates in all, the end of the schedule (from `train.steps` unless given).
+      learning_rate: the schedule's peak.
+      warmup_steps: updates of linear warm-up; the first one already moves.
+      schedule: what follows the warm-up: 'cosine', 'linear', 'constant' or 'rsqrt'.
+      final_fraction: the last update's learning rate, as a share of the peak ('cosine' and 'linear').
+      clip_norm: largest global norm of the gradient; None turns clipping off.
+      weight_decay: decoupled (Loshchilov and Hutter 2019), multiplied by the learning rate.
+      decay: patterns of the names of parameters that decay, see `MATRICES`.
+
+    Raises:
+      ConfigError: unknown schedule, or a warm-up longer than the run.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    final_fraction: float = 0.1
+    clip_norm: float | None = 1.0
+    weight_decay: float = 0.0
+    decay: tuple[str, ...] = MATRICES
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"unknown schedule '{self.schedule}' in optimizer.schedule{nearest(self.schedule, SCHEDULES)}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.warmup_steps} must lie between 0 and the {self.steps} steps of the run"
+            )
+
+    def direction(self) -> optax.GradientTransformation:
+        """The kind's own part: gradient -> direction of descent before the learning rate."""
+        raise NotImplementedError
+
+    def rate(self, count: Int[Array, ""] | int) -> Float[Array, ""]:
+        """Learning rate of the update after `count` updates."""
+        n = jnp.asarray(count, jnp.float32) + 1.0  # number of the update, from 1
+        warmup, steps = float(self.warmup_steps), float(self.steps)
+        after = SCHEDULES[self.schedule](n, warmup, steps, self.final_fraction)
+        return self.learning_rate * jnp.where(n <= warmup, n / max(warmup, 1.0), after)
+
+    def transform(self) -> optax.GradientTransformation:
+        """The whole chain, as optax."""
+        return optax.chain(
+            optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm),
+            self.direction(),
+            optax.add_decayed_weights(self.weight_decay, mask=lambda params: decay_mask(params, self.decay)),
+            optax.scale_by_learning_rate(self.rate),
+        )
+
+
+def decay_mask(params: Params, patterns: tuple[str, ...] = MATRICES) -> Params:
+    """True for the parameters that decay: at least two axes, and a name that fits one of `patterns`."""
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        name = str(getattr(path[-1], "key", path[-1]))
+        return jnp.ndim(leaf) >= 2 and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _cosine(n: Array, warmup: float, steps: float, final: float) -> Array:
+    return final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(n, warmup, steps)))
+
+
+def _linear(n: Array, warmup: float, steps: float, final: float) -> Array:
+    return 1.0 - (1.0 - final) * _progress(n, warmup, steps)
+
+
+def _constant(n: Array, warmup: float, steps: float, final: float) -> Array:
+    return jnp.ones_like(n)
+
+
+def _rsqrt(n: Array, warmup: float, steps: float, final: float) -> Array:
+    # Equal to the peak where the warm-up ends, then falling as 1/sqrt(n) (Shazeer and Stern 2018).
+    return jnp.sqrt(max(warmup, 1.0) / n)
+
+
+def _progress(n: Array, warmup: float, steps: float) -> Array:
+    return jnp.clip((n - warmup) / max(steps - warmup, 1.0), 0.0, 1.0)
+
+
+# name -> share of the peak at update n (from 1), once the warm-up is over.
+SCHEDULES: dict[str, Callable[[Array, float, float, float], Array]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "rsqrt": _rsqrt,
+}

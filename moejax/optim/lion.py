@@ -1,0 +1,19 @@
+"""Lion."""
+
+import dataclasses
+
+import optax
+
+from moejax.optim.base import Optimizer, optimizers
+
+
+@optimizers.register("lion")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    """The sign of an interpolated momentum (Chen et al. 2023); wants a tenth of AdamW's learning rate."""
+
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_lion(self.b1, self.b2)

@@ -1,0 +1,82 @@
+"""Losses whose weight follows what routing does: ReMoE's adaptive L1 (Wang et al. 2024)."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.core.control import Site
+from moejax.core.errors import ConfigError
+from moejax.routing.losses.base import Routing, losses, masked_mean
+
+
+@runtime_checkable
+class AdaptiveLoss(Protocol):
+    """A loss with one number of state, kept in the layer's 'router_state', and a controller that changes it once per step.
+
+    Its `coef` is that of the start.
+    """
+
+    coef: float
+
+    def fresh_state(self) -> Float[Array, ""]:
+        """The state at the start."""
+        ...
+
+    def measure(self, routing: Routing) -> dict[str, Array]:
+        """Sums over the valid tokens, for `after_step`."""
+        ...
+
+    def after_step(self, site: Site) -> Site:
+        """See `moejax.core.control.Controller`."""
+        ...
+
+    def __call__(self, routing: Routing, state: Float[Array, ""]) -> Float[Array, ""]: ...
+
+
+@losses.register("adaptive_l1")
+@dataclasses.dataclass(frozen=True)
+class AdaptiveL1:
+    """`lambda * sum_e f_e mean_t R_te` of ReLU gates R, with a lambda that drives the mean number of active experts to `k`.
+
+    `f_e = e / k * mean_t 1[R_te > 0]`, without gradient, presses more on experts that are busier than `k / e`; f = 1 is plain L1.
+    After every optimizer step lambda is multiplied by `rate` if more than `k / e` of all gates were active (over all layers of
+    equal settings, tokens, experts, microbatches and devices), and divided by it otherwise. So the mean is controlled, and
+    neither a token's nor a layer's own number: a layer may go dead. Lambda is float32 and has no gradient.
+
+    Attributes:
+      k: experts per token to aim at.
+      coef: lambda at the start (the paper: 1e-8, which takes about 100 steps to bite; short runs want 1e-4).
+      rate: a, the factor of one step (the paper: 1.2).
+      balanced: press by load; False is the paper's ablation.
+    """
+
+    k: float = 1.0
+    coef: float = 1e-8
+    rate: float = 1.2
+    balanced: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low in (("k", 0), ("coef", 0), ("rate", 1)):
+            if getattr(self, name) <= low:
+                raise ConfigError(f"{name}={getattr(self, name)} must be greater than {low}")
+
+    def fresh_state(self) -> Float[Array, ""]:
+        return jnp.float32(self.coef)
+
+    def measure(self, routing: Routing) -> dict[str, Array]:
+        return {"active": routing.plan.wanted().sum(), "tokens": routing.valid.sum().astype(jnp.float32)}
+
+    def after_step(self, site: Site) -> Site:
+        too_many = site.everywhere["active"] > self.k * site.everywhere["tokens"]
+        value = site.state["adaptive_l1"] * jnp.where(too_many, self.rate, 1 / self.rate)
+        return site.replace(state={**site.state, "adaptive_l1": value})
+
+    def __call__(self, routing: Routing, state: Float[Array, ""]) -> Float[Array, ""]:
+        gates, active = routing.plan.dense(), jax.lax.stop_gradient(routing.plan.wanted())
+        mean = masked_mean(gates, routing.valid, (0, 1))
+        if self.balanced:
+            mean = mean * masked_mean(active, routing.valid, (0, 1)) * (routing.plan.num_experts / self.k)
+        return state * mean.sum()

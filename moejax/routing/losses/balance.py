@@ -1,0 +1,65 @@
+"""The balance loss of Switch, GShard, Mixtral, OLMoE."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.core.errors import ConfigError, check_choice
+from moejax.routing.losses.base import Routing, losses, masked_mean
+from moejax.routing.plan import Plan, TokenPlan
+
+
+@losses.register("balance")
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """`coef * e * sum_i f_i P_i`: f is the share of choices that want expert i, P its mean probability (Fedus et al. 2021, eq. 4).
+
+    f counts what tokens want before capacity, sums to 1, and passes no gradient.
+
+    Attributes:
+      coef: weight; may be negative.
+      count: 'all' choices (OLMoE, Mixtral up to their factor k), or only the 'first' (GShard, ST-MoE).
+      over: 'group' averages f and P inside each group and then over groups, which is the same however a batch is cut into
+        microbatches as long as groups stay whole; 'batch' averages over all tokens first.
+      share: f as a share of all 'choices', or of all 'tokens', for rules under which the number of choices varies: a token with
+        three experts then counts three times, and uniform routing costs `coef` times the mean number of experts (Huang et al. 2024).
+    """
+
+    coef: float = 0.01
+    count: Literal["all", "first"] = "all"
+    over: Literal["group", "batch"] = "group"
+    share: Literal["choices", "tokens"] = "choices"
+
+    def __post_init__(self) -> None:
+        check_choice("count", self.count, ("all", "first"))
+        check_choice("share", self.share, ("choices", "tokens"))
+        check_choice("over", self.over, ("group", "batch"))
+
+    def __call__(self, routing: Routing) -> Float[Array, ""]:
+        wanted = _first(routing.plan) if self.count == "first" else routing.plan.wanted()
+        wanted = jax.lax.stop_gradient(wanted) * routing.valid[..., None]
+        axes = (0, 1) if self.over == "batch" else (1,)
+        if self.share == "tokens":
+            share = masked_mean(wanted, routing.valid, axes)
+        else:
+            share = wanted.sum(axes) / jnp.maximum(wanted.sum(axes).sum(-1, keepdims=True), 1e-9)
+        mean_prob = masked_mean(routing.probs, routing.valid, axes)
+        per_group = self._cost(share, mean_prob)
+        if self.over == "batch":
+            return self.coef * per_group
+        # Groups count by their number of valid tokens, so that an empty group counts nothing.
+        tokens = routing.valid.sum(1)
+        return self.coef * (per_group * tokens).sum() / jnp.maximum(tokens.sum(), 1)
+
+    def _cost(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
+        return share.shape[-1] * (share * mean_prob).sum(-1)
+
+
+def _first(plan: Plan) -> Float[Array, "g n e"]:
+    if not isinstance(plan, TokenPlan):
+        raise ConfigError(f"losses.balance.count='first' needs token choice, not {type(plan).__name__}; use count='all'")
+    one_hot = jax.nn.one_hot(plan.expert[..., 0], plan.num_experts, dtype=jnp.float32)
+    return one_hot * (plan.used | plan.dropped)[..., :1]

@@ -1,0 +1,37 @@
+"""The entropy of average use, maximised (sigma-MoE, Csordas et al. 2023)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.core.errors import check_choice
+from moejax.routing.losses.base import Routing, losses, masked_mean
+
+
+@losses.register("spread")
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """`coef * sum_e p_e log p_e` with p the mean of softmax(logits) over tokens: the entropy of average use, maximised (Csordas et al.
+    2023). Minus `coef * log e` at best, and no number of choices in it. The softmax is of the raw logits whatever rule selects.
+
+    Attributes:
+      coef: gamma, above 0 to spread the load.
+      over: p is of the 'batch' (sigma-MoE), or of each 'group', whose losses are averaged (MoEUT's choice).
+    """
+
+    coef: float = 1e-3
+    over: Literal["batch", "group"] = "batch"
+
+    def __post_init__(self) -> None:
+        check_choice("over", self.over, ("batch", "group"))
+
+    def __call__(self, routing: Routing) -> Float[Array, ""]:
+        p = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1) if self.over == "batch" else (1,))
+        negative = (p * jnp.log(jnp.where(p > 0, p, 1))).sum(-1)
+        if self.over == "batch":
+            return self.coef * negative
+        tokens = routing.valid.sum(1)
+        return self.coef * (negative * tokens).sum() / jnp.maximum(tokens.sum(), 1)

@@ -1,0 +1,20 @@
+"""The z-loss (ST-MoE, Zoph et al. 2022)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.routing.losses.base import Routing, losses, masked_mean
+
+
+@losses.register("z")
+@dataclasses.dataclass(frozen=True)
+class ZLoss:
+    """`coef * mean_t logsumexp(logits_t)^2` keeps router logits small (Zoph et al. 2022, eq. 5)."""
+
+    coef: float = 1e-3
+
+    def __call__(self, routing: Routing) -> Float[Array, ""]:
+        return self.coef * masked_mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)), routing.valid, (0, 1))

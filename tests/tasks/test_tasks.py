@@ -1,0 +1,104 @@
+"""Tasks: scores against NumPy, and independence of the batch size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_harness import VOCAB, TinyText, device
+
+from moejax.core.errors import ConfigError
+from moejax.tasks.base import tasks
+
+
+def numpy_nll(logits, targets):
+    logits = logits.astype(np.float64)
+    return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+
+def summed(parts):
+    return {name: sum(np.asarray(part[name], np.float64) for part in parts) for name in parts[0]}
+
+
+def test_next_token_scores_equal_numpy_and_do_not_depend_on_the_batch_size(rng):
+    task = tasks.build({"kind": "next_token"}, "task", domains=("code", "prose"))
+    everything = TinyText({"batch_size": 24}, "validation").corpus
+    logits = rng.normal(size=(*everything["tokens"].shape, VOCAB)).astype(np.float32) * 3
+    valid, domain = everything["valid"], everything["domain"]
+    nll = numpy_nll(logits, everything["targets"])
+    expected = {
+        "loss": nll[valid].mean(),
+        "bits_per_byte": nll[valid].mean() / np.log(2),
+        "accuracy": (logits.argmax(-1) == everything["targets"])[valid].mean(),
+        "code/bits_per_byte": nll[valid & (domain == 0)].mean() / np.log(2),
+        "prose/bits_per_byte": nll[valid & (domain == 1)].mean() / np.log(2),
+    }
+    for size in (24, 5, 1):
+        parts = []
+        for start in range(0, 24, size):
+            batch = device({k: v[start : start + size] for k, v in everything.items()})
+            parts.append(task.sums(jnp.asarray(logits[start : start + size]), batch))
+        assert summed(parts)["count"] == valid.sum()
+        metrics = task.metrics(summed(parts))
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+
+
+def test_a_domain_without_targets_has_no_metric():
+    task = tasks.build({"kind": "next_token"}, "task", domains=("code", "prose"))
+    sums = {"nll": 2.0, "count": 4, "correct": 1, "domain_nll": np.array([2.0, 0.0]), "domain_count": np.array([4, 0])}
+    assert set(task.metrics(sums)) == {"loss", "bits_per_byte", "accuracy", "code/bits_per_byte"}
+
+
+def test_bytes_per_token_turns_nats_a_token_into_bits_a_byte():
+    task = tasks.build({"kind": "next_token", "bytes_per_token": 4.0}, "task")
+    sums = {"nll": np.log(2) * 24, "count": 2, "correct": 0}
+    np.testing.assert_allclose(task.metrics(sums)["bits_per_byte"], 3.0)
+
+
+def test_next_token_context_carries_what_routers_may_know():
+    task = tasks.build({"kind": "next_token"}, "task")
+    batch = device(next(TinyText({"batch_size": 3}, "train")))
+    tokens, ctx = task.inputs(batch, jnp.int32(5), train=True)
+    assert tokens is batch["tokens"]
+    assert ctx.train
+    assert int(ctx.step) == 5
+    np.testing.assert_array_equal(ctx.valid, batch["segments"] > 0)
+    assert not np.array_equal(ctx.valid, batch["valid"])
+    for name, key in {"positions": "positions", "segments": "segments", "token_ids": "tokens", "domain": "domain"}.items():
+        np.testing.assert_array_equal(getattr(ctx, name), batch[key])
+
+
+def test_padding_with_nan_logits_changes_neither_value_nor_gradient(rng):
+    task = tasks.build({"kind": "classify"}, "task")
+    label = np.array([1, 0, 2], np.int32)
+    logits = rng.normal(size=(3, 4)).astype(np.float32)
+
+    def loss(logits, label, valid):
+        sums = task.sums(logits, device({"label": label, "valid": valid}))
+        return sums["nll"] / sums["count"]
+
+    compact = jax.value_and_grad(loss)(jnp.asarray(logits[:2]), label[:2], np.array([True, True]))
+    logits[2] = np.nan
+    padded = jax.value_and_grad(loss)(jnp.asarray(logits), label, np.array([True, True, False]))
+    assert float(compact[0]) > 0
+    np.testing.assert_array_equal(padded[0], compact[0])
+    np.testing.assert_array_equal(padded[1][:2], compact[1])
+    np.testing.assert_array_equal(padded[1][2], 0)
+
+
+def test_classify_scores_equal_numpy(rng):
+    task = tasks.build({"kind": "classify"}, "task", domains=())
+    logits, label = rng.normal(size=(6, 4)).astype(np.float32), rng.integers(0, 4, 6).astype(np.int32)
+    valid = np.array([1, 1, 0, 1, 1, 0], bool)
+    batch = device({"image": np.zeros((6, 2, 2, 1), np.float32), "label": label, "valid": valid})
+    metrics = task.metrics(jax.device_get(task.sums(jnp.asarray(logits), batch)))
+    np.testing.assert_allclose(metrics["loss"], numpy_nll(logits, label)[valid].mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == label)[valid].mean())
+    assert task.size(batch) == 6
+    assert task.inputs(batch, jnp.int32(0), train=False)[1].valid is None
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'classify'"):
+        tasks.build({"kind": "clasify"}, "task")
