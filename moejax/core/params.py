@@ -19,6 +19,7 @@ AXES = frozenset({"batch", "seq", "embed", "mlp", "heads", "kv", "expert", "laye
 Initializer = Callable[..., Array]
 _recorder: ContextVar[dict[tuple[str, ...], tuple[str | None, ...]] | None] = ContextVar("axes_recorder", default=None)
 _placing: ContextVar[Callable[[Array, tuple[str | None, ...]], Array] | None] = ContextVar("placing", default=None)
+_changing: ContextVar[Callable[[nn.Module, str, Array, tuple[str | None, ...]], Array] | None] = ContextVar("changing", default=None)
 _whole: ContextVar[frozenset[str]] = ContextVar("whole_axes", default=frozenset())
 
 
@@ -37,7 +38,9 @@ def param(
     axes = tuple(None if axis in _whole.get() else axis for axis in axes)
     _record(module, name, shape, axes)
     value = module.param(name, init, shape, dtype)
-    return value if "expert" in axes else for_use(value, axes)
+    value = value if "expert" in axes else for_use(value, axes)
+    change = _changing.get()
+    return value if change is None else change(module, name, value, axes)
 
 
 class Dense(nn.Dense):
@@ -71,6 +74,16 @@ def placing(place: Callable[[Array, tuple[str | None, ...]], Array]) -> Iterator
         yield
     finally:
         _placing.reset(token)
+
+
+@contextlib.contextmanager
+def changing(change: Callable[[nn.Module, str, Array, tuple[str | None, ...]], Array]) -> Iterator[None]:
+    """Parameters that `param` declares inside the `with` block come as `change(module, name, value, axes)`: with an adapter, say."""
+    token = _changing.set(change)
+    try:
+        yield
+    finally:
+        _changing.reset(token)
 
 
 def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], tuple[str | None, ...]]:
