@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.registry import Given, Many
+from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
@@ -93,9 +94,8 @@ class MoE(nn.Module):
         bias = None if state is None else self.balancer.bias(state.value)
         plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train, bias)
         valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
-        y, plan, backend = run_plan(
-            plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend, self.group_by
-        )
+        experts = experts_of(self.bank, tokens.shape[-1], ctx)
+        y, plan, backend = run_plan(plan, experts, tokens, self.backend, self.group_by)
         routing = Routing(logits, select.probabilities(logits), plan, valid)
         sow_routing(self, routing, self.losses, backend=backend)
         if state is not None and ctx.train and self.is_mutable_collection("router_state"):
