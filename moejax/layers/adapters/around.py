@@ -15,8 +15,11 @@ from jaxtyping import Array
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.params import changing, for_use
+from moejax.experts.base import Bank
 from moejax.layers.adapters.base import Adapter, Site, run_with
+from moejax.dispatch.experts import Experts
 from moejax.layers.adapters.maps import LinearMap, linear_map
+from moejax.layers.adapters.stack import with_matrices
 from moejax.layers.registry import ffns, mixers
 from moejax.routing.routers.base import routers
 
@@ -62,6 +65,11 @@ class Place:
     axes: tuple[str | None, ...] = ()
     map: LinearMap | None = None
 
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the matrix as one layer stores it."""
+        return self.shape if self.map is None else self.map.stored
+
     def scope(self, named: Named) -> tuple[str, ...]:
         """Path of an adapter's parameters here. Several matrices of one module each have a scope of their own."""
         return (*self.module, named.scope, *((self.param,) if self.form in ("weight", "stack") and self.kind != "embed" else ()))
@@ -96,7 +104,7 @@ class Around:
 
     def __init__(self, root: tuple[str, ...], adapters: tuple[Named, ...], order: tuple[str, ...]):
         self._root, self._adapters, self._order = root, adapters, order
-        self._places: dict[str, Place] = {}
+        self._places: dict[tuple[str, str], Place] = {}  # by path and form
         self._used: set[tuple[str, str]] = set()  # adapter, target
         # Of the modules that are being called, the innermost that was given a context describes the tokens of a layer: blocks may
         # see some of the tokens, or rearranged ones.
@@ -114,7 +122,7 @@ class Around:
     def check(self) -> None:
         """Raises ConfigError for a target that matched nothing."""
         for named in self._adapters:
-            reached = {path: place for path, place in self._places.items() if place.form in named.adapter.reaches()}
+            reached = {path: place for (path, form), place in self._places.items() if form in named.adapter.reaches()}
             for target in named.adapter.targets:
                 if (named.name, target) not in self._used:
                     there = ", ".join(f"{path} ({place.kind})" for path, place in sorted(reached.items())) or "none"
@@ -151,14 +159,31 @@ class Around:
             kernel_at = Place("/".join(path), "linear", view.kind, self._roles(path), path, "kernel", view.shape, axes, view)
             if chosen := self._chosen(kernel_at):
                 return self._linear(module, own, kernel_at, chosen)
-        chosen = self._chosen(Place("/".join(path), "layer", type(module).__name__, self._roles(path), path))
-        if not chosen:
-            return own(own.given)
-        place, call = self._places["/".join(path)], own
-        for named in chosen:
-            call = _Kept(functools.partial(self._run, named, module, place, place.site(call=call, module=module)))
-            call = self._switched(named, call, own)
+        if isinstance(own.given, int) and hasattr(module, "num_experts"):
+            experts = own(own.given)
+            return self._bank(module, experts) if isinstance(experts, Experts) else experts
+        place = Place("/".join(path), "layer", type(module).__name__, self._roles(path), path)
+        call: Callable[[Any], Any] = own
+        for named in self._chosen(place):
+            adapted = _Kept(functools.partial(self._run, named, module, place, place.site(call=call, module=module)))
+            call = self._switched(named, adapted, call)
         return call(own.given)
+
+    def _bank(self, module: nn.Module, experts: Experts) -> Experts:
+        """A bank's experts, with those of their matrices adapted that the bank itself declared."""
+        path, routed = module.path[len(self._root) :], module.num_experts > 1
+        changed = {}
+        for name, w in experts.params.items() if isinstance(experts.params, Mapping) else ():
+            if name not in module.variables.get("params", {}) or w.ndim != 3:
+                continue
+            axes = (None,) * 3 if experts.axes is None else experts.axes[name]
+            roles = (self._roles(path) - {"ffns"}) | {"experts" if routed else "ffns"}
+            place = Place("/".join((*path, name)), "stack", "bank", roles, path, name, w.shape, axes)
+            for named in sorted(self._chosen(place), key=lambda named: not named.adapter.by_weight("stack")):
+                self._refuse_switch(place)
+                site = place.site(module=module)
+                changed[name] = self._run(named, module, place, site, changed.get(name, w))
+        return with_matrices(experts, changed) if changed else experts
 
     def _linear(self, module: nn.Module, own: "_Own", place: Place, chosen: list[Named]) -> Array:
         own(own.given)  # The kernel is there after the first call only, where parameters are being made.
@@ -191,7 +216,7 @@ class Around:
 
     def _changed_parameter(self, module: nn.Module, name: str, value: Array, axes: tuple[str | None, ...]) -> Array:
         """A matrix that a model declares for itself, such as a head."""
-        if self._paused or value.ndim != 2 or "expert" in axes:
+        if self._paused or value.ndim != 2 or "expert" in axes or isinstance(module, Bank):
             return value
         path = (*module.path[len(self._root) :], name)
         # What is not multiplied by the width of the tokens is looked up.
@@ -202,8 +227,7 @@ class Around:
 
     def _changed(self, module: nn.Module, place: Place, value: Array) -> Array:
         for named in self._chosen(place):
-            if self._by_token(None):
-                raise ConfigError(f"{place.path} is one matrix for all tokens; Context.adapter cannot switch adapters of it")
+            self._refuse_switch(place)
             value = self._run(named, module, place, place.site(module=module), value)
         return value
 
@@ -217,7 +241,7 @@ class Around:
 
     def _chosen(self, place: Place) -> list[Named]:
         """The adapters that are to change a place."""
-        self._places[place.path] = place
+        self._places[place.path, place.form] = place
         chosen = []
         for named in self._adapters:
             hits = [target for target in named.adapter.targets if _matches(target, place)]
@@ -255,6 +279,10 @@ class Around:
         if x is not None and x.shape[: ctx.adapter.ndim] != ctx.adapter.shape:
             raise ConfigError(f"Context.adapter has shape {ctx.adapter.shape}, which does not fit a layer's input {x.shape}")
         return True
+
+    def _refuse_switch(self, place: Place) -> None:
+        if self._by_token(None):
+            raise ConfigError(f"{place.path} is one matrix for all tokens; Context.adapter cannot switch adapters of it")
 
     def _switched(self, named: Named, call: Callable[[Array], Array], before: Callable[[Array], Array]) -> Callable[[Array], Array]:
         """`call` for the tokens that use this adapter, `before` for the others."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
@@ -15,6 +16,7 @@ from moejax.core.params import param, per_expert
 from moejax.experts import lora as bank
 from moejax.experts.registry import dropout
 from moejax.layers.adapters.base import Adapter, Site, as_tokens
+from moejax.layers.adapters.stack import LowRankSum
 from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import adapters
 from moejax.routing.balancers import Balancer
@@ -68,9 +70,16 @@ class LowRankAdapter(Adapter, RowWise):
         h = h if g is None else h * g.astype(h.dtype)
         return y + site.put(self.multiplier(site) * (h @ b))
 
-    def stack(self, w: Any, site: Site, ctx: Context | None = None) -> Any:
+    def stack(self, w: Any, site: Site, ctx: Context | None = None) -> LowRankSum:
         """One pair of factors for each expert, each of its own rank."""
-        raise NotImplementedError
+        if type(self).gate is not LowRankAdapter.gate:
+            return super().stack(w, site, ctx)
+        (e, d, o), (expert, inner, outer), r = site.shape, site.axes, self.rank_at(site)
+        a = param(self, "a", per_expert(_UNIFORM), (e, d, r), (expert, inner, "rank"))
+        b = param(self, "b", _ZEROS, (e, r, o), (expert, "rank", outer))
+        if self.ranks is not None:
+            a = a * self._mask(e, r, site)[:, None]
+        return (w if isinstance(w, LowRankSum) else LowRankSum(w)).plus(a, self.multiplier(site) * b, inner, outer)
 
     def factors(self, site: Site) -> tuple[Float[Array, "d r"], Float[Array, "r o"]]:
         """A and B of a matrix `[d, o]`. For a table A, whose rows are looked up, is what starts at zero, as in the reference implementation."""
@@ -97,6 +106,11 @@ class LowRankAdapter(Adapter, RowWise):
             if fnmatch.fnmatchcase(site.path, pattern):
                 return rank
         raise ConfigError(f"rank={dict(self.rank)} gives no rank for {site.path}; add a pattern that matches it, such as '*'")
+
+    def _mask(self, e: int, r: int, site: Site) -> Float[np.ndarray, "e r"]:
+        if len(self.ranks) != e or max(self.ranks) > r or min(self.ranks) < 0:
+            raise ConfigError(f"ranks={self.ranks} must be {e} numbers from 0 to rank={r}, one for each expert of {site.path}")
+        return (np.arange(r) < np.array(self.ranks)[:, None]).astype(np.float32)
 
     def dropped(self, rows: Float[Array, "*b d"], ctx: Context | None) -> Float[Array, "*b d"]:
         """`rows` with dropout, in training."""
@@ -158,6 +172,10 @@ class LoRA(LowRankAdapter):
         tokens, ctx = as_tokens(rows, ctx)
         mixture = self._mixture(site.shape[-1], self.rank_at(site) if self.bank is None else 0).clone(parent=self, name="moe")
         return y + site.put(mixture(tokens, ctx).reshape(*rows.shape[:-1], -1).astype(y.dtype))
+
+    def stack(self, w: Any, site: Site, ctx: Context | None = None) -> LowRankSum:
+        """Beside every expert's own matrix, of plain LoRA."""
+        return super().stack(w, site, ctx) if self.num_experts == 1 else Adapter.weight(self, w, site, ctx)
 
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if a token's choice of experts may depend on later tokens."""
