@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.core.errors import ConfigError
-from moejax.dispatch import ACCEPTS, BACKENDS, choose, dispatch
-from moejax.dispatch.layout import Batched
+from moejax.dispatch import ACCEPTS, BACKENDS, Experts, choose, dispatch
 from moejax.experts import FFN, GLU, LoRA
 from moejax.parallel import Parallel, make_mesh, use
 from moejax.routing import ExpertChoice, ExpertPlan, MergePlan, NullExperts, Plan, ReLU, SoftSlots, TokenPlan, TopK
@@ -93,7 +92,7 @@ def compiled(backend: str, bank_name: str) -> Callable[..., tuple]:
 
     def run(params: dict, x: jax.Array, weights: dict, plan: Plan) -> tuple[jax.Array, jax.Array]:
         bank = BANKS[bank_name]
-        y = dispatch(plan.replace(**weights), lambda rows, layout: bank.apply(params, rows, layout), x, backend)
+        y = dispatch(plan.replace(**weights), bank.apply(params, D), x, backend)
         return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
 
     # Nothing divides here: 5 experts on 4 shards, 2 groups of 11 tokens on 8 devices.
@@ -116,7 +115,7 @@ def value_and_gradients(backend: str, plan: Plan, bank_name: str, params: dict, 
 def setup(bank_name: str, n: int = N) -> tuple:
     bank = BANKS[bank_name]
     x = jax.random.normal(jax.random.key(20), (G, n, D))
-    params = jax.jit(lambda key: bank.init(key, jnp.zeros((E, 1, D)), Batched()))(jax.random.key(21))
+    params = jax.jit(lambda key: bank.init(key, D))(jax.random.key(21))
     leaves, tree = jax.tree.flatten(params)
     # Every parameter non-zero, biases and LoRA's B included, so that none can be ignored unnoticed.
     leaves = [jax.random.normal(jax.random.key(30 + i), a.shape) * 0.5 for i, a in enumerate(leaves)]
@@ -177,7 +176,7 @@ def numpy_dispatch(plan: Plan, bank_name: str, params: dict, x: np.ndarray) -> n
 def test_reference_is_the_definition(plan_name: str, bank_name: str) -> None:
     bank, params, x = setup(bank_name)
     plan = plan_of(plan_name)
-    actual = dispatch(plan, lambda rows, layout: bank.apply(params, rows, layout), x, "reference")
+    actual = dispatch(plan, bank.apply(params, D), x, "reference")
     expected = numpy_dispatch(plan, bank_name, params, np.asarray(x, np.float64))
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -202,8 +201,8 @@ def test_any_shape_agrees(n: int, k: int, used: float, skew: float, seed: int, b
 def test_bfloat16_rows_on_float32_parameters(backend: str) -> None:
     bank, params, x = setup("ffn")
     plan = plan_of("top2")
-    y = dispatch(plan, lambda rows, layout: bank.apply(params, rows, layout), x.astype(jnp.bfloat16), backend)
-    expected = dispatch(plan, lambda rows, layout: bank.apply(params, rows, layout), x, "reference")
+    y = dispatch(plan, bank.apply(params, D), x.astype(jnp.bfloat16), backend)
+    expected = dispatch(plan, bank.apply(params, D), x, "reference")
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0.05, atol=0.15)
 
@@ -228,13 +227,13 @@ def test_named_backend_runs_or_raises(backend: str) -> None:
         if isinstance(plan, ACCEPTS[backend]):
             continue
         with pytest.raises(ConfigError, match=rf"backend='{backend}' cannot execute a {type(plan).__name__} plan; use one of"):
-            dispatch(plan, lambda rows, layout: bank.apply(params, rows, layout), x, backend)
+            dispatch(plan, bank.apply(params, D), x, backend)
 
 
 def test_unknown_backend_names_the_nearest() -> None:
     bank, params, x = setup("ffn")
     with pytest.raises(ConfigError, match="backend='groupd' is unknown; did you mean 'grouped'"):
-        dispatch(plan_of("top2"), lambda rows, layout: bank.apply(params, rows, layout), x, "groupd")
+        dispatch(plan_of("top2"), bank.apply(params, D), x, "groupd")
 
 
 def test_cost_follows_the_routed_rows_not_the_number_of_experts() -> None:
@@ -245,7 +244,11 @@ def test_cost_follows_the_routed_rows_not_the_number_of_experts() -> None:
     x = jnp.ones((1, n, d))
 
     def dots(backend: str) -> float:
-        compiled = jax.jit(lambda x, w: dispatch(plan, lambda r, layout: layout.dot(r, w), x, backend)).lower(x, w).compile()
+        compiled = (
+            jax.jit(lambda x, w: dispatch(plan, Experts(lambda p, r, layout: layout.dot(r, p), w), x, backend))
+            .lower(x, w)
+            .compile()
+        )
         return compiled.cost_analysis()["flops"]
 
     assert dots("reference") >= 2 * n * d * f * e

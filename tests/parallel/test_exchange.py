@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import ConfigError
-from moejax.dispatch import Batched, choose, dispatch, limit
+from moejax.dispatch import Experts, choose, dispatch, limit
 from moejax.dispatch.expert_parallel import count_hosts, exchanges
 from moejax.experts import FFN, GLU, LoRA
 from moejax.parallel import Exchange, Parallel, make_mesh, use
@@ -61,7 +61,7 @@ OTHERS: dict[str, Callable[[], Plan]] = {
 
 @functools.cache
 def params_of(bank: str) -> Any:
-    shapes = jax.eval_shape(BANKS[bank].init, jax.random.key(0), jnp.zeros((E, 1, D)), Batched())
+    shapes = jax.eval_shape(lambda key: BANKS[bank].init(key, D), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
     # No zeros, biases and LoRA's B included, so that none can be ignored unnoticed.
     return tree.unflatten([jax.random.normal(jax.random.key(30 + i), a.shape) / 2 for i, a in enumerate(leaves)])
@@ -78,7 +78,7 @@ def compiled(mesh: str | None, exchange: Exchange, bank: str) -> Callable[..., t
 
     def run(params: Any, x: jax.Array, weights: Any, plan: Plan) -> tuple[jax.Array, jax.Array]:
         backend = "reference" if mesh is None else "expert_parallel"
-        y = dispatch(plan.replace(**weights), lambda rows, layout: BANKS[bank].apply(params, rows, layout), x, backend)
+        y = dispatch(plan.replace(**weights), BANKS[bank].apply(params, D), x, backend)
         return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
 
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
@@ -207,29 +207,25 @@ class TestChoice:
     )
     def test_what_cannot_be_done_is_refused(self, exchange: Exchange, message: str) -> None:
         with use(Parallel(make_mesh("expert=8"), exchange)), pytest.raises(ConfigError, match=message):
-            dispatch(ROUTINGS["uneven"](), lambda x, layout: layout.map(lambda p, x, layout: x, (), x), jnp.ones((G, N, D)))
-
-    def test_a_bank_that_computes_on_its_own_is_refused(self) -> None:
-        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="hand the whole expert to"):
-            dispatch(ROUTINGS["uneven"](), lambda x, layout: layout.dot(x, jnp.ones((E, D, D))), jnp.ones((G, N, D)))
+            dispatch(ROUTINGS["uneven"](), BANKS["ffn"].apply(params_of("ffn"), D), jnp.ones((G, N, D)))
 
     def test_a_named_backend_needs_its_mesh(self) -> None:
         with pytest.raises(ConfigError, match="backend='expert_parallel' needs a mesh"):
-            dispatch(ROUTINGS["uneven"](), lambda x, layout: x, jnp.ones((G, N, D)), "expert_parallel")
+            dispatch(ROUTINGS["uneven"](), BANKS["ffn"].apply(params_of("ffn"), D), jnp.ones((G, N, D)), "expert_parallel")
 
-    def test_tied_experts(self) -> None:
-        """Eight experts of the plan share the parameters of four."""
-        plan, slots, w = ROUTINGS["uneven"](), jnp.array([0, 1, 2, 3, 3, 2, 1, 0]), jnp.arange(4.0)[:, None, None] * jnp.eye(D)
-
-        def bank(x: jax.Array, layout: Any) -> jax.Array:
-            return layout.tied(slots, 4).map(lambda p, x, layout: layout.dot(x, p), w, x)
-
+    def test_experts_that_share_parameters(self) -> None:
+        """Eight experts of the plan are four: one may be taken several times."""
+        plan, slots = ROUTINGS["uneven"](), [0, 1, 2, 3, 3, 2, 1, 0]
+        w = jnp.arange(4.0)[:, None, None] * jnp.eye(D)
         x = jax.random.normal(jax.random.key(0), (G, N, D))
+
+        def run(plan: TokenPlan, x: jax.Array, w: jax.Array) -> jax.Array:
+            return dispatch(plan, Experts(lambda p, x, layout: layout.dot(x, p), w)[slots], x)
+
         with use(Parallel(make_mesh("data=2,expert=4"))):
-            y = jax.jit(lambda plan, x: dispatch(plan, bank, x))(plan, x)
-        np.testing.assert_allclose(y, dispatch(plan, bank, x, "grouped"), rtol=1e-5, atol=1e-5)
-        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="cannot execute a ExpertPlan plan"):
-            dispatch(OTHERS["expert_choice"](), bank, x)
+            y = jax.jit(run)(plan, x, w)
+        factor = np.where(plan.used, plan.weight * np.array(slots)[np.asarray(plan.expert)], 0).sum(-1, keepdims=True)
+        np.testing.assert_allclose(y, factor * x, rtol=1e-5, atol=1e-5)
 
     def test_hosts_are_blocks_of_the_expert_axis(self) -> None:
         for processes, hosts in (([0] * 8, 1), ([0] * 4 + [1] * 4, 2), ([0, 1] * 4, 1), ([0] * 3 + [1] * 5, 1)):
