@@ -19,7 +19,9 @@ AXES = frozenset({"batch", "seq", "embed", "mlp", "heads", "kv", "expert", "laye
 Initializer = Callable[..., Array]
 _recorder: ContextVar[dict[tuple[str, ...], tuple[str | None, ...]] | None] = ContextVar("axes_recorder", default=None)
 _placing: ContextVar[Callable[[Array, tuple[str | None, ...]], Array] | None] = ContextVar("placing", default=None)
-_changing: ContextVar[Callable[[nn.Module, str, Array, tuple[str | None, ...]], Array] | None] = ContextVar("changing", default=None)
+_changing: ContextVar[Callable[[nn.Module, str, Array, tuple[str | None, ...]], Array] | None] = ContextVar(
+    "changing", default=None
+)
 _whole: ContextVar[frozenset[str]] = ContextVar("whole_axes", default=frozenset())
 
 

@@ -101,7 +101,15 @@ class Experts:
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
         names, structure = jax.tree.flatten(self.axes, is_leaf=_is_names)
-        return (self.params, self.key), (self.function, tuple(names), structure, self.summed, self.num_experts, self.light, self.fold)
+        return (self.params, self.key), (
+            self.function,
+            tuple(names),
+            structure,
+            self.summed,
+            self.num_experts,
+            self.light,
+            self.fold,
+        )
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any, Any]) -> "Experts":

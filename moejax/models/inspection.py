@@ -5,8 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict
 
 from moejax.core.errors import ConfigError
+from moejax.layers.adapters.adapted import Adapted
+from moejax.layers.adapters.around import Named
 from moejax.models.parts import NamedBlock, walk
 from moejax.models.stack import SCANNED, UNROLLED, block_name, pattern_blocks
 
@@ -42,6 +45,10 @@ def why_not_decodable(model: nn.Module) -> str | None:
                 reason = part.value.decodable()
                 if reason is not None:
                     return f"{part.where}: {reason}"
+    for named in _adapters(model):
+        reason = named.adapter.decodable()
+        if reason is not None:
+            return f"adapters.{named.name}: {reason}"
     return None
 
 
@@ -56,7 +63,7 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
     A layer with a bank says that share itself, in `active_fraction()`; its bank's parameters lie under 'bank'.
 
     Args:
-      model: a network made of a `Stack` named 'stack'.
+      model: a network made of a `Stack` named 'stack', adapted or not.
       params: its parameters or their shapes, scanned or unrolled.
     """
     total = float(count_params(params))
@@ -68,7 +75,16 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
                 for repeat in repeats:
                     bank = _at(repeat[block_name(i, block.name)], (*part.path, "bank"))
                     total -= (1.0 - fraction) * count_params(bank)
+    for named in _adapters(model):
+        fraction = named.adapter.active_fraction()
+        for path, leaf in flatten_dict(params).items():
+            if named.scope in path and "bank" in path[path.index(named.scope) :]:
+                total -= (1.0 - fraction) * leaf.size
     return round(total)
+
+
+def _adapters(model: nn.Module) -> tuple[Named, ...]:
+    return model.on if isinstance(model, Adapted) else ()
 
 
 def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -61,7 +61,7 @@ def fit(
     """Trains one model, on this process's default device or on the devices of `config.mesh`.
 
     Args:
-      config: sections model, data, task, optimizer, train, and optionally eval, checkpoint, mesh and exchange; see
+      config: sections model, data, task, optimizer, train, and optionally adapters, eval, checkpoint, mesh and exchange; see
         `settings.py`.
       seed: of parameters, data order and all noise.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
@@ -69,7 +69,7 @@ def fit(
       progress: called with a `Progress` whenever a phase begins and whenever metrics are logged; of several processes, in the
         first.
       label: name of the run in progress reports.
-      model: takes the place of `config.model`.
+      model: takes the place of `config.model` and `config.adapters`.
       make_iterator: takes the place of `moejax.data.make_iterator`; given shard_index and shard_count if there are several
         processes.
       info: takes the place of `moejax.data.info(config.data)`.

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from moejax.core.errors import ConfigError, nearest
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
-OPTIONAL = ("eval", "checkpoint", "mesh", "exchange")
+OPTIONAL = ("adapters", "eval", "checkpoint", "mesh", "exchange")
 # What defines a run. The other sections say how long it goes on, what is written down, and on which devices it runs.
-IDENTITY = ("model", "data", "task", "optimizer")
+IDENTITY = ("model", "adapters", "data", "task", "optimizer")
 
 Section = TypeVar("Section")
 

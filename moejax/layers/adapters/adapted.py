@@ -64,13 +64,17 @@ class Adapted(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's output."""
-        on = tuple(named for named in self.adapters if self.active is None or named.name in self.active)
-        around = Around(self.path, on, self.names)
+        around = Around(self.path, self.on, self.names)
         with around.watching():
             y = self.model(*args, **kwargs)
         if self.is_mutable_collection("params"):
             around.check()
         return y
+
+    @property
+    def on(self) -> tuple[Named, ...]:
+        """The adapters that are on."""
+        return tuple(named for named in self.adapters if self.active is None or named.name in self.active)
 
     @property
     def names(self) -> tuple[str, ...]:

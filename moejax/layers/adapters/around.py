@@ -15,9 +15,9 @@ from jaxtyping import Array
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.params import changing, for_use
+from moejax.dispatch.experts import Experts
 from moejax.experts.base import Bank
 from moejax.layers.adapters.base import Adapter, Site, run_with
-from moejax.dispatch.experts import Experts
 from moejax.layers.adapters.maps import LinearMap, linear_map
 from moejax.layers.adapters.stack import with_matrices
 from moejax.layers.registry import ffns, mixers
@@ -53,6 +53,7 @@ class Place:
       module: path of the module that holds it, in the tree of parameters.
       param: name of the matrix in that module; None for a layer that is none.
       shape, axes, map: see `Site`.
+      below: where in an adapter's scope its parameters for this place lie: several matrices of one module are apart.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Place:
     shape: tuple[int, ...] = ()
     axes: tuple[str | None, ...] = ()
     map: LinearMap | None = None
+    below: tuple[str, ...] = ()
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -71,8 +73,8 @@ class Place:
         return self.shape if self.map is None else self.map.stored
 
     def scope(self, named: Named) -> tuple[str, ...]:
-        """Path of an adapter's parameters here. Several matrices of one module each have a scope of their own."""
-        return (*self.module, named.scope, *((self.param,) if self.form in ("weight", "stack") and self.kind != "embed" else ()))
+        """Path of an adapter's parameters here."""
+        return (*self.module, named.scope, *self.below)
 
     def site(self, **live: Any) -> Site:
         """The place, as an adapter sees it."""
@@ -143,7 +145,7 @@ class Around:
         try:
             if isinstance(module, nn.Embed):
                 return self._table(module, context.method_name, call, args, kwargs)
-            if module.path == self._root or not (args or kwargs):
+            if not (args or kwargs):
                 return call(*args, **kwargs)
             return self._layer(module, _Own(self, module, call, args, kwargs))
         finally:
@@ -162,6 +164,8 @@ class Around:
         if isinstance(own.given, int) and hasattr(module, "num_experts"):
             experts = own(own.given)
             return self._bank(module, experts) if isinstance(experts, Experts) else experts
+        if not path:
+            return own(own.given)
         place = Place("/".join(path), "layer", type(module).__name__, self._roles(path), path)
         call: Callable[[Any], Any] = own
         for named in self._chosen(place):
@@ -178,7 +182,7 @@ class Around:
                 continue
             axes = (None,) * 3 if experts.axes is None else experts.axes[name]
             roles = (self._roles(path) - {"ffns"}) | {"experts" if routed else "ffns"}
-            place = Place("/".join((*path, name)), "stack", "bank", roles, path, name, w.shape, axes)
+            place = Place("/".join((*path, name)), "stack", "bank", roles, path, name, w.shape, axes, below=(name,))
             for named in sorted(self._chosen(place), key=lambda named: not named.adapter.by_weight("stack")):
                 self._refuse_switch(place)
                 site = place.site(module=module)
@@ -222,7 +226,7 @@ class Around:
         # What is not multiplied by the width of the tokens is looked up.
         kind, roles = ("embed", {"embeddings"}) if axes[0] in (None, "vocab") else ("matrix", set())
         roles |= {"head"} if name == "head" else set()
-        place = Place("/".join(path), "weight", kind, self._roles(path) | roles, path[:-1], name, value.shape, axes)
+        place = Place("/".join(path), "weight", kind, self._roles(path) | roles, path[:-1], name, value.shape, axes, below=(name,))
         return self._changed(module, place, value)
 
     def _changed(self, module: nn.Module, place: Place, value: Array) -> Array:
@@ -284,7 +288,9 @@ class Around:
         if self._by_token(None):
             raise ConfigError(f"{place.path} is one matrix for all tokens; Context.adapter cannot switch adapters of it")
 
-    def _switched(self, named: Named, call: Callable[[Array], Array], before: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    def _switched(
+        self, named: Named, call: Callable[[Array], Array], before: Callable[[Array], Array]
+    ) -> Callable[[Array], Array]:
         """`call` for the tokens that use this adapter, `before` for the others."""
         ctx, index = self._contexts[-1], self._order.index(named.name)
         if ctx is None or ctx.adapter is None:

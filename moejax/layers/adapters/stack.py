@@ -44,7 +44,9 @@ def with_matrices(experts: Experts, changed: Mapping[str, Any]) -> Experts:
     if not sums:
         return experts.replace(params=base)
     beside = {name: _named(value.terms) for name, value in sums.items()}
-    axes = None if experts.axes is None else {"base": experts.axes, "beside": {n: _named(value.axes) for n, value in sums.items()}}
+    axes = (
+        None if experts.axes is None else {"base": experts.axes, "beside": {n: _named(value.axes) for n, value in sums.items()}}
+    )
     # The factors of one term have no pieces that add up: devices that share an expert multiply its matrices out (`fold`).
     return experts.replace(
         function=_Extended(experts.function),

@@ -31,10 +31,6 @@ class AdaptedLayer:
     shape: tuple[int, ...]
     added: int
 
-    def cells(self) -> tuple[str, ...]:
-        """The row, as text."""
-        return self.adapter, self.kind, self.path, self.layer, " x ".join(map(str, self.shape)), f"{self.added:,}"
-
 
 def adapted_layers(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[AdaptedLayer, ...]:
     """What the adapters of a model sit around, found by tracing `model.init(key, *args, **kwargs)` without computing it."""
@@ -53,10 +49,16 @@ def layers_of(found: Iterable[tuple[Named, Place]], params: Mapping[str, Any]) -
     return tuple(rows)
 
 
-def table(rows: Iterable[AdaptedLayer]) -> str:
-    """The rows as aligned text, with their sum."""
-    rows = tuple(rows)
-    lines = [COLUMNS, *(row.cells() for row in rows), ("", "", "all", "", "", f"{sum(row.added for row in rows):,}")]
+def cells(layers: Iterable[AdaptedLayer]) -> tuple[tuple[str, ...], ...]:
+    """Rows of text for `COLUMNS`, and one with the sum."""
+    layers = tuple(layers)
+    rows = ((a.adapter, a.kind, a.path, a.layer, " x ".join(map(str, a.shape)), f"{a.added:,}") for a in layers)
+    return *rows, ("", "", "all", "", "", f"{sum(a.added for a in layers):,}")
+
+
+def table(layers: Iterable[AdaptedLayer]) -> str:
+    """What was adapted, as aligned text."""
+    lines = [COLUMNS, *cells(layers)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     aligns = [str.ljust] * (len(COLUMNS) - 1) + [str.rjust]
     return "\n".join("  ".join(f(cell, w) for f, cell, w in zip(aligns, line, widths, strict=True)).rstrip() for line in lines)

@@ -55,7 +55,9 @@ def merge(model: nn.Module, params: Mapping[str, Any], *args: Any, names: tuple[
     flat = flatten_dict(params)
     chosen = [(named, place) for named, place in places(model, *args, **kwargs) if not names or named.name in names]
     if missing := set(names) - {named.name for named, _ in chosen}:
-        raise ConfigError(f"there is no adapter '{missing.pop()}' to merge; there are: {', '.join(getattr(model, 'names', ()))}")
+        raise ConfigError(
+            f"there is no adapter '{missing.pop()}' to merge; there are: {', '.join(getattr(model, 'names', ()))}"
+        )
     # As they are applied: what changes a matrix comes before what is added to it.
     for named, place in sorted(chosen, key=lambda item: not item[0].adapter.by_weight(item[1].form)):
         if place.param is None:
