@@ -89,5 +89,5 @@ def _adapters(model: nn.Module) -> tuple[Named, ...]:
 
 def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
-        tree = tree[name]
+        tree = tree.get(name, {})
     return tree

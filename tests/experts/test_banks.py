@@ -10,8 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.dispatch import Batched, PerToken
-from moejax.experts import ACTIVATIONS, FFN, GLU, Adapter, LoRA, Residual, banks
+from moejax.dispatch import Batched, Experts, PerToken
+from moejax.experts import ACTIVATIONS, FFN, GLU, Adapter, Constant, LoRA, Residual, TrainOnly, banks, experts_of
+from moejax.layers import MoE
+from moejax.routing import Linear, TopK
 
 D, F = 6, 5
 BANKS = {
@@ -20,8 +22,9 @@ BANKS = {
     "lora": lambda e: LoRA(rank=3, features=4, num_experts=e),
     "adapter": lambda e: Adapter(F, num_experts=e),
     "residual": lambda e: Residual(F, num_experts=e, sublayers=2),
+    "constant": lambda e: Constant(num_experts=e),
 }
-WRAPPERS = {"train_only"}  # which draw nothing themselves
+WITHOUT = {"train_only", "mixed", "null", "copy"}  # which draw nothing themselves
 
 
 @functools.cache
@@ -30,7 +33,7 @@ def start(name: str, e: int) -> dict[str, jax.Array]:
 
 
 def test_every_registered_bank_is_tested_here() -> None:
-    assert set(BANKS) == set(banks.kinds()) - WRAPPERS
+    assert set(BANKS) == set(banks.kinds()) - WITHOUT
 
 
 @pytest.mark.parametrize("name", BANKS)
@@ -137,3 +140,41 @@ def test_activations(name: str) -> None:
 def test_unknown_activation_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="activation='gellu' is unknown; did you mean 'gelu'"):
         FFN(F, activation="gellu").init(jax.random.key(0), D)
+
+
+def test_a_bank_for_training_is_silent_outside_it() -> None:
+    bank = TrainOnly(FFN(F, num_experts=2))
+    variables, x = jax.jit(lambda key: bank.init(key, D))(jax.random.key(0)), jnp.ones((2, 3, D))
+    plain = bank.bank.apply({"params": variables["params"]["bank"]}, D).run(x, Batched())
+    np.testing.assert_array_equal(bank.apply(variables, D, Context(train=True)).run(x, Batched()), plain)
+    for ctx in (None, Context()):
+        np.testing.assert_array_equal(bank.apply(variables, D, ctx).run(x, Batched()), np.zeros((2, 3, D)))
+
+
+class Users:
+    """Neither a module nor derived from anything: the contract is a call and a number."""
+
+    num_experts = 3
+
+    def __init__(self, result: object = None) -> None:
+        self.result = result
+
+    def __call__(self, width: int, ctx: Context | None = None) -> object:
+        return self.result or Experts(lambda p, x, layout: x * layout.take(p), jnp.arange(3.0)[:, None])
+
+
+def test_a_users_bank_is_any_object_of_the_contract() -> None:
+    layer = MoE(Linear(3), TopK(k=1, normalise=True, constant_gate=True), Users())
+    x = jax.random.normal(jax.random.key(0), (1, 8, D))
+    variables = layer.init(jax.random.key(1), x)
+    chosen = np.argmax(x @ variables["params"]["router"]["w"], -1)
+    np.testing.assert_allclose(layer.apply(variables, x), chosen[..., None] * x, rtol=1e-5)
+
+
+def test_what_is_no_bank_is_refused_with_the_fix() -> None:
+    with pytest.raises(ConfigError, match=r"bank=int is no bank: it needs num_experts and a __call__\(width, ctx\)"):
+        experts_of(3, D)
+    with pytest.raises(ConfigError, match="the bank Users returned a float; a bank is called as"):
+        experts_of(Users(1.5), D)
+    with pytest.raises(ConfigError, match="the bank Users says num_experts=3 and returned 2 experts; make them as many"):
+        experts_of(Users(Experts(lambda p, x, layout: x, {}, num_experts=2)), D)

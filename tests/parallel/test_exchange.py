@@ -10,19 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.dispatch import Experts, choose, dispatch, limit
+from moejax.dispatch import Experts, choose, dispatch, execute, limit
 from moejax.dispatch.expert_parallel import count_hosts, exchanges
-from moejax.experts import FFN, GLU, LoRA
+from moejax.experts import FFN, GLU, Bank, Constant, Copy, LoRA, Mixed, Null
 from moejax.parallel import Exchange, Parallel, make_mesh, use
 from moejax.routing import ExpertChoice, MergePlan, Plan, SoftSlots, TokenPlan, TopK
 
 G, N, D, E = 8, 6, 4, 8
 MESHES = ("expert=8", "data=2,expert=4", "fsdp=2,expert=2,tensor=2", "data=8")
+
+
+class Wrapped(Bank):
+    """Functions of rows around another bank's experts: pieces of `tanh(a + b)`, as devices along `tensor` have them, cannot be added up."""
+
+    bank: FFN
+    num_experts: int = E
+
+    def __call__(self, width: int, ctx: Context | None = None) -> Experts:
+        return self.bank(width, ctx).wrap(before=lambda x: jax.nn.standardize(x, epsilon=0.1), after=jnp.tanh)
+
+
 BANKS = {
     "ffn": FFN(hidden=6, num_experts=E, use_bias=True),
     "glu": GLU(hidden=6, num_experts=E),
     "lora": LoRA(rank=2, features=5, num_experts=E, scale=0.5),
+    "wrapped": Wrapped(FFN(hidden=6, num_experts=E, use_bias=True)),
+    "mixed": Mixed((FFN(hidden=6, num_experts=3, use_bias=True), GLU(hidden=4, num_experts=2), Null(), Copy(), Constant())),
 }
 
 
@@ -110,6 +125,12 @@ class TestTokens:
     def test_a_bank_without_pieces_along_tensor(self, routing: str) -> None:
         check(ROUTINGS[routing](), "fsdp=2,expert=2,tensor=2", Exchange("padded"), "lora")
 
+    @pytest.mark.parametrize("routing", ["uneven", "ragged"])
+    @pytest.mark.parametrize("bank", ["wrapped", "mixed"])
+    @pytest.mark.parametrize("mesh", MESHES)
+    def test_experts_that_are_wrapped_or_of_several_kinds(self, mesh: str, bank: str, routing: str) -> None:
+        check(ROUTINGS[routing](), mesh, Exchange("padded"), bank)
+
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_by_way_of_hosts(self, routing: str) -> None:
         check(ROUTINGS[routing](), "expert=8", Exchange("hierarchical", hosts=2))
@@ -131,6 +152,12 @@ class TestOtherPlans:
     @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", "expert=8"])
     def test_every_plan(self, mesh: str, plan: str) -> None:
         check(OTHERS[plan](), mesh, Exchange("capacity", chunks=2 if "tensor" in mesh else 1))
+
+    @pytest.mark.parametrize("plan", ["capacity", "expert_choice", "soft_slots", "merge"])
+    @pytest.mark.parametrize("bank", ["wrapped", "mixed"])
+    def test_experts_that_are_wrapped_or_of_several_kinds(self, bank: str, plan: str) -> None:
+        if (bank, plan) != ("mixed", "merge"):  # which is refused
+            check(OTHERS[plan](), "fsdp=2,expert=2,tensor=2", Exchange("capacity"), bank)
 
 
 class TestBound:
@@ -161,6 +188,19 @@ class TestBound:
         plan = limit(ROUTINGS["uneven"](), parallel)
         assert plan.dropped.any()
         check(plan, mesh, exchange)
+
+    def test_it_holds_for_each_kind_of_experts_and_the_executed_plan_says_so(self) -> None:
+        plan, bank = ROUTINGS["uneven"](), BANKS["mixed"]
+        x = jax.random.normal(jax.random.key(20), (G, N, D))
+        with use(Parallel(make_mesh("expert=8"), Exchange("padded", bound=0.5))):
+            y, executed, name = execute(plan, bank.apply(params_of("mixed"), D), x)
+        assert name == "expert_parallel"
+        assert executed.dropped.any()
+        np.testing.assert_array_equal(executed.used | executed.dropped, plan.used)
+        # Null, copy and constant experts are not exchanged for.
+        assert not (executed.dropped & (plan.expert >= 5)).any()
+        expected = dispatch(executed, bank.apply(params_of("mixed"), D), x, "reference")
+        np.testing.assert_allclose(y, expected, rtol=2e-4, atol=2e-5)
 
     def test_without_a_bound_nothing_is(self) -> None:
         plan = ROUTINGS["one_expert_takes_all"]()
