@@ -9,7 +9,7 @@ half = experts.replace(params=jax.tree.map(lambda p: p.astype(jnp.bfloat16), exp
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -21,6 +21,8 @@ from moejax.core.errors import ConfigError
 from moejax.dispatch.layout import Batched, Function, Layout
 
 Rows: TypeAlias = Callable[[Array], Array]
+# Parameters by name: arrays, or what a layout multiplies like one (a sum of a matrix and low-rank ones, around which adapters are).
+Matrices: TypeAlias = Mapping[str, Any]
 
 
 @jax.tree_util.register_pytree_node_class

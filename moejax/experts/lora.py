@@ -7,7 +7,7 @@ from moejax.core.context import Context
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn, Zeros
 from moejax.core.params import Initializer, per_expert
-from moejax.dispatch.experts import Experts
+from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
 from moejax.experts.registry import banks, declare
@@ -44,7 +44,7 @@ class LoRA(Bank):
             },
         )
 
-        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+        def expert(p: Matrices, x: Array, layout: Layout) -> Array:
             return scale * layout.low_rank(x, p["a"], p["b"])
 
         return Experts(expert, params, axes)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax import dispatch as dispatch_lib
 from moejax.core.context import Context
 from moejax.core.control import control
 from moejax.core.errors import ConfigError
 from moejax.core.sowing import sow
-from moejax.dispatch.execute import backend_index, choose, execute
 from moejax.dispatch.experts import AnyExperts
 from moejax.parallel.mesh import BATCH_AXES, batch_ways, shard_map
 from moejax.parallel.scope import current
@@ -127,14 +127,14 @@ def run_plan(
       by: how `group_tokens` grouped the tokens. Groups of one position lie across the devices that a batch is split over, and
         a token's choices are the same in any order: a mesh executes them sequence by sequence.
     """
-    name = choose(plan, x.shape[-1]) if backend == "auto" else backend
+    name = dispatch_lib.choose(plan, x.shape[-1]) if backend == "auto" else backend
     if name == "expert_parallel" and by == "position" and isinstance(plan, TokenPlan):
-        y, turned, name = execute(_turned(plan), experts, x.swapaxes(0, 1), backend)
+        y, turned, name = dispatch_lib.execute(_turned(plan), experts, x.swapaxes(0, 1), backend)
         y = y.swapaxes(0, 1)
         plan = plan.replace(used=turned.used.swapaxes(0, 1), dropped=turned.dropped.swapaxes(0, 1))
     else:
-        y, plan, name = execute(plan, experts, x, backend)
-    return y, plan, jnp.asarray(backend_index(name), jnp.int32)
+        y, plan, name = dispatch_lib.execute(plan, experts, x, backend)
+    return y, plan, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)
 
 
 def _turned(plan: TokenPlan) -> TokenPlan:

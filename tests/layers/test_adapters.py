@@ -23,12 +23,12 @@ from moejax.layers.adapters import (
     LowRankAdapter,
     adapt,
     adapted_layers,
+    adapted_table,
     init_adapters,
-    join,
+    join_adapters,
     linear_map,
-    merge,
-    split,
-    table,
+    merge_adapters,
+    split_adapters,
 )
 from moejax.layers.depth.mixture_of_depths import MixtureOfDepths
 from moejax.layers.registry import adapters
@@ -120,10 +120,8 @@ class TestLoRA:
         expected = plain.apply(variables, x, Context())
         np.testing.assert_array_equal(model.apply(variables, x, Context()), expected)
         ours = variables["params"]["dense"]["adapter_main"]
-        base = nn.Dense(O).apply({"params": split(variables["params"]["dense"])[0]}, x)
-        runs = [
-            model.apply(variables, x, Context(train=True), rngs={"dropout": jax.random.key(i)}) - base for i in range(400)
-        ]
+        base = nn.Dense(O).apply({"params": split_adapters(variables["params"]["dense"])[0]}, x)
+        runs = [model.apply(variables, x, Context(train=True), rngs={"dropout": jax.random.key(i)}) - base for i in range(400)]
         close(np.mean(runs, axis=0), 2.0 * x @ ours["a"] @ ours["b"], 0.3, 1.0)
         assert np.std(runs, axis=0).min() > 0
 
@@ -146,8 +144,12 @@ class TestLoRA:
         variables = draw(model, x)
         ours = variables["params"]["adapter_main"]["moe"]
         weight = jax.nn.softmax(x @ ours["router"]["w"])
-        each = jnp.einsum("bsef,efo->bseo", jax.nn.relu(jnp.einsum("bsd,edf->bsef", x, ours["bank"]["w_in"])), ours["bank"]["w_out"])
-        expected = nn.Dense(O).apply({"params": split(variables["params"])[0]}, x) + jnp.einsum("bse,bseo->bso", weight, each)
+        each = jnp.einsum(
+            "bsef,efo->bseo", jax.nn.relu(jnp.einsum("bsd,edf->bsef", x, ours["bank"]["w_in"])), ours["bank"]["w_out"]
+        )
+        expected = nn.Dense(O).apply({"params": split_adapters(variables["params"])[0]}, x) + jnp.einsum(
+            "bse,bseo->bso", weight, each
+        )
         np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -181,9 +183,9 @@ class TestLinearMaps:
         model = around(layer)
         variables = draw(model, x)
         y = model.apply(variables, x)
-        plain = split(variables["params"])[0]
+        plain = split_adapters(variables["params"])[0]
         assert np.abs(y - layer.apply({"params": plain}, x)).max() > 0.1
-        merged = merge(model, variables["params"], x)
+        merged = merge_adapters(model, variables["params"], x)
         assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, plain)
         np.testing.assert_allclose(layer.apply({"params": merged}, x), y, rtol=1e-4, atol=1e-4)
 
@@ -236,7 +238,7 @@ class TestEmbeddings:
         changed = params["embedding"] + 2.0 * ours["a"] @ ours["b"]
         y = jnp.tanh(changed[TOKENS]) @ changed.T
         np.testing.assert_allclose(model.apply(variables, TOKENS), y, rtol=1e-4, atol=1e-4)
-        merged = merge(model, variables["params"], TOKENS)
+        merged = merge_adapters(model, variables["params"], TOKENS)
         np.testing.assert_allclose(Tied().apply({"params": merged}, TOKENS), y, rtol=1e-4, atol=1e-4)
 
     def test_it_starts_as_it_was_with_a_gradient_into_what_is_zero(self) -> None:
@@ -285,9 +287,9 @@ class TestModels:
         model = language_model(scan)
         plain = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
         ours = jax.eval_shape(mixture(model).init, jax.random.key(0), TOKENS)["params"]
-        base, added = split(ours)
+        base, added = split_adapters(ours)
         assert base == plain
-        assert join(base, added) == ours
+        assert join_adapters(base, added) == ours
         leading = (2,) if scan else ()
         flat = flatten_dict(ours)
         assert flat[(*root(scan), "mixer", "q", "adapter_main", "moe", "bank", "a")].shape == (*leading, 3, 8, R)
@@ -301,7 +303,7 @@ class TestModels:
             model, {"routed": lora(num_experts=3, targets=("mixers",)), "plain": lora(targets=("experts", "ffns", "embedding"))}
         )
         variables = init_adapters(ours, pretrained, jax.random.key(1), TOKENS)
-        base, added = split(variables["params"])
+        base, added = split_adapters(variables["params"])
         jax.tree.map(np.testing.assert_array_equal, base, pretrained["params"])
         assert count_params(added) == sum(layer.added for layer in adapted_layers(ours, TOKENS))
         np.testing.assert_array_equal(compiled(ours)(variables, TOKENS), compiled(model)(pretrained, TOKENS))
@@ -353,21 +355,23 @@ class TestModels:
         params = draw(ours, TOKENS)["params"]
         y = compiled(ours)({"params": params}, TOKENS)
         assert np.abs(y - compiled(model)({"params": params}, TOKENS)).max() > 0.1
-        one = merge(ours, params, TOKENS, names=("b",))
-        assert "b" not in str(jax.tree.structure(split(one)[1]))
+        one = merge_adapters(ours, params, TOKENS, names=("b",))
+        assert not split_adapters(one, "b")[1] and split_adapters(one, "a")[1]
         close(compiled(ours.using("a"))({"params": one}, TOKENS), y, 1e-3, 1e-4)
-        both = merge(ours, params, TOKENS)
-        assert jax.tree.structure(both) == jax.tree.structure(split(params)[0])
+        both = merge_adapters(ours, params, TOKENS)
+        assert jax.tree.structure(both) == jax.tree.structure(split_adapters(params)[0])
         close(compiled(model)({"params": both}, TOKENS), y, 1e-3, 1e-4)
         with pytest.raises(ConfigError, match="depends on the token, so that it can neither be merged"):
-            merge(mixture(model), draw(mixture(model), TOKENS)["params"], TOKENS)
+            merge_adapters(mixture(model), draw(mixture(model), TOKENS)["params"], TOKENS)
         with pytest.raises(ConfigError, match="no adapter 'c' to merge"):
-            merge(ours, params, TOKENS, names=("c",))
+            merge_adapters(ours, params, TOKENS, names=("c",))
 
     def test_adapters_by_name_and_by_row(self) -> None:
         """What `using` switches for a call, the context switches for each token."""
         model = language_model()
-        ours = Adapted(model, {"a": lora(targets=("*/q",)), "b": mixture(model).adapters[0].adapter, "c": Scaled(targets=("*/q",))})
+        ours = Adapted(
+            model, {"a": lora(targets=("*/q",)), "b": mixture(model).adapters[0].adapter, "c": Scaled(targets=("*/q",))}
+        )
         variables = draw(ours, TOKENS)
         each = [compiled(ours.using(name))(variables, TOKENS) for name in ("a", "b", "c")]
         none = compiled(ours.using())(variables, TOKENS)
@@ -439,10 +443,12 @@ class TestTargets:
             jax.eval_shape(around(model, **fields).init, jax.random.key(0), TOKENS)
 
     def test_a_target_that_matches_nothing_lists_the_layers(self) -> None:
-        layers = r"embedding \(embed\), " + ", ".join(rf"{'/'.join(root(True))}/ffn/expert/w_{n} \(bank\)" for n in ("gate", "out", "up"))
+        layers = r"embedding \(embed\), " + ", ".join(
+            rf"{'/'.join(root(True))}/ffn/expert/w_{n} \(bank\)" for n in ("gate", "out", "up")
+        )
         layers += ", " + ", ".join(rf"{'/'.join(root(True))}/mixer/{n} \(dense\)" for n in "koqv")
         self.refused(
-            rf"targets='\*/query' of adapter 'main' matches no layer that LoRA can change; there are: {layers}$",
+            rf"targets='\*/query' of adapter 'main' matches no layer that LoRA can change; there are: {layers}(\n|$)",
             language_model(),
             targets=("*/q", "*/query"),
         )
@@ -485,7 +491,7 @@ class TestTargets:
             ("a", "LoRA", "stack/repeats/1_moe/mixer/q", "dense", (2, 8, 8), 2 * R * 16),
             ("b", "LoRA", "stack/repeats/1_moe/ffn/bank/w_out", "bank", (2, E, 6, 8), 2 * E * 14),
         ]
-        lines = table(rows).splitlines()
+        lines = adapted_table(rows).splitlines()
         assert len({len(line) for line in lines}) == 1
         assert lines[1].split("  ")[0] == "a"
         assert lines[-1].split()[-1] == "176"
@@ -506,7 +512,7 @@ class DoRA(LowRankAdapter):
 
     def weight(self, w, site, ctx=None):
         v = super().weight(w, site, ctx)
-        start = lambda key, shape: jnp.linalg.norm(w, axis=0)  # noqa: E731
+        start = lambda key, shape, dtype: jnp.linalg.norm(w, axis=0)  # noqa: E731
         m = param(self, "m", start, (site.shape[-1],), (site.axes[-1],))
         return v * m / jax.lax.stop_gradient(jnp.linalg.norm(v, axis=0))
 
@@ -551,9 +557,9 @@ class TestKinds:
         bank = params["stack"]["repeats"]["1_moe"]["ffn"]["bank"]
         assert bank["adapter_main"]["w_in" if "w_in" in bank else "w_gate"]["s"].shape == (2, E, 6)
         y = compiled(ours)({"params": params}, TOKENS)
-        close(compiled(model)({"params": merge(ours, params, TOKENS)}, TOKENS), y, 1e-3, 1e-4)
+        close(compiled(model)({"params": merge_adapters(ours, params, TOKENS)}, TOKENS), y, 1e-3, 1e-4)
         assert np.abs(y - compiled(model)({"params": params}, TOKENS)).max() > 0.1
-        start = init_adapters(ours, {"params": split(params)[0]}, jax.random.key(0), TOKENS)
+        start = init_adapters(ours, {"params": split_adapters(params)[0]}, jax.random.key(0), TOKENS)
         np.testing.assert_array_equal(compiled(ours)(start, TOKENS), compiled(model)(start, TOKENS))
 
     def test_a_kind_that_starts_from_the_frozen_matrix(self, rng: np.random.Generator) -> None:
@@ -585,29 +591,34 @@ class TestKinds:
             return {**params, **params["adapter_main"]}, model.apply({"params": params}, given), model
 
         params, y, _ = run(RsLoRA(rank=4, scale=2.0, targets=("*",)))
-        np.testing.assert_allclose(y, dense(params, x) + x @ np.asarray(params["a"]) @ np.asarray(params["b"]), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            y, dense(params, x) + x @ np.asarray(params["a"]) @ np.asarray(params["b"]), rtol=1e-4, atol=1e-4
+        )
         params, y, model = run(TopRanks(rank=4, scale=2.0, targets=("*",)))
         h = x @ np.asarray(params["a"])
         h = np.where(np.abs(h) == np.abs(h).max(-1, keepdims=True), h, 0)
         np.testing.assert_allclose(y, dense(params, x) + 2.0 * h @ np.asarray(params["b"]), rtol=1e-4, atol=1e-4)
-        with pytest.raises(ConfigError, match="TopRanks at  has no matrix of its own"):
-            merge(model, draw(model, given)["params"], given)
+        with pytest.raises(ConfigError, match="TopRanks at '' has no matrix of its own"):
+            merge_adapters(model, draw(model, given)["params"], given)
         params, y, _ = run(Reflected(targets=("*",)))
         u = np.asarray(params["u"], np.float64)
         u /= np.linalg.norm(u)
         np.testing.assert_allclose(y, dense(params, x - x @ np.outer(u, u)), rtol=1e-4, atol=1e-4)
 
     def test_a_kind_around_whole_layers(self) -> None:
-        model = language_model()
-        ours = around(model, Beside(targets=("*/ffn",)))
-        params = draw(ours, TOKENS)["params"]
+        """What lies inside is adapted as ever, and layers that make their parts when they are called find their parameters."""
+        model = language_model(pattern=("dense", "moe"))
+        ours = Adapted(model, {"main": Beside(targets=("*/ffn",)), "inner": lora(targets=("experts",))})
         rows = adapted_layers(ours, TOKENS)
-        assert [(row.path, row.layer, row.shape) for row in rows] == [("/".join((*root(True), "ffn")), "DenseGLU", ())]
-        start = init_adapters(ours, {"params": split(params)[0]}, jax.random.key(0), TOKENS)
-        np.testing.assert_allclose(compiled(ours)(start, TOKENS), compiled(model)(start, TOKENS), rtol=1e-5)
+        assert [(row.path[-11:], row.layer, row.shape) for row in rows if row.adapter == "main"] == [
+            ("0_dense/ffn", "DenseGLU", ()), ("s/1_moe/ffn", "MoE", ())
+        ]  # fmt: skip
+        params = draw(ours, TOKENS)["params"]
+        start = init_adapters(ours, {"params": split_adapters(params)[0]}, jax.random.key(0), TOKENS)
+        np.testing.assert_allclose(compiled(ours)(start, TOKENS), compiled(model)(start, TOKENS), rtol=1e-4, atol=1e-5)
         assert np.abs(compiled(ours)({"params": params}, TOKENS) - compiled(model)(start, TOKENS)).max() > 0.1
         with pytest.raises(ConfigError, match="sits around all of"):
-            merge(ours, params, TOKENS)
+            merge_adapters(ours, params, TOKENS)
 
     def test_what_changes_a_matrix_comes_before_what_is_added(self, rng: np.random.Generator) -> None:
         x = inputs(rng)
@@ -616,9 +627,11 @@ class TestKinds:
         params = draw(model, jnp.asarray(x, jnp.float32))["params"]
         a, b = (np.asarray(params["adapter_low"][name], np.float64) for name in "ab")
         s = np.asarray(params["adapter_scaled"]["s"], np.float64)
-        expected = x @ (np.asarray(params["kernel"], np.float64) * (1 + s) + 2.0 * a @ b) + np.asarray(params["bias"], np.float64)
+        expected = x @ (np.asarray(params["kernel"], np.float64) * (1 + s) + 2.0 * a @ b) + np.asarray(
+            params["bias"], np.float64
+        )
         np.testing.assert_allclose(model.apply({"params": params}, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
-        merged = merge(model, params, jnp.asarray(x, jnp.float32))
+        merged = merge_adapters(model, params, jnp.asarray(x, jnp.float32))
         np.testing.assert_allclose(dense(merged, x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -648,7 +661,9 @@ class TestBanks:
         return {"bank": bank}
 
     @pytest.mark.parametrize("backend", ["reference", "einsum", "capacity", "grouped", "gather", "merged"])
-    @pytest.mark.parametrize("bank", [GLU(hidden=6, num_experts=E), FFN(hidden=6, num_experts=E, use_bias=True)], ids=["glu", "ffn"])
+    @pytest.mark.parametrize(
+        "bank", [GLU(hidden=6, num_experts=E), FFN(hidden=6, num_experts=E, use_bias=True)], ids=["glu", "ffn"]
+    )
     def test_every_backend_computes_the_adapted_matrices(self, rng: np.random.Generator, bank, backend: str) -> None:
         x, logits = (jnp.asarray(rng.normal(size=(B, S, n)), jnp.float32) for n in (D, E))
         plain = Routed(bank, backend, backend == "merged")
@@ -656,9 +671,13 @@ class TestBanks:
         params = draw(model, x, logits)["params"]
 
         def run(model, params):
-            return jax.value_and_grad(lambda p, x: jnp.sin(model.apply({"params": p}, x, logits)).sum(), argnums=(0, 1))(params, x)
+            return jax.value_and_grad(lambda p, x: jnp.sin(model.apply({"params": p}, x, logits)).sum(), argnums=(0, 1))(
+                params, x
+            )
 
-        (value, (dp, dx)), (value_, (dp_, dx_)) = (jax.jit(functools.partial(run, m))(p) for m, p in ((model, params), (plain, self.effective(params))))
+        (value, (dp, dx)), (value_, (dp_, dx_)) = (
+            jax.jit(functools.partial(run, m))(p) for m, p in ((model, params), (plain, self.effective(params)))
+        )
         np.testing.assert_allclose(value, value_, rtol=1e-4)
         close(dx, dx_, 1e-3, 1e-4)
         for name, factors in dp["bank"].pop("adapter_main").items():
@@ -683,7 +702,7 @@ class TestBanks:
         expected = run(model, params)
         np.testing.assert_allclose(expected[0], run(plain, self.effective(params))[0], rtol=1e-4)
         with use(Parallel(make_mesh(mesh))):
-            close(run(model, params), expected, 1e-3, 1e-4)
+            close(run(model, params), expected, 1e-3, 1e-3)
 
     def test_a_wrapped_bank_keeps_its_adapter(self, rng: np.random.Generator) -> None:
         x = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
@@ -732,13 +751,19 @@ class TestDecoders:
         limited = mixture(language_model(), select=TopK(k=1, capacity_factor=1.0))
         assert why_not_decodable(limited).startswith("adapters.main: TopK plans several tokens together")
         assert why_not_decodable(limited.using()) is None
-        mixture(build({**spec(), "kind": "vit", "image_size": 4, "channels": 1, "patch_size": 2, "num_classes": 3} | VIT), select=ExpertChoice())
+        mixture(
+            build(VIT),
+            select=ExpertChoice(),
+        )
 
     def test_decoding_with_a_cache_is_the_whole_pass(self) -> None:
         model = language_model(pattern=("dense", "moe"))
         ours = Adapted(
             model,
-            {"routed": mixture(model, select=TopK(k=2)).adapters[0].adapter, "plain": lora(targets=("*/w_*", "embedding", "*/k"))},
+            {
+                "routed": mixture(model, select=TopK(k=2)).adapters[0].adapter,
+                "plain": lora(targets=("*/w_*", "embedding", "*/k")),
+            },
         )
         variables = draw(ours, TOKENS)
         made = generate(ours, variables["params"], TOKENS, max_new_tokens=3, keep_logits=True)
@@ -766,17 +791,27 @@ class TestDecoders:
         assert active_params(ours, adapted) == active_params(model, params) + layers * (R * 16 + 8 * 4)
 
 
-VIT = {"blocks": dict(dense=DENSE)}
+VIT = dict(
+    kind="vit",
+    image_size=4,
+    channels=1,
+    patch_size=2,
+    num_classes=3,
+    d_model=8,
+    num_layers=1,
+    pattern=("dense",),
+    blocks=dict(dense=DENSE),
+)
 
 
 def test_trees_come_apart_and_together() -> None:
     model = Adapted(nn.Dense(O), {"a": lora(), "b": lora()})
     variables = model.init(jax.random.key(0), jnp.zeros((B, D)))
-    base, ours = split(variables, "b")
+    base, ours = split_adapters(variables, "b")
     assert set(flatten_dict(ours)) == {("params", "adapter_b", "a"), ("params", "adapter_b", "b")}
     assert {path[1] for path in flatten_dict(base)} == {"kernel", "bias", "adapter_a"}
-    jax.tree.map(np.testing.assert_array_equal, join(base, ours), variables)
+    jax.tree.map(np.testing.assert_array_equal, join_adapters(base, ours), variables)
     with pytest.raises(ConfigError, match="params/adapter_b/a is there already"):
-        join(variables, ours)
+        join_adapters(variables, ours)
     with pytest.raises(ConfigError, match="params/kernel is no adapter's parameter"):
-        join(ours, unflatten_dict({("params", "kernel"): 0}))
+        join_adapters(ours, unflatten_dict({("params", "kernel"): 0}))

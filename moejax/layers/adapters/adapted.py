@@ -17,6 +17,13 @@ from moejax.layers.registry import adapters as registry
 Tree = Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A model that Flax does not look into: it is given the scope of the adapted model, and so keeps its own tree of parameters."""
+
+    module: nn.Module
+
+
 class Adapted(nn.Module):
     """A model some of whose layers have adapters, without the model knowing.
 
@@ -25,7 +32,7 @@ class Adapted(nn.Module):
         logits = model.apply(variables, tokens)
 
     The tree of parameters is the model's own, with an entry `adapter_<name>` more beside each adapted kernel, so a pretrained tree fits
-    as it is (`split`, `join`). Works inside scanned and rematerialised layers. Several adapters of one layer are applied in order;
+    as it is (`split_adapters`, `join_adapters`). Works inside scanned and rematerialised layers. Several adapters of one layer are applied in order;
     those that change its matrix come first.
 
     For each call, `using` says which adapters are on, and `Context.adapter` which one each token uses.
@@ -40,11 +47,13 @@ class Adapted(nn.Module):
         adapter that misses its layers trains nothing and says nothing), or a router that is not meant.
     """
 
-    model: nn.Module
+    model: Any
     adapters: Any
     active: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, Frozen):
+            object.__setattr__(self, "model", Frozen(self.model))
         if isinstance(self.adapters, Mapping):
             object.__setattr__(self, "adapters", tuple(Named(name, adapter) for name, adapter in self.adapters.items()))
         for named in self.adapters:
@@ -52,24 +61,27 @@ class Adapted(nn.Module):
                 raise ConfigError(f"adapters.{named.name} is a {type(named.adapter).__name__}, not a moejax.Adapter")
             if not named.name.isidentifier():
                 raise ConfigError(f"'{named.name}' cannot be an adapter's name; use letters, digits and _")
-            if getattr(self.model, "causal", False):
+            if getattr(self.base, "causal", False):
                 named.adapter.check_causal(f"adapters.{named.name}")
         for name in self.active or ():
             if name not in self.names:
                 raise ConfigError(f"there is no adapter '{name}'{nearest(name, self.names)}")
         super().__post_init__()
 
-    def setup(self) -> None:
-        nn.share_scope(self, self.model)
-
+    @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's output."""
         around = Around(self.path, self.on, self.names)
         with around.watching():
-            y = self.model(*args, **kwargs)
+            y = self.base.clone(parent=self.scope)(*args, **kwargs)
         if self.is_mutable_collection("params"):
             around.check()
         return y
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its adapters."""
+        return self.model.module
 
     @property
     def on(self) -> tuple[Named, ...]:
@@ -87,8 +99,8 @@ class Adapted(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         model = self.__dict__.get("model")
-        if not name.startswith("_") and isinstance(model, nn.Module) and name in _says(type(model)):
-            return getattr(model, name)
+        if isinstance(model, Frozen) and name in _says(type(model.module)):
+            return getattr(model.module, name)
         return super().__getattr__(name)
 
 

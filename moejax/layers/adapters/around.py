@@ -14,10 +14,10 @@ from jaxtyping import Array
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
-from moejax.core.params import changing, for_use
+from moejax.core.params import changing, for_use, record_axes
 from moejax.dispatch.experts import Experts
 from moejax.experts.base import Bank
-from moejax.layers.adapters.base import Adapter, Site, run_with
+from moejax.layers.adapters.base import Adapter, Site
 from moejax.layers.adapters.maps import LinearMap, linear_map
 from moejax.layers.adapters.stack import with_matrices
 from moejax.layers.registry import ffns, mixers
@@ -201,7 +201,7 @@ class Around:
             site = place.site(call=before, module=module, kernel=kernel, bias=bias)
             if named.adapter.by_weight("linear"):
                 changed = self._run(named, module, place, site, kernel, form="weight")
-                call_changed = _Kept(functools.partial(_with_kernel, module, place.map.kernel(changed)))
+                call_changed = _Kept(functools.partial(self._run_with, module, {"kernel": place.map.kernel(changed)}))
                 call, kernel = self._switched(named, call_changed, call), kernel if by_token else changed
             else:
                 call = self._switched(named, _Kept(functools.partial(self._run, named, module, place, site)), call)
@@ -216,7 +216,7 @@ class Around:
             "/".join(path), "weight", "embed", self._roles(path) | {"embeddings"}, path, "embedding", table.shape, (None, None)
         )
         changed = self._changed(module, place, table)
-        return y if changed is table else run_with(module, {"embedding": changed}, *args, method=method, **kwargs)
+        return y if changed is table else self._run_with(module, {"embedding": changed}, *args, method=method, **kwargs)
 
     def _changed_parameter(self, module: nn.Module, name: str, value: Array, axes: tuple[str | None, ...]) -> Array:
         """A matrix that a model declares for itself, such as a head."""
@@ -226,7 +226,9 @@ class Around:
         # What is not multiplied by the width of the tokens is looked up.
         kind, roles = ("embed", {"embeddings"}) if axes[0] in (None, "vocab") else ("matrix", set())
         roles |= {"head"} if name == "head" else set()
-        place = Place("/".join(path), "weight", kind, self._roles(path) | roles, path[:-1], name, value.shape, axes, below=(name,))
+        place = Place(
+            "/".join(path), "weight", kind, self._roles(path) | roles, path[:-1], name, value.shape, axes, below=(name,)
+        )
         return self._changed(module, place, value)
 
     def _changed(self, module: nn.Module, place: Place, value: Array) -> Array:
@@ -242,6 +244,15 @@ class Around:
             scope = scope.push(name, reuse=True)
         with self._pause(True):
             return named.adapter.clone(parent=scope)(form or place.form, given, site, self._contexts[-1])
+
+    def _run_with(
+        self, module: nn.Module, params: Mapping[str, Array], *args: Any, method: str = "__call__", **kwargs: Any
+    ) -> Any:
+        """A layer's own method with some of its parameters replaced."""
+        alone = module.clone(parent=None, name=None)
+        variables = {**module.variables, "params": {**module.variables["params"], **params}}
+        with self._pause(True), record_axes():  # Declared a second time, under another path: nobody is to see it.
+            return alone.apply(variables, *args, method=method, **kwargs)
 
     def _chosen(self, place: Place) -> list[Named]:
         """The adapters that are to change a place."""
@@ -343,14 +354,11 @@ class _Own(_Kept):
 
     def _call(self, x: Any) -> Any:
         first, self._first = self._first, None
+        if first is None or self._around._paused:
+            # Called again, or by an adapter, which Flax would take for the parent of what the layer makes: a copy, in the same scope.
+            first = self._module.clone(parent=self._module.scope.rewound(), name=None)
         with self._around._pause(False, self._module.path):
-            # A compact module makes its parameters once in a call; to be called again it starts anew in the same scope.
-            call = first or self._module.clone(parent=self._module.scope.rewound(), name=None)
-            return call(x, *self._rest, **self._named) if self._name is None else call(**{self._name: x}, **self._named)
-
-
-def _with_kernel(module: nn.Module, kernel: Array, x: Array) -> Array:
-    return run_with(module, {"kernel": kernel}, x)
+            return first(x, *self._rest, **self._named) if self._name is None else first(**{self._name: x}, **self._named)
 
 
 def _matches(target: str, place: Place) -> bool:

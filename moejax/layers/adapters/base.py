@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.layer import Layer
-from moejax.core.params import record_axes
 from moejax.layers.adapters.maps import LinearMap
 
 # Forms of layers, by the method that changes them. A layer that has two is changed by the first that a kind has a method for.
@@ -112,10 +111,7 @@ class Adapter(Layer):
 
         A kind that has no such matrix, because what it adds depends on the token, leaves this out; it cannot be merged.
         """
-        raise ConfigError(
-            f"{type(self).__name__} at {site.path} has no matrix of its own: what it adds depends on the token, so that it can neither "
-            "be merged into the layer nor sit on a table or a bank of experts"
-        )
+        raise self.no_matrix(site)
 
     def linear(self, x: Array, site: Site, ctx: Context | None = None) -> Array:
         """The adapted output of a linear layer. A kind that has none but `weight` computes the layer with its adapted matrix."""
@@ -138,18 +134,17 @@ class Adapter(Layer):
         """The adapted output of a layer of any kind, which is given x."""
         raise NotImplementedError(f"{type(self).__name__} cannot sit around a whole layer")
 
+    def no_matrix(self, site: Site) -> ConfigError:
+        """The error of a kind that has no `weight`, or has none as it is set up."""
+        return ConfigError(
+            f"{type(self).__name__} at '{site.path}' has no matrix of its own: what it adds depends on the token, so that it can neither "
+            "be merged into the layer nor sit on a table or a bank of experts"
+        )
+
     @classmethod
     def by_weight(cls, form: str) -> bool:
         """Whether this kind changes layers of this form through their matrix; such adapters come before all others."""
         return form == "weight" or (form in ("linear", "stack") and not _written(cls, form))
-
-
-def run_with(module: nn.Module, params: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-    """A bound module's own method with some of its parameters replaced."""
-    alone = module.clone(parent=None, name=None)
-    variables = {**module.variables, "params": {**module.variables["params"], **params}}
-    with record_axes():  # Declared a second time, under another path: nobody is to see it.
-        return alone.apply(variables, *args, method=method, **kwargs)
 
 
 def as_tokens(rows: Float[Array, "*b d"], ctx: Context | None) -> tuple[Float[Array, "g n d"], Context]:

@@ -56,7 +56,7 @@ class LowRankAdapter(Adapter, RowWise):
     def weight(self, w: Float[Array, "d o"], site: Site, ctx: Context | None = None) -> Float[Array, "d o"]:
         """`W + scale * A B`."""
         if type(self).gate is not LowRankAdapter.gate:
-            return super().weight(w, site, ctx)
+            raise self.no_matrix(site)
         a, b = self.factors(site)
         return w + self.multiplier(site) * jnp.matmul(a, b, precision="highest").astype(w.dtype)
 
@@ -73,7 +73,7 @@ class LowRankAdapter(Adapter, RowWise):
     def stack(self, w: Any, site: Site, ctx: Context | None = None) -> LowRankSum:
         """One pair of factors for each expert, each of its own rank."""
         if type(self).gate is not LowRankAdapter.gate:
-            return super().stack(w, site, ctx)
+            raise self.no_matrix(site)
         (e, d, o), (expert, inner, outer), r = site.shape, site.axes, self.rank_at(site)
         a = param(self, "a", per_expert(_UNIFORM), (e, d, r), (expert, inner, "rank"))
         b = param(self, "b", _ZEROS, (e, r, o), (expert, "rank", outer))
@@ -161,7 +161,9 @@ class LoRA(LowRankAdapter):
 
     def weight(self, w: Float[Array, "d o"], site: Site, ctx: Context | None = None) -> Float[Array, "d o"]:
         """`W + scale * A B` of plain LoRA. A mixture has none."""
-        return super().weight(w, site, ctx) if self.num_experts == 1 else Adapter.weight(self, w, site, ctx)
+        if self.num_experts > 1:
+            raise self.no_matrix(site)
+        return super().weight(w, site, ctx)
 
     def linear(self, x: Array, site: Site, ctx: Context | None = None) -> Array:
         """As a routed layer beside the frozen one."""
@@ -175,7 +177,9 @@ class LoRA(LowRankAdapter):
 
     def stack(self, w: Any, site: Site, ctx: Context | None = None) -> LowRankSum:
         """Beside every expert's own matrix, of plain LoRA."""
-        return super().stack(w, site, ctx) if self.num_experts == 1 else Adapter.weight(self, w, site, ctx)
+        if self.num_experts > 1:
+            raise self.no_matrix(site)
+        return super().stack(w, site, ctx)
 
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if a token's choice of experts may depend on later tokens."""

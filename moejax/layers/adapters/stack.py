@@ -96,12 +96,12 @@ class _OfSums(Layout):
 
     def glu(self, x: Array, w_gate: Any, w_up: Any, activation: Activation) -> Array:
         if isinstance(w_gate, LowRankSum) or isinstance(w_up, LowRankSum):
-            return super().glu(x, w_gate, w_up, activation)
+            return activation(self.dot(x, w_gate)) * self.dot(x, w_up)
         return self.rows.glu(x, w_gate, w_up, activation)
 
     def low_rank(self, x: Array, a: Any, b: Any) -> Array:
         if isinstance(a, LowRankSum) or isinstance(b, LowRankSum):
-            return super().low_rank(x, a, b)
+            return self.dot(self.dot(x, a), b)
         return self.rows.low_rank(x, a, b)
 
 

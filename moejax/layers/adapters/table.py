@@ -56,7 +56,7 @@ def cells(layers: Iterable[AdaptedLayer]) -> tuple[tuple[str, ...], ...]:
     return *rows, ("", "", "all", "", "", f"{sum(a.added for a in layers):,}")
 
 
-def table(layers: Iterable[AdaptedLayer]) -> str:
+def adapted_table(layers: Iterable[AdaptedLayer]) -> str:
     """What was adapted, as aligned text."""
     lines = [COLUMNS, *cells(layers)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]

@@ -15,7 +15,7 @@ from moejax.layers.adapters.stack import LowRankSum
 Tree = dict[str, Any]
 
 
-def split(tree: Mapping[str, Any], *names: str) -> tuple[Tree, Tree]:
+def split_adapters(tree: Mapping[str, Any], *names: str) -> tuple[Tree, Tree]:
     """The tree without the adapters called `names` (without any, if none is given), and the tree of these adapters alone.
 
     Of parameters, of all variables, or of any tree like them. The second is what to save: kilobytes.
@@ -26,8 +26,8 @@ def split(tree: Mapping[str, Any], *names: str) -> tuple[Tree, Tree]:
     return tuple(unflatten_dict(part) for part in parts)
 
 
-def join(tree: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
-    """The tree with adapters put beside what they adapt; the inverse of `split`.
+def join_adapters(tree: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
+    """The tree with adapters put beside what they adapt; the inverse of `split_adapters`.
 
     Raises:
       ConfigError: an adapter that is there already, or what is no adapter.
@@ -36,11 +36,11 @@ def join(tree: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
     for path in added:
         if path in flat or not any(_is_adapter(part, ()) for part in path):
             what = "is there already" if path in flat else "is no adapter's parameter"
-            raise ConfigError(f"{'/'.join(path)} {what}; join(model's tree, adapters' tree) takes what split gave")
+            raise ConfigError(f"{'/'.join(path)} {what}; join_adapters(model's tree, adapters' tree) takes what split gave")
     return unflatten_dict({**flat, **added})
 
 
-def merge(model: nn.Module, params: Mapping[str, Any], *args: Any, names: tuple[str, ...] = (), **kwargs: Any) -> Tree:
+def merge_adapters(model: nn.Module, params: Mapping[str, Any], *args: Any, names: tuple[str, ...] = (), **kwargs: Any) -> Tree:
     """The parameters with adapters folded into the matrices that they adapt: the model alone computes the same with them.
 
     Args:
