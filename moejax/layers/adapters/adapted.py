@@ -7,11 +7,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError, nearest
 from moejax.layers.adapters.around import Around, Named
 from moejax.layers.adapters.base import Adapter
+from moejax.layers.adapters.trees import split_adapters
 from moejax.layers.registry import adapters as registry
 
 Tree = Mapping[str, Any]
@@ -124,8 +126,14 @@ def init_adapters(model: nn.Module, variables: Tree, key: Array, *args: Any, **k
       *args: what the model is called with.
     """
     rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(("params", "router", "dropout"))}
-    _, made = model.apply(variables, *args, **kwargs, rngs=rngs, mutable=["params", "router_state"])
-    return {**variables, **{name: tree for name, tree in made.items() if tree}}
+
+    @jax.jit  # Nothing but the adapters is asked for, so that most of the model is left out.
+    def start(variables: Tree, rngs: Tree) -> Tree:
+        _, made = model.apply(variables, *args, **kwargs, rngs=rngs, mutable=["params", "router_state"])
+        return {name: split_adapters(tree)[1] if name in variables else tree for name, tree in made.items() if tree}
+
+    made = {name: flatten_dict(variables.get(name, {})) | flatten_dict(tree) for name, tree in start(variables, rngs).items()}
+    return {**variables, **{name: unflatten_dict(tree) for name, tree in made.items()}}
 
 
 @functools.cache
