@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.layer import RowWise
 from moejax.core.params import whole
 from moejax.dispatch.layout import Batched
 from moejax.experts.ffn import FFN, GLU
@@ -27,7 +28,7 @@ def sum_shared(bank: nn.Module, x: Float[Array, "*b d"], ctx: Context) -> Float[
 
 
 @ffns.register("ffn")
-class DenseFFN(nn.Module):
+class DenseFFN(RowWise):
     """The two-matrix feed-forward layer; fields as in `moejax.experts.FFN`."""
 
     hidden: int
@@ -42,7 +43,7 @@ class DenseFFN(nn.Module):
 
 
 @ffns.register("glu")
-class DenseGLU(nn.Module):
+class DenseGLU(RowWise):
     """The gated feed-forward layer; fields as in `moejax.experts.GLU`."""
 
     hidden: int

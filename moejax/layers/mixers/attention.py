@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.layer import Layer
 from moejax.core.params import Dense, param
 from moejax.layers.registry import mixers
 from moejax.parallel import constrain, current
@@ -21,7 +22,7 @@ CHUNK = 512  # queries of a long sequence whose scores are in memory at a time
 
 
 @mixers.register("attention")
-class Attention(nn.Module):
+class Attention(Layer):
     """Multi-head attention with `num_kv_heads` shared key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
     Masks follow the context: a token attends to valid tokens of its own segment, when causal only to positions up to its
@@ -93,6 +94,10 @@ class Attention(nn.Module):
         """Raises ConfigError if this layer lets a token see later ones; a decoder calls it with the layer's place."""
         if not self.causal:
             raise ConfigError(f"{where}.causal=False lets tokens see the future in a decoder; remove it")
+
+    def decodable(self) -> str | None:
+        """None: keys and values are cached; bidirectional attention has no cache to fill."""
+        return None if self.causal else "bidirectional attention sees later tokens"
 
     def _weigh(
         self, y: Float[Array, "b s h c"], x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context
