@@ -31,16 +31,23 @@ def test_every_name_resolves(name):
     assert callable(catalog.resolve(name))
 
 
-def test_every_file_that_a_row_names_exists():
+def test_a_method_with_a_study_says_what_implements_it_and_has_tests_of_its_own():
     for row in ROWS.values():
+        assert bool(row.study) == bool(row.implements) == bool(row.tests), row.slug
         for place in (*row.tests, *([row.study] if row.study else [])):
             assert (REPOSITORY / place).is_file(), f"{place} of {row.slug}"
 
 
-def test_a_study_of_a_method_is_in_its_row():
-    listed = {Path(row.study).name for row in ROWS.values() if row.study}
-    for slug, path in catalog.study_files().items():
-        assert slug not in ROWS or path.name in listed, f"study of {slug} is not in the catalogue"
+def test_a_method_test_is_called_after_its_method():
+    for path in (REPOSITORY / "tests/methods").glob("*/test_*.py"):
+        assert path.stem.removeprefix("test_") in ROWS, path
+
+
+def test_a_study_that_does_not_say_what_implements_it_is_refused(tmp_path):
+    file = tmp_path / "soft_moe.py"
+    file.write_text("STUDY = Study(slug='soft_moe')")
+    with pytest.raises(ConfigError, match=r"soft_moe.py does not say what implements its method"):
+        catalog._implements(file)
 
 
 def test_the_readme_tells_the_catalogues_count():
@@ -77,9 +84,6 @@ GOOD = {
     "year": "2021",
     "tier": '"core"',
     "family": '"soft"',
-    "implements": "[]",
-    "tests": "[]",
-    "study": '""',
 }
 
 
@@ -87,10 +91,8 @@ GOOD = {
     ("changes", "words"),
     [
         ({"year": '"2021"'}, "year='2021' in row 0 .* is not of type int"),
-        ({"tests": '"x"'}, "tests='x' .* is not of type tuple"),
         ({"tier": '"cor"'}, "tier 'cor' .*did you mean 'core'"),
-        ({"study": '"experiments/soft/b.py"'}, "must be called a.py"),
-        ({"sudy": '"x"'}, "unknown field 'sudy' .*did you mean 'study'"),
+        ({"titel": '"x"'}, "unknown field 'titel' .*did you mean 'title'"),
     ],
 )
 def test_a_malformed_row_is_refused(tmp_path, changes, words):
