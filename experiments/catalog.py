@@ -131,7 +131,7 @@ def count(rows: dict[str, Row], ledger: Path = record.LEDGER) -> str:
     return f"{done} of {len(rows)} methods implemented, {studies} with a study, {len(judged)} judged"
 
 
-def readme_count(text: str) -> str:
+def told_count(text: str) -> str:
     """What follows `<!-- count -->` in a text, up to the end of the sentence.
 
     Raises:

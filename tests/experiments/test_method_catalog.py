@@ -51,16 +51,16 @@ def test_a_study_that_does_not_say_what_implements_it_is_refused(tmp_path):
 
 
 def test_the_readme_tells_the_catalogues_count():
-    assert catalog.readme_count((REPOSITORY / "README.md").read_text()) == catalog.count(ROWS)
+    assert catalog.told_count((REPOSITORY / "README.md").read_text()) == catalog.count(ROWS)
 
 
 def test_count_and_its_place_in_a_text(tmp_path, capsys):
     assert catalog.main(["--count"]) == 0
     printed = capsys.readouterr().out.strip()
     assert re.fullmatch(r"\d+ of 214 methods implemented, \d+ with a study, \d+ judged", printed)
-    assert catalog.readme_count(f"x\n<!-- count -->{printed}. And more.") == printed
+    assert catalog.told_count(f"x\n<!-- count -->{printed}. And more.") == printed
     with pytest.raises(ConfigError, match="no '<!-- count -->'"):
-        catalog.readme_count("nothing")
+        catalog.told_count("nothing")
     assert catalog.main(["--cuont"]) == 2
 
 
