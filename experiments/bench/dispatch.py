@@ -132,8 +132,8 @@ class Layer:
         self.single = self.bank.clone(num_experts=1)
         self.x = jax.random.normal(key[0], (1, shape.n, shape.d))
         self.rows = jax.random.normal(key[1], (1, shape.n * shape.k, shape.d))
-        self.params = jax.jit(lambda k: self.bank.init(k, jnp.zeros((shape.e, 1, shape.d)), Batched()))(key[2])
-        self.dense_params = jax.jit(lambda k: self.single.init(k, self.rows[:, :1], Batched()))(key[2])
+        self.params = jax.jit(lambda k: self.bank.init(k, shape.d))(key[2])
+        self.dense_params = jax.jit(lambda k: self.single.init(k, shape.d))(key[2])
         self.w = jax.random.normal(key[3], (shape.d, shape.e)) / shape.d**0.5
         # Skewed: the first choice of nearly every token is expert 0, the second one of a few others.
         crowd = jnp.full(shape.e, -20.0).at[:4].set(0.0).at[0].set(20.0)
@@ -141,14 +141,14 @@ class Layer:
 
     def dense(self) -> tuple[Callable[..., Array], tuple[Any, ...]]:
         """The layer of equal active FLOPs: one expert on as many rows."""
-        return lambda params, x: self.single.apply(params, x, Batched()), (self.dense_params, self.rows)
+        return lambda params, x: self.single.apply(params, self.shape.d).run(x, Batched()), (self.dense_params, self.rows)
 
     def routed(self, backend: str, capacity_factor: float | None = None) -> tuple[Callable[..., Array], tuple[Any, ...]]:
         select = TopK(k=self.shape.k, capacity_factor=capacity_factor)
 
         def layer(params: Any, x: Array) -> Array:
             plan = select(x @ self.w + self.bias)
-            return dispatch(plan, lambda rows, layout: self.bank.apply(params, rows, layout), x, backend)
+            return dispatch(plan, self.bank.apply(params, self.shape.d), x, backend)
 
         return layer, (self.params, self.x)
 

@@ -267,7 +267,7 @@ def _compare_experts(go_on: Any, args: Any, kwargs: Any, call: nn.module.Interce
     experts = jnp.repeat(jnp.arange(e, dtype=jnp.int32), len(rows))[None, :, None]
     used = jnp.ones(experts.shape, bool)
     plan = TokenPlan(experts, used.astype(jnp.float32), used, ~used, num_experts=e)
-    answers = dispatch.dispatch(plan, lambda r, layout: module.bank(r, layout, ctx), jnp.tile(rows, (e, 1))[None], "reference")
+    answers = dispatch.dispatch(plan, module.bank(x.shape[-1], ctx), jnp.tile(rows, (e, 1))[None], "reference")
     answers = answers.astype(jnp.float32).reshape(e, len(rows), -1)
     answers = answers / (jnp.linalg.norm(answers, axis=-1, keepdims=True) + 1e-9)
     module.sow(

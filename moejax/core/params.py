@@ -111,8 +111,10 @@ def per_expert(init: Initializer) -> Initializer:
     """An initializer for `[e, ...]` that draws each expert from its own key, folded from the expert's index.
 
     Expert i starts the same however many experts there are and however they are sharded, no two start alike, and fan-in is
-    that of one expert, not of the stack.
+    that of one expert, not of the stack. An initializer with a method `stacked(key, shape, dtype)` says itself how a stack starts.
     """
+    if hasattr(init, "stacked"):
+        return init.stacked
 
     def stacked(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))

@@ -139,7 +139,8 @@ class Registry:
 class Many:
     """A slot that holds several items of a registry: a mapping of kind -> fields in a config, a tuple once built.
 
-    A mapping rather than a list, so that a single field can be overridden by name on the command line.
+    A mapping rather than a list, so that a single field can be overridden by name on the command line. Where two items are of
+    one kind, or a name says more, the fields say the 'kind', and what leads to them is any name.
     """
 
     registry: Registry
@@ -163,7 +164,7 @@ class Given:
     Shared experts, say, are not as many as the routed ones beside them unless their own spec says so.
     """
 
-    registry: Registry
+    registry: "Registry | Many"
     values: Mapping[str, Any]
 
     def build(self, spec: Any, where: str, **context: Any) -> Any:

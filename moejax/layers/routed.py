@@ -10,7 +10,7 @@ from moejax.core.context import Context
 from moejax.core.control import control
 from moejax.core.errors import ConfigError
 from moejax.core.sowing import sow
-from moejax.dispatch.backends import Bank
+from moejax.dispatch.experts import AnyExperts
 from moejax.parallel.mesh import BATCH_AXES, batch_ways, shard_map
 from moejax.parallel.scope import current
 from moejax.routing.losses.adaptive_l1 import AdaptiveLoss
@@ -119,11 +119,9 @@ def ungroup_tokens(y: Float[Array, "g n f"], b: int, s: int, by: str) -> Float[A
 
 
 def run_plan(
-    plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str, by: str = "sequence"
+    plan: Plan, experts: AnyExperts, x: Float[Array, "g n d"], backend: str, by: str = "sequence"
 ) -> tuple[Float[Array, "g n f"], Plan, Int[Array, ""]]:
-    """Dispatch: its output, the plan that was executed, and the index of the backend that ran.
-
-    The executed plan has less in it than the given one where an exchange between devices has a bound (`dispatch.limit`).
+    """Dispatch: its output, the plan that was executed (`dispatch.execute`), and the index of the backend that ran.
 
     Args:
       by: how `group_tokens` grouped the tokens. Groups of one position lie across the devices that a batch is split over, and
@@ -131,12 +129,11 @@ def run_plan(
     """
     name = dispatch_lib.choose(plan, x.shape[-1]) if backend == "auto" else backend
     if name == "expert_parallel" and by == "position" and isinstance(plan, TokenPlan):
-        turned = dispatch_lib.limit(_turned(plan), current())
-        y = dispatch_lib.dispatch(turned, bank, x.swapaxes(0, 1), name).swapaxes(0, 1)
+        y, turned, name = dispatch_lib.execute(_turned(plan), experts, x.swapaxes(0, 1), backend)
+        y = y.swapaxes(0, 1)
         plan = plan.replace(used=turned.used.swapaxes(0, 1), dropped=turned.dropped.swapaxes(0, 1))
     else:
-        plan = dispatch_lib.limit(plan, current()) if name == "expert_parallel" else plan
-        y = dispatch_lib.dispatch(plan, bank, x, name)
+        y, plan, name = dispatch_lib.execute(plan, experts, x, backend)
     return y, plan, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)
 
 

@@ -81,5 +81,5 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
 
 def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
-        tree = tree[name]
+        tree = tree.get(name, {})
     return tree

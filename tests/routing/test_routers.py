@@ -8,6 +8,7 @@ from numpy_routing import best
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.initializers import FanIn
 from moejax.routing import Cosine, Linear, Random, TopK
 from moejax.routing.routers.base import check_num_experts
 
@@ -64,7 +65,7 @@ def test_linear_noise_jitter_and_bias(rng: np.random.Generator) -> None:
 def test_linear_starts_at_a_tenth_of_the_usual_scale(key: jax.Array) -> None:
     """Variance s / fan_in with s = 0.1 (Switch); no draw beyond two standard deviations of the untruncated normal."""
     for scale in (0.1, 1.0):
-        w = Linear(512, init_scale=scale).init(key, jnp.ones((1, 1, 64)), Context())["params"]["w"]
+        w = Linear(512, init_w=FanIn(scale)).init(key, jnp.ones((1, 1, 64)), Context())["params"]["w"]
         np.testing.assert_allclose(w.std(), np.sqrt(scale / 64), rtol=0.02)
         assert np.abs(w).max() <= 2.3 * np.sqrt(scale / 64)
 

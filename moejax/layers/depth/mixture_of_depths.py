@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.initializers.usual import FanIn
 from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.sowing import sow
@@ -71,7 +72,7 @@ class MixtureOfDepths(Layer):
         if ctx.positions is None:
             ctx = ctx.replace(positions=jnp.broadcast_to(jnp.arange(s), (b, s)))
         valid = jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
-        router = Linear(1, init_scale=1.0, name="router") if self.router == "learned" else Random(1, name="router")
+        router = Linear(1, init_w=FanIn(), name="router") if self.router == "learned" else Random(1, name="router")
         r = router(x, ctx)
         causal = self.eval_select == "causal" and self.remedy is not None and not ctx.train
         top_k = ExpertChoice(self.capacity, score="logit", in_order=True)(r, valid)

@@ -15,6 +15,7 @@ from moejax.core.registry import Many
 from moejax.core.sowing import sow
 from moejax.dispatch import backend_index
 from moejax.dispatch.layout import Batched
+from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_losses, sow_routing
@@ -150,7 +151,7 @@ class Competition(RowWise):
 
     def _route(self, x: Array, logits: Array, valid: Array, ctx: Context) -> Outcome:
         plan = self._rule(logits, valid)
-        y, plan, backend = run_plan(plan, lambda rows, layout: self.bank(rows, layout, ctx), x, self.backend)
+        y, plan, backend = run_plan(plan, experts_of(self.bank, x.shape[-1], ctx), x, self.backend)
         return Outcome(y, plan, backend, *(jnp.zeros(()),) * 3)
 
     def _compete(self, x: Array, logits: Array, valid: Array, ctx: Context) -> Outcome:
@@ -177,7 +178,7 @@ class Competition(RowWise):
         b, s, d = x.shape
         rows = jnp.broadcast_to(x.reshape(1, b * s, d), (self.bank.num_experts, b * s, d))
         # On a mesh every device runs all experts on its own rows: said here, or the compiler moves rows about.
-        outputs = self.bank(constrain(rows, None, "batch", None), Batched(), ctx)
+        outputs = experts_of(self.bank, d, ctx).run(constrain(rows, None, "batch", None), Batched())
         outputs = constrain(outputs, None, "batch", None).swapaxes(0, 1).reshape(b, s, self.bank.num_experts, -1)
         return outputs, AFFINITIES[self.affinity](outputs.astype(jnp.float32))
 

@@ -11,6 +11,7 @@ from moejax.core.control import control
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.layer import Layer
 from moejax.core.registry import Given, Many
+from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
@@ -94,9 +95,8 @@ class MoE(Layer):
         bias = self._selection_bias()
         plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train, bias)
         valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
-        y, plan, backend = run_plan(
-            plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend, self.group_by
-        )
+        experts = experts_of(self.bank, tokens.shape[-1], ctx)
+        y, plan, backend = run_plan(plan, experts, tokens, self.backend, self.group_by)
         routing = Routing(logits, select.probabilities(logits), plan, valid)
         sow_routing(self, routing, self.losses, backend=backend)
         if self.balancer is not None and ctx.train:

@@ -12,6 +12,7 @@ from moejax.core.errors import ConfigError, check_choice
 from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.registry import Many
+from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns, mixers
 from moejax.layers.routed import run_plan, sow_routing
@@ -84,9 +85,8 @@ class SMEAR(Layer):
         flat, valid = groups.reshape(-1, *groups.shape[2:]), valid.reshape(-1, groups.shape[2])
         probs = jax.nn.softmax(logits, axis=-1)
         plan = self._plan(logits, probs, domain, valid, ctx.train)
-        y, _, backend = run_plan(
-            _for_tokens(plan, valid), lambda rows, layout: self.bank(rows, layout, ctx), flat, self.backend
-        )
+        experts = experts_of(self.bank, flat.shape[-1], ctx)
+        y, _, backend = run_plan(_for_tokens(plan, valid), experts, flat, self.backend)
         y = jnp.where(valid[..., None], y, 0).reshape(b, -1, y.shape[-1])[:, :s].astype(x.dtype)
         # What is routed is a group: losses and statistics see one token in each.
         sow_routing(

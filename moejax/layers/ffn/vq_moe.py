@@ -13,6 +13,7 @@ from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.params import param
 from moejax.core.sowing import sow
+from moejax.experts.base import experts_of
 from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_routing
@@ -124,7 +125,7 @@ class VQMoE(MoE):
         expert = (code % e)[..., None]
         plan = dropless(expert, jnp.ones(expert.shape), used, e)
         rows = nn.LayerNorm(name="code_norm")(quantised).astype(x.dtype)
-        y, plan, backend = run_plan(plan, lambda rows, layout: self.bank(rows, layout, ctx), rows, self.backend)
+        y, plan, backend = run_plan(plan, experts_of(self.bank, rows.shape[-1], ctx), rows, self.backend)
         if self.paths == "discrete":
             own = jax.nn.one_hot(jnp.arange(scores.shape[-1]) % e, e)
             probs = jax.nn.softmax(scores, axis=-1) @ own

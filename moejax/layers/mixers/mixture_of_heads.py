@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.registry import Many
-from moejax.layers.mixers.attention import Attention
+from moejax.layers.mixers.attention import INITS, Attention
 from moejax.layers.registry import mixers
 from moejax.layers.routed import plan_tokens, sow_routing
 from moejax.routing.losses.base import Loss, Routing, losses
@@ -74,7 +74,7 @@ class RoutedHeads(Attention):
         )
 
 
-@mixers.register("mixture_of_heads", slots={"router": routers, "select": selects, "losses": Many(losses)})
+@mixers.register("mixture_of_heads", slots={**INITS, "router": routers, "select": selects, "losses": Many(losses)})
 class MixtureOfHeads(RoutedHeads):
     """Gates from the attention's input: `g = concat(a_1 s, a_2 r)`.
 
@@ -115,7 +115,7 @@ class MixtureOfHeads(RoutedHeads):
         return jnp.concatenate([s, r], axis=-1)
 
 
-@mixers.register("query_norm_heads", slots={"select": selects, "losses": Many(losses)})
+@mixers.register("query_norm_heads", slots={**INITS, "select": selects, "losses": Many(losses)})
 class QueryNormHeads(RoutedHeads):
     """Gates without parameters, for continued training of a model that has none: a token takes the heads with the longest queries.
 

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.initializers import Orthogonal
 from moejax.dispatch.layout import Batched, Grouped
 from moejax.experts import Residual
 from moejax.layers import MoE
@@ -111,7 +112,7 @@ def test_sinkhorn_takes_the_largest_entry_of_the_scaled_matrix(rng: np.random.Ge
 
 def layer(sublayers: int = 2, **fields) -> FeedForward:
     moe = MoE(
-        Linear(E, start="orthogonal", init_scale=0.1),
+        Linear(E, init_w=Orthogonal(0.1)),
         BalancedAssignment(),
         Residual(3, num_experts=E, sublayers=sublayers),
         eval_select=GREEDY,
@@ -183,11 +184,12 @@ def test_at_the_start_it_is_the_identity_with_orthogonal_centroids_of_length_a_t
 def test_deep_experts_are_the_same_in_every_layout(rng: np.random.Generator) -> None:
     bank = Residual(3, num_experts=2, sublayers=2)
     x = jnp.asarray(rng.normal(size=(2, 3, D)), jnp.float32)
-    variables = draw(bank, x, Batched())
+    variables = draw(bank, D)
     p = {k: np.asarray(v, np.float64) for k, v in variables["params"].items()}
     expected = [[numpy_expert(p, e, u, 2) - u for u in np.asarray(x[e], np.float64)] for e in range(2)]
-    np.testing.assert_allclose(bank.apply(variables, x, Batched()), expected, rtol=1e-3, atol=1e-4)
-    grouped = jax.jit(bank.apply)(variables, x.reshape(6, D), Grouped(jnp.full(2, 3), num_rows=6))
+    np.testing.assert_allclose(bank.apply(variables, D).run(x, Batched()), expected, rtol=1e-3, atol=1e-4)
+    layout = Grouped(jnp.full(2, 3), num_rows=6)
+    grouped = jax.jit(lambda v, rows: bank.apply(v, D).run(rows, layout))(variables, x.reshape(6, D))
     np.testing.assert_allclose(np.reshape(grouped, x.shape), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -195,7 +197,7 @@ def decoder(**fields) -> dict:
     moe = {
         "kind": "moe",
         "num_experts": 2,
-        "router": {"kind": "linear", "start": "orthogonal"},
+        "router": {"kind": "linear", "init_w": {"kind": "orthogonal", "scale": 0.1}},
         "select": {"kind": "balanced_assignment"},
         "bank": {"kind": "residual", "hidden": 4},
         **fields,

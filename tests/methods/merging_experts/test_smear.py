@@ -12,6 +12,7 @@ from numpy_routing import softmax
 from moejax import models
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.initializers import Normal, Same
 from moejax.experts import Adapter
 from moejax.layers import SMEAR, DenseGLU
 from moejax.layers.ffn.smear import drop_experts
@@ -200,7 +201,7 @@ def test_straight_through_samples_one_expert_and_still_teaches_the_router() -> N
 
 
 def test_it_starts_near_uniform_and_experts_may_start_equal() -> None:
-    smear = layer(bank=Adapter(F, num_experts=E, same_start=True), layer=None)
+    smear = layer(bank=Adapter(F, num_experts=E, init_in=Same(Normal(0.01))), layer=None)
     x = example()[1]
     variables = jax.jit(smear.init)(jax.random.key(0), x)
     np.testing.assert_allclose(apply(smear)(variables, x)[1]["stats"]["importance"], 1 / E, atol=0.02)

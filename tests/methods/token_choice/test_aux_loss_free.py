@@ -9,6 +9,7 @@ from controlled import train_call
 from moejax.core.context import Context
 from moejax.core.control import Site
 from moejax.core.errors import ConfigError
+from moejax.core.initializers import FanIn
 from moejax.experts import FFN
 from moejax.layers import MoE
 from moejax.routing import Linear, LossFree, Routing, TopK
@@ -76,7 +77,7 @@ def test_a_multiplied_bias_scales_the_scores(rng: np.random.Generator) -> None:
 
 
 def layer() -> MoE:
-    return MoE(Linear(E, init_scale=1.0), TopK(k=1, score="sigmoid"), FFN(8, E), balancer=LossFree(0.005))
+    return MoE(Linear(E, init_w=FanIn(1.0)), TopK(k=1, score="sigmoid"), FFN(8, num_experts=E), balancer=LossFree(0.005))
 
 
 def test_a_layer_keeps_the_bias_as_state_and_balances(rng: np.random.Generator) -> None:

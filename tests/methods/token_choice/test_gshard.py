@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moejax import GLU, Balance, ConfigError, Context, GShard, Linear, MoE, TopK, models
+from moejax.core.initializers import FanIn
 from moejax.routing.losses.base import Routing
 
 
@@ -83,7 +84,7 @@ def test_evaluation_draws_nothing() -> None:
 
 
 def test_a_layer_draws_anew_for_every_key_and_the_router_learns(key: jax.Array) -> None:
-    layer = MoE(Linear(4, init_scale=4.0), GShard(1.0), GLU(hidden=8, num_experts=4), backend="capacity")
+    layer = MoE(Linear(4, init_w=FanIn(4.0)), GShard(1.0), GLU(hidden=8, num_experts=4), backend="capacity")
     x = jax.random.normal(key, (2, 12, 8))
     params = jax.jit(layer.init)(key, x)["params"]
 

@@ -10,7 +10,9 @@ from numpy_routing import best, sigmoid, softmax
 from moejax import models
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.experts import FFN, DenseMatchedFFN
+from moejax.core.initializers import DenseMatched
+from moejax.core.params import per_expert
+from moejax.experts import FFN
 from moejax.layers import MoE
 from moejax.routing import EqualNorm, ExpertDropout, Routing, SoftSlots, Spread, TopK
 
@@ -28,7 +30,7 @@ def chosen(logits: np.ndarray, here: np.ndarray) -> np.ndarray:
 
 
 def test_the_layer_is_numpys() -> None:
-    layer = MoE(EqualNorm(E), RULE, DenseMatchedFFN(F, num_experts=E), losses=(Spread(0.5),))
+    layer = MoE(EqualNorm(E), RULE, FFN(F, num_experts=E, activation="relu"), losses=(Spread(0.5),))
     x = jax.random.normal(jax.random.key(0), (B, S, D))
     variables = draw(layer, x)
     ctx = Context(valid=jnp.asarray(VALID))
@@ -85,7 +87,8 @@ def test_it_starts_as_pieces_of_a_dense_layer() -> None:
     """Standard deviations by the whole width and the model's depth, which a config fills in; router vectors of one length."""
     d, e, f, layers = 32, 16, 8, 3
     ffn = dict(
-        kind="moe", num_experts=e, router=dict(kind="equal_norm"), bank=dict(kind="dense_matched_ffn", hidden=f),
+        kind="moe", num_experts=e, router=dict(kind="equal_norm"),
+        bank=dict(kind="ffn", hidden=f, init_in=dict(kind="dense_matched"), init_out=dict(kind="dense_matched", fan_in="all")),
         select=dict(kind="expert_dropout", select=dict(kind="top_k", k=4, score="sigmoid")), losses=dict(spread=dict(coef=1e-3)),
     )  # fmt: skip
     block = dict(kind="transformer", mixer=dict(kind="attention", num_heads=1), norm=dict(kind="rms_norm"), ffn=ffn)
@@ -96,7 +99,7 @@ def test_it_starts_as_pieces_of_a_dense_layer() -> None:
     params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, d)))["params"]
     np.testing.assert_allclose(params["bank"]["w_in"].std(), np.sqrt(2 / (d * layers)), rtol=0.05)
     np.testing.assert_allclose(params["bank"]["w_out"].std(), np.sqrt(2 / (e * f * layers)), rtol=0.05)
-    one = DenseMatchedFFN(f, e, num_layers=layers, fan_in="expert").initializers(d)[1](jax.random.key(1), (e, f, d))
+    one = per_expert(DenseMatched("expert", layers))(jax.random.key(1), (e, f, d))
     np.testing.assert_allclose(one.std(), np.sqrt(2 / (f * layers)), rtol=0.05)
     w = np.asarray(params["router"]["w"])
     np.testing.assert_allclose(w.std(), np.sqrt(2 / (d * layers)), rtol=1e-5)
@@ -111,8 +114,8 @@ def test_bad_settings_raise() -> None:
     with pytest.raises(ConfigError, match="expert_dropout needs token choice, and SoftSlots gives SlotPlan"):
         ExpertDropout(SoftSlots())(jnp.zeros((1, 2, 4)), train=True, key=jax.random.key(0))
     with pytest.raises(ConfigError, match="k=9 exceeds num_experts=4"):
-        MoE(EqualNorm(E), ExpertDropout(TopK(k=9)), FFN(F, E))
+        MoE(EqualNorm(E), ExpertDropout(TopK(k=9)), FFN(F, num_experts=E))
     with pytest.raises(ConfigError, match="fan_in='alll'"):
-        DenseMatchedFFN(F, fan_in="alll")
+        DenseMatched("alll")
     with pytest.raises(ConfigError, match="over='batches'"):
         Spread(over="batches")

@@ -64,8 +64,8 @@ def test_a_threshold_that_compares_nothing_is_refused(threshold: float) -> None:
 def test_the_scaled_expert_is_numpys(rng: np.random.Generator, layout: str) -> None:
     bank, d, m = GLU(5, num_experts=3, activation="gelu", scaled=True), 4, 6
     x = jnp.asarray(rng.normal(size=(3, 2, d)), jnp.float32)
-    assert (bank.init(jax.random.key(0), x, Batched())["params"]["scale"] == 1).all()
-    variables = draw(bank, x, Batched())
+    assert (bank.init(jax.random.key(0), d)["params"]["scale"] == 1).all()
+    variables = draw(bank, d)
     p = {name: np.asarray(value, np.float64) for name, value in variables["params"].items()}
     gate = np.asarray(jax.nn.gelu(jnp.einsum("ecd,edf->ecf", x, p["w_gate"])))
     hidden = gate * np.einsum("ecd,edf->ecf", x, p["w_up"]) * p["scale"][:, None]
@@ -76,7 +76,7 @@ def test_the_scaled_expert_is_numpys(rng: np.random.Generator, layout: str) -> N
         "grouped": Grouped(jnp.full(3, 2), num_rows=m),
         "per_token": PerToken(jnp.arange(3).repeat(2)),
     }
-    actual = jax.jit(bank.apply)(variables, rows, kinds[layout])
+    actual = jax.jit(lambda v, rows: bank.apply(v, d).run(rows, kinds[layout]))(variables, rows)
     np.testing.assert_allclose(np.reshape(actual, expected.shape), expected, rtol=1e-3, atol=1e-4)
 
 

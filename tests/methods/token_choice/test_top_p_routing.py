@@ -7,8 +7,7 @@ import pytest
 from numpy_routing import softmax
 
 from moejax.core.errors import ConfigError
-from moejax.dispatch import dispatch
-from moejax.dispatch.layout import Layout
+from moejax.dispatch import Experts, dispatch
 from moejax.routing import Balance, Entropy, Routing, TopP
 
 G, N, E = 2, 7, 5
@@ -52,10 +51,8 @@ def test_backends_agree_with_the_oracle_in_value_and_gradient(backend: str, rng:
 
     def run(name: str) -> tuple:
         def loss(logits: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
-            def bank(rows: jax.Array, layout: Layout) -> jax.Array:
-                return jnp.tanh(layout.dot(rows, w))
-
-            return jnp.square(dispatch(TopP(0.6)(logits), bank, x, name)).sum()
+            experts = Experts(lambda p, rows, layout: jnp.tanh(layout.dot(rows, p)), w)
+            return jnp.square(dispatch(TopP(0.6)(logits), experts, x, name)).sum()
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(logits, x, w)
 
