@@ -122,7 +122,7 @@ def test_the_check_sees_circles() -> None:
 
 def test_the_check_sees_imports() -> None:
     """A check that finds nothing must be able to find something."""
-    assert "moejax.routing.plan.Plan" in set(imported(modules("moejax.dispatch")["moejax.dispatch.execute"]))
+    assert "moejax.routing.plan.Plan" in set(imported(modules("moejax.dispatch")["moejax.dispatch.entry"]))
     assert inside("moejax.train.fit", "moejax.train")
     assert not inside("moejax.training", "moejax.train")
 

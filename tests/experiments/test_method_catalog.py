@@ -68,7 +68,7 @@ def test_count_and_its_place_in_a_text(tmp_path, capsys):
     ("name", "words"),
     [
         ("moejax.routing.TopKK", "moejax.routing has no 'TopKK'; did you mean 'TopK'"),
-        ("moejax.nothing.here", "moejax has no 'nothing'"),
+        ("moejax.nowhere.here", "moejax has no 'nowhere'"),
         ("nothing_at_all", "not a module"),
     ],
 )
