@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import canary, environment, readme, record, report, tables
+from experiments import canary, docs, environment, record, report, tables
 from experiments.cache import Cache, Run, train_in
 from experiments.progress import Board, Line
 from experiments.record import Outcome
@@ -125,7 +125,7 @@ def finish(outcome: Outcome, runs: Path, ledger: Path, console: Console) -> int:
         # A ranking of many arms is looked at, not read: it stands beside its numbers.
         ranking = [plot for plot in written.plots if plot.stem == "ranking" and not outcome.ablation]
         paths += [Path(shutil.copy(plot, entry.with_suffix(".png"))) for plot in ranking]
-        readme.renew(ledger)
+        docs.renew(ledger)
     say(console, "wrote")
     for path in paths:
         say(console, f"  {short(path)}")

@@ -184,6 +184,7 @@ class Study:
     Attributes:
       slug: the file's name and the catalogue's row.
       base: the config that arms change.
+      implements: dotted names of what implements the paper's method (`moejax.<Class>`), for the catalogue; a literal.
       ablations: the paper's ablations, each a named group of further arms (`--ablation=NAME`). Claims may name them.
       metrics: columns of the result table, besides those that the claims name.
       notes: doubts and departures from the paper, shown in the report.
@@ -202,6 +203,7 @@ class Study:
     ablations: Mapping[str, tuple[Arm, ...]] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     notes: str = ""
+    implements: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"study '{self.slug}'"

@@ -61,6 +61,7 @@ STUDY = Study(
     slug="base_layers",
     title="BASE layers: balanced assignment of sparse experts",
     arxiv="2103.16716",
+    implements=("moejax.BalancedAssignment", "moejax.Sinkhorn", "moejax.Residual", "moejax.FeedForward"),
     base=base(),
     arms=(
         Arm("dense", experts(1), note="one expert: the same compute"),

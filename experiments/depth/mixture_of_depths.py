@@ -35,6 +35,7 @@ STUDY = Study(
     slug="mixture_of_depths",
     title="Mixture-of-depths: a block for some of the tokens",
     arxiv="2404.02258",
+    implements=("moejax.MixtureOfDepths",),
     base=base(),
     arms=(
         Arm("dense8", {"model.pattern": ("dense",)}, note="all tokens in all 8 blocks"),

@@ -52,6 +52,11 @@ STUDY = Study(
     slug="mone_nested",
     title="Mixture of nested experts: adaptive processing of visual tokens",
     arxiv="2407.19985",
+    implements=(
+        "moejax.Nested",
+        "moejax.layers.depth.nested_budget.budget_capacities",
+        "moejax.layers.depth.nested_budget.expert_preferred",
+    ),
     base=base(),
     arms=(
         Arm("dense", shares(0.0, 0.0, 1.0), note="all patches at full width"),

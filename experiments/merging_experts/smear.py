@@ -39,6 +39,7 @@ STUDY = Study(
     slug="smear",
     title="SMEAR: soft merging of experts with adaptive routing",
     arxiv="2306.03745",
+    implements=("moejax.SMEAR", "moejax.MergePlan"),
     base=base(),
     arms=(
         Arm("wide", {f"{FFN}.num_experts": 1, f"{FFN}.bank.hidden": 48}, note="one adapter with the parameters of all three"),

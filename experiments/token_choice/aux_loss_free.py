@@ -37,6 +37,7 @@ STUDY = Study(
     slug="aux_loss_free",
     title="Auxiliary-loss-free load balancing",
     arxiv="2408.15664",
+    implements=("moejax.LossFree", "moejax.TopK", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("none", {f"{MOE}.balancer": None}, note="nothing balances"),

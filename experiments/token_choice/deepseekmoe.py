@@ -55,6 +55,7 @@ STUDY = Study(
     slug="deepseekmoe",
     title="DeepSeekMoE: fine-grained and shared experts",
     arxiv="2401.06066",
+    implements=("moejax.MoE", "moejax.TopK", "moejax.Balance", "moejax.DeviceBalance"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="a dense layer of the same active width (as published, half of it)"),

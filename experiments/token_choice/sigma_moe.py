@@ -66,6 +66,7 @@ STUDY = Study(
     slug="sigma_moe",
     title="sigma-MoE: approximating two-layer feed-forward networks",
     arxiv="2310.10837",
+    implements=("moejax.ExpertDropout", "moejax.EqualNorm", "moejax.Spread", "moejax.DenseMatched", "moejax.TopK"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="width 256: equal parameters, four times the arithmetic"),

@@ -40,6 +40,7 @@ STUDY = Study(
     slug="switch",
     title="Switch Transformers: one expert per token",
     arxiv="2101.03961",
+    implements=("moejax.TopK", "moejax.Balance", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute per token"),

@@ -20,6 +20,9 @@ from typing import Any, TypeAlias
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.folders import import_all
 
+# What a spec tells its own parts, where they have a field of that name and do not say otherwise. Nothing else is handed down: a
+# block's `dropout` is not its bank's, nor a layer's `coef` its loss's.
+HANDED_DOWN = frozenset({"num_experts", "num_layers", "d_model", "dtype", "backend", "max_length", "causal", "rope_base"})
 # Fields that Flax adds to every module's dataclass; never keys of a config.
 _FLAX_FIELDS = frozenset({"parent", "name"})
 
@@ -61,7 +64,7 @@ class Registry:
           spec: mapping with a `kind` and fields, or a ready object, which is returned unchanged.
           where: the dotted place of the spec in the user's config, for errors.
           **context: values for fields that the class has and the spec leaves out (num_experts, dtype, ...). Passed on to
-            nested slots.
+            nested slots, with what the spec itself says of `HANDED_DOWN`.
 
         Raises:
           ConfigError: unknown kind or key, or a required field left out; names the place and the nearest valid name.
@@ -84,8 +87,7 @@ class Registry:
                 raise ConfigError(f"unknown key '{key}' in {where} ({self.slot} '{kind}'){nearest(key, fields)}")
         # A slot is filled only where it is written: an outer part may use the same name for something else.
         inherited = {k: v for k, v in context.items() if k in fields and k not in given and k not in slots}
-        # What the spec itself says (num_experts, say) is the context of its own parts.
-        inner = {**context, **{k: v for k, v in given.items() if k not in slots}}
+        inner = {**context, **{k: v for k, v in given.items() if k in HANDED_DOWN and k not in slots}}
         built = {}
         for key, value in given.items():
             if key in slots and value is not None:

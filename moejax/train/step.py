@@ -89,15 +89,13 @@ def make_train_step(
     The objective is the task's loss plus everything in the collection 'losses'. With `accumulation`, microbatches run one
     after the other and are weighted by their number of valid targets: the update equals that of the whole batch wherever a
     loss is a mean over targets or over equally weighted sequences. What looks at a batch as one (capacity of a group that
-    spans the batch, a balance loss over the batch) sees a microbatch instead. Collections are updated once a step: every
-    microbatch starts from the same state and floating results are averaged, which is exact for running means. Of n
-    microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
+    spans the batch, a balance loss over the batch) sees a microbatch instead. Of n microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
     each microbatch has its share of every device's rows and none has to move.
 
     `place` says where a tree like the parameters lies, for gradients: their identity, with a sharding.
 
-    After the update, controllers that layers have declared change state and parameters by what was measured over the whole
-    batch; see `moejax.core.control`.
+    State without gradients is read while the layers run. After the update, controllers that layers have declared change it, and
+    parameters, by what was measured over the whole batch; see `moejax.core.control`.
 
     Metrics: 'train/loss' (the task's, nats), 'train/objective', 'train/grad_norm' (before clipping), 'train/param_norm',
     'train/learning_rate', 'losses/<name>' (summed over layers), 'stats/<module>/<name>' (see `metrics.flatten`), and
@@ -115,15 +113,14 @@ def make_train_step(
             inputs,
             ctx,
             rngs=_streams(key),
-            mutable=["losses", "stats", "measured", *state.collections],
+            mutable=["losses", "stats", "measured"],
         )
         sums = task.sums(outputs, batch)
         loss = sums["nll"] / jnp.maximum(sums["count"], 1)
         losses = flatten(changed.get("losses", {}), "losses", total=True)
         total = loss + sum(losses.values())
         means = {"train/loss": loss, "train/objective": total, **losses, **flatten(changed.get("stats", {}), "stats")}
-        collections = {name: changed.get(name, tree) for name, tree in state.collections.items()}
-        return total, (sums, means, collections, changed.get("measured", {}))
+        return total, (sums, means, changed.get("measured", {}))
 
     def gradients(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, tuple[Any, ...]]:
         grads, aux = jax.grad(objective, has_aux=True)(state.params, state, batch, key)
@@ -133,14 +130,12 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         with record_controllers() as controllers:
             if accumulation == 1:
-                grads, (sums, means, collections, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
+                grads, (sums, means, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
             else:
                 zeros = place(jax.tree.map(jnp.zeros_like, state.params))
-                grads, (sums, means, collections, measured) = _accumulate(
-                    gradients, zeros, task, state, batch, key, accumulation
-                )
+                grads, (sums, means, measured) = _accumulate(gradients, zeros, task, state, batch, key, accumulation)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, collections = optax.apply_updates(state.params, updates), state.collections
         if controllers:
             params, opt_state, router_state = apply_controllers(
                 controllers.values(), measured, params, opt_state, collections["router_state"], state.step + 1, transform
@@ -206,23 +201,16 @@ def _accumulate(
         grads, aux = gradients(state, part, jax.random.fold_in(key, index))
         return jax.tree.map(lambda t, g: t + weight * g, total, grads), aux
 
-    grads, (sums, means, collections, measured) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
+    grads, (sums, means, measured) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
 
     def mean(stacked: Array) -> Array:
         if not jnp.issubdtype(stacked.dtype, jnp.floating):
             return stacked[-1]
         return jnp.tensordot(weights, stacked, axes=1).astype(stacked.dtype)
 
-    def moved(stacked: Array, old: Array) -> Array:
-        if not jnp.issubdtype(stacked.dtype, jnp.floating):
-            return stacked[-1]
-        # The mean, written so that what no microbatch changes stays as it is to the last bit.
-        return (old + jnp.tensordot(weights, stacked - old, axes=1)).astype(stacked.dtype)
-
     return grads, (
         jax.tree.map(lambda x: x.sum(0), sums),
         jax.tree.map(mean, means),
-        jax.tree.map(moved, collections, state.collections),
         jax.tree.map(lambda x: x.sum(0), measured),
     )
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.core.layer import RowWise
+from moejax.core.layer import Layer, RowWise
 from moejax.core.params import param, per_expert
 from moejax.experts import lora as bank
 from moejax.experts.registry import dropout
@@ -185,6 +185,9 @@ class LoRA(LowRankAdapter):
         """Raises ConfigError if a token's choice of experts may depend on later tokens."""
         if self.num_experts > 1:
             self._mixture().check_causal(where)
+        for name in ("router", "bank"):
+            if isinstance(part := getattr(self, name), Layer):
+                part.check_causal(f"{where}.{name}")
 
     def decodable(self) -> str | None:
         """None if decoding one token at a time makes the choices of a whole forward pass; else the reason why not."""

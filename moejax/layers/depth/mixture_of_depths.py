@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.initializers.usual import FanIn
+from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.dispatch.backends import gather_tokens, scatter_tokens
@@ -25,7 +26,7 @@ GATES = {"raw": lambda r: r, "sigmoid": jax.nn.sigmoid, "one": jnp.ones_like}
 
 
 @blocks.register("mixture_of_depths", slots={"block": blocks})
-class MixtureOfDepths(nn.Module):
+class MixtureOfDepths(Layer):
     """`y_t = x_t + gate(r_t) f(x_R)_t` for the tokens R with the largest router weights r, `y_t = x_t` for the others.
 
     f is the residual branch of `block`, which sees only the chosen tokens, in order, at their original positions. Choosing over the
@@ -126,19 +127,17 @@ class MixtureOfDepths(nn.Module):
         sow(self, "stats", "predictor_accuracy", masked_mean(right, valid, (0, 1)))
 
     def check_causal(self, where: str) -> None:
-        """Raises ConfigError without a remedy, or if the inner block is not causal."""
+        """Raises ConfigError without a remedy."""
         if self.remedy is None:
             raise ConfigError(
                 f"{where}.remedy=None: mixture-of-depths selects over later tokens; set remedy='predictor' or 'router'"
             )
-        if hasattr(self.block, "check_causal"):
-            self.block.check_causal(f"{where}.block")
 
     def decodable(self) -> str | None:
         """None if decoding one token at a time gives the plan of a whole forward pass; else the reason why not."""
         if self.eval_select == "top_k":
             return "eval_select='top_k' selects over the whole sequence; set eval_select='causal'"
-        return self.block.decodable() if hasattr(self.block, "decodable") else None
+        return None
 
 
 def _put_back(plan: ExpertPlan, new: Shaped[Array, "b c *d"], old: Shaped[Array, "b s *d"]) -> Shaped[Array, "b s *d"]:

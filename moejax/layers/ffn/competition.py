@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.layer import RowWise
 from moejax.core.registry import Many
 from moejax.core.sowing import sow
 from moejax.dispatch import backend_index
@@ -47,7 +48,7 @@ class Outcome:
 
 
 @ffns.register("competition", slots={"router": routers, "bank": banks, "losses": Many(losses)})
-class Competition(nn.Module):
+class Competition(RowWise):
     """A mixture whose training steps are of two kinds; inference uses the router alone.
 
     Router steps: softmax, top-k, weights divided by their sum, and `losses`, as in any mixture. Competition steps: all e experts g_i

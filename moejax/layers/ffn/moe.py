@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.control import control
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.layer import Layer
 from moejax.core.registry import Given, Many
 from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
 from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
-from moejax.routing.balancers import Balancer, balancers, fresh_state
+from moejax.routing.balancers import STATE, Balancer, balancers
 from moejax.routing.losses.base import Loss, Routing, losses
 from moejax.routing.routers.base import check_num_experts, routers, with_null_outputs
 from moejax.routing.select import Select, num_outputs, selects
@@ -31,7 +33,7 @@ SLOTS = {
 
 
 @ffns.register("moe", slots=SLOTS)
-class MoE(nn.Module):
+class MoE(Layer):
     """`y = sum of weight * expert(x)` over each token's plan, plus the shared experts.
 
         layer = MoE(Linear(8), TopK(k=2), GLU(hidden=512, num_experts=8), losses=(Balance(0.01), ZLoss(1e-3)))
@@ -53,7 +55,7 @@ class MoE(nn.Module):
         which is one expert unless its own spec says otherwise).
 
     Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'overrides'; keeps
-    a balancer's state in 'router_state', which training updates.
+    a balancer's bias in 'router_state', which it moves after every optimizer step.
     """
 
     router: nn.Module
@@ -90,25 +92,24 @@ class MoE(nn.Module):
         select: Select = self.select if ctx.train or self.eval_select is None else self.eval_select
         logits = self.router(tokens, grouped_ctx).astype(jnp.float32)
         self._check_fit(logits.shape[-1], select)
-        state = self._balance_state()
-        bias = None if state is None else self.balancer.bias(state.value)
+        bias = self._selection_bias()
         plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train, bias)
         valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
         experts = experts_of(self.bank, tokens.shape[-1], ctx)
         y, plan, backend = run_plan(plan, experts, tokens, self.backend, self.group_by)
         routing = Routing(logits, select.probabilities(logits), plan, valid)
         sow_routing(self, routing, self.losses, backend=backend)
-        if state is not None and ctx.train and self.is_mutable_collection("router_state"):
-            state.value = self.balancer.update(state.value, routing)
+        if self.balancer is not None and ctx.train:
+            control(self, "balancer", self.balancer, self.balancer.measure(routing))
         y = ungroup_tokens(y, b, s, self.group_by).astype(x.dtype)
         if self.shared is not None:
             y = y + sum_shared(self.shared, x, ctx)
         return y
 
-    def _balance_state(self) -> nn.Variable | None:
+    def _selection_bias(self) -> Float[Array, "e"] | None:
         if self.balancer is None:
             return None
-        return self.variable("router_state", "balance", lambda: fresh_state(self.bank.num_experts))
+        return self.variable("router_state", STATE, jnp.zeros, (self.bank.num_experts,)).value
 
     def _check_fit(self, outputs: int, select: Select) -> None:
         """Refuses a router whose logits are not what the rule and the bank expect; dispatch would clamp indices in silence."""

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.layer import RowWise
 from moejax.core.params import param, per_expert
 from moejax.dispatch.experts import Experts
 from moejax.dispatch.layout import Layout
@@ -22,7 +23,7 @@ _AXES = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
 
 
 @ffns.register("multi_hash")
-class MultiHash(nn.Module):
+class MultiHash(RowWise):
     """`v = act([A_1 h, ..., A_N h])`, `y = [B_1 v, ..., B_N v]`, in which hash i of the token picks `A_i[d, f/N]` and `B_i[f, d/N]`
     among `num_experts`: the parameters and the compute of a hash layer, and `num_experts ** N` different networks.
 
@@ -80,12 +81,6 @@ class MultiHash(nn.Module):
     def active_fraction(self) -> float:
         """Share of the pieces that a token uses."""
         return 1 / self.num_experts
-
-    def check_causal(self, where: str) -> None:
-        """Ids decide: causal."""
-
-    def decodable(self) -> str | None:
-        return None
 
 
 class Pieces(nn.Module):

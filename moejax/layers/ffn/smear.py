@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.registry import Many
 from moejax.experts.base import experts_of
@@ -25,7 +26,7 @@ SLOTS = {"bank": banks, "losses": Many(losses)}
 
 @mixers.register("smear", slots={**SLOTS, "layer": mixers})
 @ffns.register("smear", slots={**SLOTS, "layer": ffns})
-class SMEAR(nn.Module):
+class SMEAR(Layer):
     """`u + LN(E(u))` with u the output of `layer` and E one expert whose parameters are averaged for each sequence: `sum_i p_i theta_i`.
 
     `p = softmax(LN(mean of u) . LN(router_i))`. The router's vectors are normalised to a small scale, so that p starts near uniform.

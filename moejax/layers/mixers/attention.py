@@ -14,6 +14,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn
+from moejax.core.layer import Layer
 from moejax.core.params import Dense, Initializer, param
 from moejax.layers.registry import mixers
 from moejax.parallel import constrain, current
@@ -24,7 +25,7 @@ INITS = {"init_qkv": initializers, "init_out": initializers}
 
 
 @mixers.register("attention", slots=INITS)
-class Attention(nn.Module):
+class Attention(Layer):
     """Multi-head attention with `num_kv_heads` shared key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
     Masks follow the context: a token attends to valid tokens of its own segment, when causal only to positions up to its
@@ -97,6 +98,10 @@ class Attention(nn.Module):
         """Raises ConfigError if this layer lets a token see later ones; a decoder calls it with the layer's place."""
         if not self.causal:
             raise ConfigError(f"{where}.causal=False lets tokens see the future in a decoder; remove it")
+
+    def decodable(self) -> str | None:
+        """None: keys and values are cached; bidirectional attention has no cache to fill."""
+        return None if self.causal else "bidirectional attention sees later tokens"
 
     def _weigh(
         self, y: Float[Array, "b s h c"], x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context

@@ -67,7 +67,11 @@ class RoutedHeads(Attention):
 
     def decodable(self) -> str | None:
         """None if decoding one token at a time gives the plan of a whole forward pass; else the reason why not."""
-        return None if self.select.per_token else f"{type(self.select).__name__} plans several tokens together at inference"
+        return (
+            super().decodable()
+            if self.select.per_token
+            else f"{type(self.select).__name__} plans several tokens together at inference"
+        )
 
 
 @mixers.register("mixture_of_heads", slots={**INITS, "router": routers, "select": selects, "losses": Many(losses)})
