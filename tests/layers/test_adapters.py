@@ -12,14 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy_layers import close, compiled, draw
 from numpy_routing import combine, softmax, top_k
 
-from moejax import Balance, ConfigError, Context, ExpertChoice, MergePlan, RowWise, TopK
+from moejax import Adapted, Adapter, Balance, ConfigError, Context, ExpertChoice, LoRA, MergePlan, RowWise, TopK
 from moejax.core.params import param
 from moejax.dispatch import dispatch
 from moejax.experts import FFN, GLU
 from moejax.layers.adapters import (
-    Adapted,
-    Adapter,
-    LoRA,
     LowRankAdapter,
     adapt,
     adapted_layers,
@@ -121,9 +118,10 @@ class TestLoRA:
         np.testing.assert_array_equal(model.apply(variables, x, Context()), expected)
         ours = variables["params"]["dense"]["adapter_main"]
         base = nn.Dense(O).apply({"params": split_adapters(variables["params"]["dense"])[0]}, x)
-        runs = [model.apply(variables, x, Context(train=True), rngs={"dropout": jax.random.key(i)}) - base for i in range(400)]
-        close(np.mean(runs, axis=0), 2.0 * x @ ours["a"] @ ours["b"], 0.3, 1.0)
-        assert np.std(runs, axis=0).min() > 0
+        draws = jax.random.split(jax.random.key(0), 2000)
+        runs = jax.vmap(lambda key: model.apply(variables, x, Context(train=True), rngs={"dropout": key}) - base)(draws)
+        close(runs.mean(0), 2.0 * x @ ours["a"] @ ours["b"], 0.1, 0.5)
+        assert runs.std(0).min() > 0
 
     def test_scale_rank_and_parts_that_do_not_fit_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="needs a rank and a scale"):
@@ -298,10 +296,10 @@ class TestModels:
 
     def test_at_the_start_a_pretrained_model_computes_what_it_computed(self) -> None:
         """Scanned and rematerialised; bit for bit, with every form of layer adapted."""
-        model = language_model(pattern=("dense", "moe"))
+        model = language_model(pattern=("moe",))
         pretrained = draw(model, TOKENS)
         ours = Adapted(
-            model, {"routed": lora(num_experts=3, targets=("mixers",)), "plain": lora(targets=("experts", "ffns", "embedding"))}
+            model, {"routed": lora(num_experts=3, targets=("*/q",)), "plain": lora(targets=("experts", "*/v", "embedding"))}
         )
         variables = init_adapters(ours, pretrained, jax.random.key(1), TOKENS)
         base, added = split_adapters(variables["params"])
@@ -351,13 +349,14 @@ class TestModels:
             jax.eval_shape(whole.init, jax.random.key(0), TOKENS)  # a scan's carry keeps its type
 
     def test_merged_a_scanned_model_computes_the_same_without_adapters(self) -> None:
-        model = language_model(pattern=("dense", "moe"))
+        model = language_model(pattern=("moe",))
         ours = Adapted(model, {"a": lora(targets=("*/q", "*/w_*", "embedding")), "b": lora(rank=1, targets=("*/q", "*/w_out"))})
         params = draw(ours, TOKENS)["params"]
         y = compiled(ours)({"params": params}, TOKENS)
         assert np.abs(y - compiled(model)({"params": params}, TOKENS)).max() > 0.1
         one = merge_adapters(ours, params, TOKENS, names=("b",))
-        assert not split_adapters(one, "b")[1] and split_adapters(one, "a")[1]
+        assert not split_adapters(one, "b")[1]
+        assert split_adapters(one, "a")[1]
         close(compiled(ours.using("a"))({"params": one}, TOKENS), y, 1e-3, 1e-4)
         both = merge_adapters(ours, params, TOKENS)
         assert jax.tree.structure(both) == jax.tree.structure(split_adapters(params)[0])
@@ -552,11 +551,11 @@ class TestKinds:
     """A kind is one class with what it does; the rest comes from the contract."""
 
     def test_a_kind_that_changes_a_matrix_reaches_everything_and_merges(self) -> None:
-        model = language_model(pattern=("dense", "moe"))
-        ours = adapt(model, {"main": {"kind": "test_scaled", "targets": ("mixers", "embedding", "experts", "ffns")}})
+        model = language_model(pattern=("moe",))
+        ours = adapt(model, {"main": {"kind": "test_scaled", "targets": ("mixers", "embedding", "experts")}})
         params = draw(ours, TOKENS)["params"]
-        bank = params["stack"]["repeats"]["1_moe"]["ffn"]["bank"]
-        assert bank["adapter_main"]["w_in" if "w_in" in bank else "w_gate"]["s"].shape == (2, E, 6)
+        bank = params["stack"]["repeats"]["0_moe"]["ffn"]["bank"]
+        assert bank["adapter_main"]["w_gate"]["s"].shape == (2, E, 6)
         y = compiled(ours)({"params": params}, TOKENS)
         close(compiled(model)({"params": merge_adapters(ours, params, TOKENS)}, TOKENS), y, 1e-3, 1e-4)
         assert np.abs(y - compiled(model)({"params": params}, TOKENS)).max() > 0.1
@@ -564,12 +563,12 @@ class TestKinds:
         np.testing.assert_array_equal(compiled(ours)(start, TOKENS), compiled(model)(start, TOKENS))
 
     def test_a_kind_that_starts_from_the_frozen_matrix(self, rng: np.random.Generator) -> None:
-        model = language_model(pattern=("dense", "moe"))
+        model = language_model(pattern=("moe",))
         pretrained = draw(model, TOKENS)
         ours = around(model, DoRA(rank=R, scale=2.0, targets=("*/q", "*/bank/*", "embedding")))
         variables = init_adapters(ours, pretrained, jax.random.key(0), TOKENS)
         repeats = variables["params"]["stack"]["repeats"]
-        query = repeats["0_dense"]["mixer"]["q"]
+        query = repeats["0_moe"]["mixer"]["q"]
         np.testing.assert_allclose(query["adapter_main"]["m"], np.linalg.norm(query["kernel"], axis=1), rtol=1e-5)
         close(compiled(ours)(variables, TOKENS), compiled(model)(pretrained, TOKENS), 1e-3, 1e-4)
         x = inputs(rng)
@@ -649,6 +648,14 @@ class Routed(nn.Module):
         return dispatch(plan, self.bank(x.shape[-1]), x, self.backend)
 
 
+@functools.cache
+def value_and_grads(model: nn.Module):
+    def run(params, x, logits):
+        return jnp.sin(model.apply({"params": params}, x, logits)).sum()
+
+    return jax.jit(jax.value_and_grad(run, argnums=(0, 1)))
+
+
 class TestBanks:
     ADAPTER = LoRA(rank=3, scale=2.0, ranks=(3, 1, 0, 2), targets=("bank/w_*",))
 
@@ -661,24 +668,22 @@ class TestBanks:
             bank[name] = jnp.asarray(np.asarray(bank[name], np.float64) + added, jnp.float32)
         return {"bank": bank}
 
+    def expected(self, model: Adapted, params, x: jax.Array, logits: jax.Array) -> tuple:
+        """Value and gradient of the oracle, on matrices multiplied out."""
+        plain = Routed(model.bank, "reference", model.merged)
+        return value_and_grads(plain)(self.effective(params), x, logits)
+
     @pytest.mark.parametrize("backend", ["reference", "einsum", "capacity", "grouped", "gather", "merged"])
     @pytest.mark.parametrize(
         "bank", [GLU(hidden=6, num_experts=E), FFN(hidden=6, num_experts=E, use_bias=True)], ids=["glu", "ffn"]
     )
-    def test_every_backend_computes_the_adapted_matrices(self, rng: np.random.Generator, bank, backend: str) -> None:
+    def test_every_backend_computes_the_adapted_matrices(self, bank, backend: str) -> None:
+        rng = np.random.default_rng(0)
         x, logits = (jnp.asarray(rng.normal(size=(B, S, n)), jnp.float32) for n in (D, E))
-        plain = Routed(bank, backend, backend == "merged")
-        model = around(plain, self.ADAPTER)
+        model = around(Routed(bank, backend, backend == "merged"), self.ADAPTER)
         params = draw(model, x, logits)["params"]
-
-        def run(model, params):
-            return jax.value_and_grad(lambda p, x: jnp.sin(model.apply({"params": p}, x, logits)).sum(), argnums=(0, 1))(
-                params, x
-            )
-
-        (value, (dp, dx)), (value_, (dp_, dx_)) = (
-            jax.jit(functools.partial(run, m))(p) for m, p in ((model, params), (plain, self.effective(params)))
-        )
+        value, (dp, dx) = value_and_grads(model)(params, x, logits)
+        value_, (dp_, dx_) = self.expected(model, params, x, logits)
         np.testing.assert_allclose(value, value_, rtol=1e-4)
         close(dx, dx_, 1e-3, 1e-4)
         for name, factors in dp["bank"].pop("adapter_main").items():
@@ -689,21 +694,21 @@ class TestBanks:
             np.testing.assert_allclose(factors["b"], (a * mask[:, None]).swapaxes(1, 2) @ dw, rtol=1e-3, atol=1e-3)
         close(dp, dp_, 1e-3, 1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mesh", ["expert=4,data=2", "expert=2,tensor=2,data=2"])
     @pytest.mark.parametrize("merged", [False, True], ids=["top_2", "merged"])
-    def test_so_do_eight_devices(self, rng: np.random.Generator, mesh: str, merged: bool) -> None:
+    def test_so_do_eight_devices(self, mesh: str, merged: bool) -> None:
+        rng = np.random.default_rng(0)
         x, logits = (jnp.asarray(rng.normal(size=(8, S, n)), jnp.float32) for n in (D, E))
-        plain = Routed(GLU(hidden=6, num_experts=E), "auto", merged)
-        model = around(plain, self.ADAPTER)
+        model = around(Routed(GLU(hidden=6, num_experts=E), "auto", merged), self.ADAPTER)
         params = draw(model, x, logits)["params"]
-
-        def run(model, params):
-            return jax.jit(jax.value_and_grad(lambda p: jnp.sin(model.apply({"params": p}, x, logits)).sum()))(params)
-
-        expected = run(model, params)
-        np.testing.assert_allclose(expected[0], run(plain, self.effective(params))[0], rtol=1e-4)
+        value, (dp, dx) = self.expected(model, params, x, logits)
         with use(Parallel(make_mesh(mesh))):
-            close(run(model, params), expected, 1e-3, 1e-3)
+            value_, (dp_, dx_) = value_and_grads.__wrapped__(model)(params, x, logits)
+        np.testing.assert_allclose(value_, value, rtol=1e-4)
+        close(dx_, dx, 1e-3, 1e-3)
+        del dp_["bank"]["adapter_main"]
+        close(dp_, dp, 1e-3, 1e-3)
 
     def test_a_wrapped_bank_keeps_its_adapter(self, rng: np.random.Generator) -> None:
         x = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
@@ -758,14 +763,9 @@ class TestDecoders:
         )
 
     def test_decoding_with_a_cache_is_the_whole_pass(self) -> None:
-        model = language_model(pattern=("dense", "moe"))
-        ours = Adapted(
-            model,
-            {
-                "routed": mixture(model, select=TopK(k=2)).adapters[0].adapter,
-                "plain": lora(targets=("*/w_*", "embedding", "*/k")),
-            },
-        )
+        model = language_model(pattern=("moe",))
+        routed = lora(num_experts=3, select=TopK(k=2), targets=("*/q",))
+        ours = Adapted(model, {"routed": routed, "plain": lora(targets=("*/w_out", "embedding"))})
         variables = draw(ours, TOKENS)
         made = generate(ours, variables["params"], TOKENS, max_new_tokens=3, keep_logits=True)
         whole = compiled(ours)(variables, jnp.concatenate([TOKENS, made.tokens], 1))

@@ -52,7 +52,7 @@ class Place:
       roles: what it is for; some of `ROLES`.
       module: path of the module that holds it, in the tree of parameters.
       param: name of the matrix in that module; None for a layer that is none.
-      shape, axes, map: see `Site`.
+      shape, axes, map, table: see `Site`.
       below: where in an adapter's scope its parameters for this place lie: several matrices of one module are apart.
     """
 
@@ -66,6 +66,7 @@ class Place:
     axes: tuple[str | None, ...] = ()
     map: LinearMap | None = None
     below: tuple[str, ...] = ()
+    table: bool = False
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -78,7 +79,7 @@ class Place:
 
     def site(self, **live: Any) -> Site:
         """The place, as an adapter sees it."""
-        return Site(self.path, self.kind, self.shape, self.axes, map=self.map, **live)
+        return Site(self.path, self.kind, self.shape, self.axes, self.table, map=self.map, **live)
 
 
 _recorder: ContextVar[list[tuple[Named, Place]] | None] = ContextVar("adapted", default=None)
@@ -211,12 +212,10 @@ class Around:
         """An embedding's output with its table adapted: looked up and attended to alike."""
         y = call(*args, **kwargs)
         path = module.path[len(self._root) :]
-        table = module.variables["params"]["embedding"]
-        place = Place(
-            "/".join(path), "weight", "embed", self._roles(path) | {"embeddings"}, path, "embedding", table.shape, (None, None)
-        )
-        changed = self._changed(module, place, table)
-        return y if changed is table else self._run_with(module, {"embedding": changed}, *args, method=method, **kwargs)
+        value, roles = module.variables["params"]["embedding"], self._roles(path) | {"embeddings"}
+        place = Place("/".join(path), "weight", "embed", roles, path, "embedding", value.shape, (None, None), table=True)
+        changed = self._changed(module, place, value)
+        return y if changed is value else self._run_with(module, {"embedding": changed}, *args, method=method, **kwargs)
 
     def _changed_parameter(self, module: nn.Module, name: str, value: Array, axes: tuple[str | None, ...]) -> Array:
         """A matrix that a model declares for itself, such as a head."""
@@ -224,11 +223,10 @@ class Around:
             return value
         path = (*module.path[len(self._root) :], name)
         # What is not multiplied by the width of the tokens is looked up.
-        kind, roles = ("embed", {"embeddings"}) if axes[0] in (None, "vocab") else ("matrix", set())
-        roles |= {"head"} if name == "head" else set()
-        place = Place(
-            "/".join(path), "weight", kind, self._roles(path) | roles, path[:-1], name, value.shape, axes, below=(name,)
-        )
+        table = axes[0] in (None, "vocab")
+        roles = self._roles(path) | ({"embeddings"} if table else set()) | ({"head"} if name == "head" else set())
+        kind = "embed" if table else "matrix"
+        place = Place("/".join(path), "weight", kind, roles, path[:-1], name, value.shape, axes, below=(name,), table=table)
         return self._changed(module, place, value)
 
     def _changed(self, module: nn.Module, place: Place, value: Array) -> Array:

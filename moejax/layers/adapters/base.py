@@ -40,6 +40,7 @@ class Site:
       shape: of the layer's matrix: (d, o), from d inputs to o outputs; (vocabulary, width) of a table; (e, d, o) of a stack of experts;
         () where there is none.
       axes: logical axis names of that matrix.
+      table: the matrix's rows are looked up, not summed: one for each token of a vocabulary, say.
       call: the layer's own function, with the adapters that came before: `call(x) -> y`. May be called with any x, and again.
       module: the layer itself, frozen; None where a matrix is changed by itself.
       map: how a linear layer's input, output and kernel are a matrix's.
@@ -51,6 +52,7 @@ class Site:
     kind: str
     shape: tuple[int, ...] = ()
     axes: tuple[str | None, ...] = ()
+    table: bool = False
     call: Call | None = None
     module: nn.Module | None = None
     map: LinearMap | None = None

@@ -13,7 +13,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.layer import Layer, RowWise
 from moejax.core.params import param, per_expert
-from moejax.experts import lora as bank
+from moejax.experts.low_rank import LowRank
 from moejax.experts.registry import dropout
 from moejax.layers.adapters.base import Adapter, Site, as_tokens
 from moejax.layers.adapters.stack import LowRankSum
@@ -84,7 +84,7 @@ class LowRankAdapter(Adapter, RowWise):
     def factors(self, site: Site) -> tuple[Float[Array, "d r"], Float[Array, "r o"]]:
         """A and B of a matrix `[d, o]`. For a table A, whose rows are looked up, is what starts at zero, as in the reference implementation."""
         (d, o), (inner, outer), r = site.shape, site.axes, self.rank_at(site)
-        start = (_ZEROS, nn.initializers.normal(1.0)) if site.kind == "embed" else (_UNIFORM, _ZEROS)
+        start = (_ZEROS, nn.initializers.normal(1.0)) if site.table else (_UNIFORM, _ZEROS)
         a = param(self, "a", start[0], (d, r), (inner, "rank"))
         return a, param(self, "b", start[1], (r, o), ("rank", outer))
 
@@ -200,7 +200,7 @@ class LoRA(LowRankAdapter):
     def _mixture(self, features: int = 1, rank: int = 1) -> MoE:
         e = self.num_experts
         if self.bank is None:
-            experts = bank.LoRA(rank, features, num_experts=e, scale=self.scale, parent=None)
+            experts = LowRank(rank, features, num_experts=e, scale=self.scale, parent=None)
         else:
             experts = self.bank.copy(features=features, parent=None)
         router = Linear(e, parent=None) if self.router is None else self.router.copy(parent=None)
