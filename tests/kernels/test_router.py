@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from kernels.gpu import lower_for, triton_kernels
 
+from moejax.core.context import Context
 from moejax.routing.select import TopK
 from pallas_kernels.implementations import target
 from pallas_kernels.router import AUTO, IMPLEMENTATIONS, gpu, route, tpu
@@ -85,7 +86,7 @@ class TestRoute:
         for score, bias, normalise in (("softmax", None, False), ("sigmoid", forbidden, True)):
             routed = compiled_route(x, w, k, score, bias, normalise, valid, implementation=implementation)
             assert np.mean(np.diff(np.sort(routed.logits, 1)) == 0) > 0.2
-            plan = TopK(k=k, score=score, normalise=normalise)(routed.logits[None], valid[None], bias=bias)
+            plan = TopK(k=k, score=score, normalise=normalise)(routed.logits[None], Context(valid=valid[None]), bias=bias)
             np.testing.assert_array_equal(routed.expert, plan.expert[0])
             np.testing.assert_allclose(routed.weight, plan.weight[0], rtol=1e-6, atol=1e-7)
             np.testing.assert_array_equal(routed.counts, plan.assigned().sum((0, 1)))

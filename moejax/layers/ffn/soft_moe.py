@@ -35,7 +35,7 @@ class SoftMoE(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
-        router = Cosine(self.num_experts, self.slots, normalise=self.normalise)
+        router = Cosine(self.num_experts, normalise=self.normalise)
         select = SoftSlots(self.slots, self.dispatch, self.combine)
         return MoE(router=router, select=select, bank=self.bank, name="moe")(x, ctx)
 

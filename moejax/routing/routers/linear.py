@@ -9,18 +9,17 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import check_choice
+from moejax.core.layer import RowWise
 from moejax.core.params import param
-from moejax.routing.routers.base import float32_dot, routers
+from moejax.routing.routers.base import Router, float32_dot, routers
 
 
 @routers.register("linear")
-class Linear(nn.Module):
+class Linear(Router, RowWise):
     """`logits = x W`, the router of nearly every paper.
 
     Attributes:
       num_experts: e.
-      outputs_per_expert: logits per expert, more than one only for soft slots.
-      null_outputs: logits of null experts, after those of the experts; a `MoE` sets it to what its select rule asks for.
       init_scale: scale of the truncated-normal, fan-in initialisation; 0.1 as in Switch (Fedus et al. 2021, table 3).
       jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, 1e-2).
       noise_std: in training, Gaussian noise of this standard deviation is added to the logits (V-MoE: 1 / num_experts).
@@ -31,9 +30,6 @@ class Linear(nn.Module):
       precision: of inputs, weights and logits; 'bfloat16' is for measuring what it costs (ST-MoE, Zoph et al. 2022).
     """
 
-    num_experts: int
-    outputs_per_expert: int = 1
-    null_outputs: int = 0
     init_scale: float = 0.1
     jitter: float = 0.0
     noise_std: float = 0.0
@@ -50,12 +46,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
-        o = self.num_experts * self.outputs_per_expert + self.null_outputs
+        o = self.num_outputs
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
         if self.start == "orthogonal":
             init = nn.initializers.orthogonal(self.init_scale)
         if self.null_start == "copied":
-            init = _repeated(init, o - self.null_outputs)
+            init = _repeated(init, o - self.outputs[1])
         w = param(self, "w", init, (x.shape[-1], o), ("embed", None))
         x = x.astype(jnp.float32)
         if ctx.train and self.jitter:

@@ -86,19 +86,19 @@ def test_the_plan_has_room_for_exactly_what_is_assigned(rng: np.random.Generator
     logits = jnp.asarray(rng.normal(size=(2, N, E)), jnp.float32)
     valid = jnp.arange(N) < jnp.array([N, 9])[:, None]
     assign = jax.jit(BalancedAssignment())
-    plan = assign(logits, valid)
+    plan = assign(logits, Context(valid=valid))
     assert plan.capacity == 6
     np.testing.assert_array_equal(plan.limit, [6, 3])
     np.testing.assert_array_equal(plan.used[..., 0], valid)
     np.testing.assert_array_equal(plan.assigned().sum(1).max(1), [6, 3])
     np.testing.assert_allclose(plan.weight[..., 0], sigmoid(np.take_along_axis(logits, plan.expert, 2))[..., 0], rtol=1e-5)
-    assert not assign(logits, jnp.zeros((2, N), bool)).used.any()
+    assert not assign(logits, Context(valid=jnp.zeros((2, N), bool))).used.any()
 
 
 def test_sinkhorn_takes_the_largest_entry_of_the_scaled_matrix(rng: np.random.Generator) -> None:
     logits = (2 * rng.normal(size=(1, 64, E)) + [2.0, 0.0, 0.0, -1.0]).astype(np.float32)
     valid = np.arange(64)[None] < 60
-    plan = Sinkhorn(iterations=30, temperature=0.5)(jnp.asarray(logits), jnp.asarray(valid))
+    plan = Sinkhorn(iterations=30, temperature=0.5)(jnp.asarray(logits), Context(valid=jnp.asarray(valid)))
     matrix = np.exp(np.float64(logits[0, :60]) / 0.5)
     for _ in range(30):
         matrix /= matrix.sum(0)
