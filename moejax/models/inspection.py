@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from moejax.core.errors import ConfigError
-from moejax.core.layer import Layer, RowWise
+from moejax.core.layer import Layer
 from moejax.models.parts import NamedBlock, Part, walk
 from moejax.models.stack import SCANNED, UNROLLED, block_name, pattern_blocks
 
@@ -43,8 +43,6 @@ def _modules(blocks: tuple[NamedBlock, ...]) -> Iterator[Part]:
 
 
 def _answering(part: Part) -> Layer:
-    if hasattr(part.value, "num_experts") and not isinstance(part.value, Layer):  # TEMPORARY until banks and routers derive
-        return RowWise()
     if not isinstance(part.value, Layer):
         raise ConfigError(
             f"{part.where} ({type(part.value).__name__}) does not say whether its tokens see each other; derive it from moejax.Layer "

@@ -68,16 +68,16 @@ VALID = jnp.arange(N)[None] < jnp.array([N, 7])[:, None]
 
 PLANS: dict[str, Callable[[], Plan]] = {
     "top2_plain": lambda: TopK(k=2)(logits(0)),
-    "top2": lambda: TopK(k=2, normalise=True)(logits(1), VALID),
-    "top2_capacity": lambda: TopK(k=2, capacity_factor=0.7, priority="score")(logits(2), VALID),
+    "top2": lambda: TopK(k=2, normalise=True)(logits(1), Context(valid=VALID)),
+    "top2_capacity": lambda: TopK(k=2, capacity_factor=0.7, priority="score")(logits(2), Context(valid=VALID)),
     "ragged": lambda: ragged(TopK(k=2)(logits(4)), 5),
     "one_expert_takes_all": one_expert_takes_all,
-    "nobody": lambda: ragged(TopK(k=2)(logits(6), jnp.zeros((G, N), bool)), 7),
+    "nobody": lambda: ragged(TopK(k=2)(logits(6), Context(valid=jnp.zeros((G, N), bool))), 7),
     "all_experts": lambda: TopK(k=E)(logits(8)),
-    "null_experts": lambda: NullExperts(k=2, num_null=3)(logits(12, e=E + 3), VALID),
-    "relu": lambda: ReLU()(logits(13), VALID),
-    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), VALID),
-    "soft_slots": lambda: SoftSlots(slots=2)(logits(10, e=2 * E), VALID),
+    "null_experts": lambda: NullExperts(k=2, num_null=3)(logits(12, e=E + 3), Context(valid=VALID)),
+    "relu": lambda: ReLU()(logits(13), Context(valid=VALID)),
+    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), Context(valid=VALID)),
+    "soft_slots": lambda: SoftSlots(slots=2)(logits(10, e=2 * E), Context(valid=VALID)),
     "merge": lambda: MergePlan(jax.nn.softmax(logits(11)[:, 0])),
 }
 

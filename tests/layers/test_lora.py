@@ -191,7 +191,7 @@ class TestAdapter:
         x = jnp.asarray(inputs(rng), jnp.float32)
         valid = jnp.array([[True, True, False, True], [True, True, True, True]])
         ctx = Context(valid=valid, train=True)
-        model = WithLoRA(MixtureOfDepths(Block(), capacity=0.5), ("*/dense",), num_experts=3, rank=R)
+        model = WithLoRA(MixtureOfDepths(Block(), capacity_factor=0.5), ("*/dense",), num_experts=3, rank=R)
         variables = draw(model, x, ctx)
         _, state = compiled(model, "stats")(variables, x, ctx)
         stats = state["stats"]["block"]["dense"]["lora"]["moe"]

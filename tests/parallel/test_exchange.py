@@ -60,15 +60,15 @@ ROUTINGS: dict[str, Callable[[], TokenPlan]] = {
     "empty_experts": lambda: TopK(k=2)(logits(1).at[..., jnp.array([0, 3, 4, 7])].add(-50.0)),
     "one_expert_takes_all": lambda: TopK(k=2)(logits(2).at[..., 5].add(50.0)),
     "one_shard_takes_all": lambda: TopK(k=2)(logits(3).at[..., 6:].add(50.0)),
-    "invalid_tokens": lambda: TopK(k=2, normalise=True)(logits(4), VALID),
+    "invalid_tokens": lambda: TopK(k=2, normalise=True)(logits(4), Context(valid=VALID)),
     "ragged": lambda: ragged(TopK(k=2)(logits(5)), 6),
-    "nobody": lambda: ragged(TopK(k=2)(logits(6), jnp.zeros((G, N), bool)), 7),
+    "nobody": lambda: ragged(TopK(k=2)(logits(6), Context(valid=jnp.zeros((G, N), bool))), 7),
 }
 OTHERS: dict[str, Callable[[], Plan]] = {
-    "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), VALID),
-    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), VALID),
+    "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), Context(valid=VALID)),
+    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), Context(valid=VALID)),
     "expert_choice_over_all": lambda: ExpertChoice(capacity_factor=1.0)(logits(10, 1, G * N)),
-    "soft_slots": lambda: SoftSlots(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), VALID),
+    "soft_slots": lambda: SoftSlots(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), Context(valid=VALID)),
     "merge": lambda: MergePlan(jax.nn.softmax(logits(12)[:, 0])),
     "merge_for_few_groups": lambda: MergePlan(jax.nn.softmax(logits(13, 1)[:, 0])),
 }

@@ -43,8 +43,8 @@ class LoRAMixture(nn.Module):
         bank = LoRA(self.rank, self.features, num_experts=self.num_experts, scale=self.scale, name="bank")
         if self.num_experts == 1:
             return run_single(bank, x, ctx or Context())
-        router = Linear(self.num_experts, name="router")
         select = self.select or TopK(k=self.num_experts)
+        router = Linear(self.num_experts, outputs=select.outputs, name="router")
         layer = MoE(router=router, select=select, bank=bank, losses=self.losses, name="moe")
         rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
         return layer(rows, ctx).reshape(*x.shape[:-1], self.features)
