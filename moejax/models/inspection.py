@@ -72,12 +72,12 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
             fraction = part.value.active_fraction() if isinstance(part.value, Layer) else 1.0
             if fraction < 1.0:
                 for repeat in repeats:
-                    bank = _at(repeat[block_name(i, block.name)], (*part.path, "bank"))
+                    bank = _at(repeat[block_name(i, block.name)], part.path).get("bank", {})  # null experts have no parameters
                     total -= (1.0 - fraction) * count_params(bank)
     return round(total)
 
 
 def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
-        tree = tree.get(name, {})
+        tree = tree[name]
     return tree

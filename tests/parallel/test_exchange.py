@@ -131,6 +131,20 @@ class TestTokens:
     def test_experts_that_are_wrapped_or_of_several_kinds(self, mesh: str, bank: str, routing: str) -> None:
         check(ROUTINGS[routing](), mesh, Exchange("padded"), bank)
 
+    def test_experts_of_several_kinds_under_auto(self) -> None:
+        """Light ones stay where their tokens are, under automatic sharding, beside others that are exchanged for."""
+        plan, x, bank = ROUTINGS["ragged"](), jax.random.normal(jax.random.key(20), (G, N, D)), BANKS["mixed"]
+
+        def loss(params: Any, x: jax.Array, weight: jax.Array, backend: str) -> tuple[jax.Array, jax.Array]:
+            y = dispatch(plan.replace(weight=weight), bank.apply(params, D), x, backend)
+            return jnp.sin(y).sum(), y
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+        expected = step(params_of("mixed"), x, plan.weight, "reference")
+        with use(Parallel(make_mesh("data=2,expert=4"))):
+            actual = jax.jit(lambda *args: step(*args, "auto"))(params_of("mixed"), x, plan.weight)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
+
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_by_way_of_hosts(self, routing: str) -> None:
         check(ROUTINGS[routing](), "expert=8", Exchange("hierarchical", hosts=2))
