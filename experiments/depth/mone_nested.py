@@ -19,7 +19,7 @@ def mod(d_heads: int, hidden: int) -> dict:
     """Mixture-of-depths in every block, evaluated as it is trained: images need no causal rule."""
     dense = {"kind": "transformer", "norm": NORM, "mixer": {"kind": "attention", "num_heads": d_heads}}
     dense["ffn"] = {"kind": "ffn", "hidden": hidden}
-    return {"kind": "mixture_of_depths", "capacity": 0.5, "eval_select": "top_k", "remedy": None, "block": dense}
+    return {"kind": "mixture_of_depths", "capacity_factor": 0.5, "eval_select": "top_k", "remedy": None, "block": dense}
 
 
 def base():

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from moejax.core.errors import ConfigError, nearest
 from moejax.dispatch.backends import capacity, einsum, gather, grouped, merged, reference
 from moejax.dispatch.expert_parallel.run import expert_parallel, limit
-from moejax.dispatch.experts import AnyExperts, Experts, MixedExperts, nothing
+from moejax.dispatch.experts import Experts, MixedExperts, nothing
 from moejax.dispatch.parts import sum_parts
 from moejax.parallel.mesh import batch_ways
 from moejax.parallel.scope import current
@@ -41,7 +41,7 @@ ACCEPTS: dict[str, tuple[type, ...]] = {
 }
 
 
-def dispatch(plan: Plan, experts: AnyExperts, x: Float[Array, "g n d"], backend: str = "auto") -> Float[Array, "g n f"]:
+def dispatch(plan: Plan, experts: Any, x: Float[Array, "g n d"], backend: str = "auto") -> Float[Array, "g n f"]:
     """`y[g, n] = sum over the plan's used entries of weight * expert(x[g, n])`.
 
         experts = bank(x.shape[-1], ctx)
@@ -49,7 +49,7 @@ def dispatch(plan: Plan, experts: AnyExperts, x: Float[Array, "g n d"], backend:
 
     Args:
       plan: who goes where, from a select rule.
-      experts: of one kind or several.
+      experts: `Experts`, or `MixedExperts` of several kinds.
       x: tokens; the plan's tokens, in the plan's groups.
       backend: a name of `BACKENDS`, which runs or raises, or 'auto'.
 
@@ -60,13 +60,13 @@ def dispatch(plan: Plan, experts: AnyExperts, x: Float[Array, "g n d"], backend:
 
 
 def execute(
-    plan: Plan, experts: AnyExperts, x: Float[Array, "g n d"], backend: str = "auto"
+    plan: Plan, experts: Any, x: Float[Array, "g n d"], backend: str = "auto"
 ) -> tuple[Float[Array, "g n f"], Plan, str]:
     """As `dispatch`, with the plan that was executed and the backend that ran.
 
     The executed plan has less in it than the given one where an exchange between devices has a bound (`limit`).
     """
-    check_experts(experts, plan.num_experts)
+    _check(experts, plan.num_experts)
     light = all(part.light for part in experts.parts) and isinstance(plan, TokenPlan)
     name = backend if backend != "auto" else "gather" if light else choose(plan, x.shape[-1])
     if name not in BACKENDS:
@@ -86,19 +86,6 @@ def execute(
 
     y, plan = run(plan, experts, x) if isinstance(experts, Experts) else sum_parts(plan, experts.parts, x, run)
     return y, plan, name
-
-
-def check_experts(experts: Any, num_experts: int | None = None) -> None:
-    """Raises ConfigError for what are no experts, or not as many as a plan has: an index past the last would be clamped in silence."""
-    if not isinstance(experts, (Experts, MixedExperts)):
-        raise ConfigError(
-            f"experts must be moejax.Experts, and this is a {type(experts).__name__}; call the bank first: "
-            "experts = bank(x.shape[-1], ctx), dispatch(plan, experts, x)"
-        )
-    if num_experts not in (None, experts.num_experts):
-        raise ConfigError(
-            f"the plan has num_experts={num_experts}, but there are {experts.num_experts} experts; make them as many"
-        )
 
 
 def choose(plan: Plan, width: int, platform: str | None = None) -> str:
@@ -140,3 +127,16 @@ def _splits(plan: Plan, ways: int) -> bool:
 def backend_index(name: str) -> int:
     """Position of a backend in `BACKENDS`: how statistics say which one ran."""
     return list(BACKENDS).index(name)
+
+
+def _check(experts: Any, num_experts: int) -> None:
+    """Refuses what are no experts, or not as many as the plan has: an index past the last would be clamped in silence."""
+    if not isinstance(experts, (Experts, MixedExperts)):
+        raise ConfigError(
+            f"experts must be moejax.Experts, and this is a {type(experts).__name__}; call the bank first: "
+            "experts = bank(x.shape[-1], ctx), dispatch(plan, experts, x)"
+        )
+    if experts.num_experts != num_experts:
+        raise ConfigError(
+            f"the plan has num_experts={num_experts}, but there are {experts.num_experts} experts; make them as many"
+        )

@@ -32,8 +32,9 @@ class Experts:
 
     Attributes:
       function: `function(params, rows, layout)`, or `function(params, rows, layout, key)` where there is a key. Pure, and row by row:
-        it works with `layout.dot`, `layout.take` and elementwise operations, closes over no traced value, keeps no statistics and
-        draws only from `key`. Rows that are nobody's are zeros: value and derivative must be finite there.
+        it works with `layout.dot`, `layout.take` and elementwise operations on whatever share of the experts it is given, closes over no
+        traced value, keeps no statistics and draws only from `key`. Rows that are nobody's are zeros: value and derivative must be
+        finite there.
       params: pytree with the experts on every leaf's first axis; may be empty.
       axes: logical axis names of every leaf, in a pytree like `params`. None: only the experts are spread over devices.
       summed: logical axis that outputs are sums over ('mlp' in a feed-forward expert), so that devices may each compute a piece and
@@ -81,11 +82,10 @@ class Experts:
         return dataclasses.replace(self, **fields)
 
     def __getitem__(self, index: Any) -> "Experts":
-        """Some of the experts: an index, a slice, or an array of indices, in which one may come twice."""
-        index = [index] if isinstance(index, int) else index
-        index = np.asarray(index) if isinstance(index, (list, tuple)) else index
-        count = len(range(self.num_experts)[index]) if isinstance(index, slice) else int(index.shape[0])
-        return dataclasses.replace(self, params=jax.tree.map(lambda p: p[index], self.params), num_experts=count)
+        """Some of the experts: an index, a slice, a mask, or an array of indices, in which one may come twice."""
+        picked = index if isinstance(index, jax.Array) else np.atleast_1d(np.arange(self.num_experts)[index])
+        at = index if isinstance(index, slice) else picked
+        return dataclasses.replace(self, params=jax.tree.map(lambda p: p[at], self.params), num_experts=picked.shape[0])
 
     def wrap(self, before: Rows | None = None, after: Rows | None = None) -> "Experts":
         """Experts that compute `after(expert(before(rows)))`; both are functions of rows, such as a norm or a nonlinearity.

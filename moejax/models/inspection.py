@@ -8,7 +8,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from moejax.core.errors import ConfigError
-from moejax.core.layer import Layer, RowWise
+from moejax.core.layer import Layer
 from moejax.layers.adapters.adapted import Adapted
 from moejax.layers.adapters.around import Named
 from moejax.models.parts import NamedBlock, Part, walk
@@ -47,8 +47,6 @@ def _modules(blocks: tuple[NamedBlock, ...]) -> Iterator[Part]:
 
 
 def _answering(part: Part) -> Layer:
-    if hasattr(part.value, "num_experts") and not isinstance(part.value, Layer):  # TEMPORARY until banks and routers derive
-        return RowWise()
     if not isinstance(part.value, Layer):
         raise ConfigError(
             f"{part.where} ({type(part.value).__name__}) does not say whether its tokens see each other; derive it from moejax.Layer "
@@ -78,7 +76,7 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
             fraction = part.value.active_fraction() if isinstance(part.value, Layer) else 1.0
             if fraction < 1.0:
                 for repeat in repeats:
-                    bank = _at(repeat[block_name(i, block.name)], (*part.path, "bank"))
+                    bank = _at(repeat[block_name(i, block.name)], part.path).get("bank", {})  # null experts have no parameters
                     total -= (1.0 - fraction) * count_params(bank)
     for named in _adapters(model):
         fraction = named.adapter.active_fraction()
@@ -94,5 +92,5 @@ def _adapters(model: nn.Module) -> tuple[Named, ...]:
 
 def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
-        tree = tree.get(name, {})
+        tree = tree[name]
     return tree

@@ -3,7 +3,7 @@
     pattern=('dense', 'moe'), num_layers=6   ->   dense moe dense moe dense moe
 
 The repeats are one `nn.scan`, so compile time does not grow with depth; parameters, caches, losses, stats, router state and
-overrides of the scanned body carry a leading layers axis (one entry a repeat). What layers pass to later layers, or share, is in
+interventions of the scanned body carry a leading layers axis (one entry a repeat). What layers pass to later layers, or share, is in
 `moejax.core.memory`: values go along with the tokens, and parameters that all layers share lie beside the repeats, in 'shared'. `scan=False` unrolls them under names of
 their own. A block knows its layer (`ctx.layer`, `ctx.num_layers`), and its fields may vary over depth (`over_depth.py`), which makes one
 repeat of all layers; `to_scanned` and `to_unrolled` move any such tree from one layout to the other.

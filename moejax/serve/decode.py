@@ -53,7 +53,7 @@ def generate(
 
     Args:
       model: a decoder; `model(tokens, ctx) -> logits` with caches in the collection 'cache'.
-      params: its parameters, or all its variables: {'params': ..., 'router_state': ..., 'overrides': ...}.
+      params: its parameters, or all its variables: {'params': ..., 'router_state': ..., 'interventions': ...}.
       prompt: token ids, padded on the right.
       lengths: tokens of each prompt, at least 1. None means that no prompt is padded.
       max_new_tokens: how many to add.

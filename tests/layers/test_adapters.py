@@ -399,7 +399,7 @@ class TestModels:
         x = jnp.asarray(inputs(rng), jnp.float32)
         valid = jnp.array([[True, True, False, True], [True, True, True, True]])
         ctx = Context(valid=valid, train=True)
-        model = mixture(MixtureOfDepths(Block(), capacity=0.5), ("*/dense",))
+        model = mixture(MixtureOfDepths(Block(), capacity_factor=0.5), ("*/dense",))
         variables = draw(model, x, ctx)
         _, state = compiled(model, "stats")(variables, x, ctx)
         stats = state["stats"]["block"]["dense"]["adapter_main"]["moe"]

@@ -31,7 +31,7 @@ MOE = dict(
         losses=dict(balance=dict(coef=0.1)),
     ),
 )
-MOD = dict(kind="mixture_of_depths", capacity=0.5, block=DENSE)
+MOD = dict(kind="mixture_of_depths", capacity_factor=0.5, block=DENSE)
 WINDOW = dict(DENSE, mixer=dict(MIXER, window=2, qk_norm="head"))
 BLOCKS = dict(dense=DENSE, moe=MOE, mod=MOD, window=WINDOW)
 

@@ -147,7 +147,7 @@ class Counter(nn.Module):
         if not self.is_initializing():
             calls.value += 1
         self.sow("stats", "noise", jax.random.normal(self.make_rng("router"), ()))
-        shift = self.get_variable("overrides", "shift") if self.has_variable("overrides", "shift") else 0.0
+        shift = self.get_variable("interventions", "shift") if self.has_variable("interventions", "shift") else 0.0
         return x + shift
 
 
@@ -156,8 +156,8 @@ def test_every_collection_gets_a_layers_axis():
     x, rngs = jnp.zeros((1, 2, 4)), {"router": jax.random.key(1)}
     state = stack.init({"params": jax.random.key(0), **rngs}, x, Context())["router_state"]
     assert state["repeats"]["0_c"]["calls"].tolist() == [0, 0, 0]
-    overrides = {"repeats": {"0_c": {"shift": jnp.array([1.0, 10.0, 100.0])}}}
-    variables = {"router_state": state, "overrides": overrides}
+    interventions = {"repeats": {"0_c": {"shift": jnp.array([1.0, 10.0, 100.0])}}}
+    variables = {"router_state": state, "interventions": interventions}
     y, out = stack.apply(variables, x, Context(), rngs=rngs, mutable=["router_state", "stats"])
     assert (y == 111.0).all()
     assert out["router_state"]["repeats"]["0_c"]["calls"].tolist() == [1, 1, 1]

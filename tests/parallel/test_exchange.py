@@ -60,15 +60,15 @@ ROUTINGS: dict[str, Callable[[], TokenPlan]] = {
     "empty_experts": lambda: TopK(k=2)(logits(1).at[..., jnp.array([0, 3, 4, 7])].add(-50.0)),
     "one_expert_takes_all": lambda: TopK(k=2)(logits(2).at[..., 5].add(50.0)),
     "one_shard_takes_all": lambda: TopK(k=2)(logits(3).at[..., 6:].add(50.0)),
-    "invalid_tokens": lambda: TopK(k=2, normalise=True)(logits(4), VALID),
+    "invalid_tokens": lambda: TopK(k=2, normalise=True)(logits(4), Context(valid=VALID)),
     "ragged": lambda: ragged(TopK(k=2)(logits(5)), 6),
-    "nobody": lambda: ragged(TopK(k=2)(logits(6), jnp.zeros((G, N), bool)), 7),
+    "nobody": lambda: ragged(TopK(k=2)(logits(6), Context(valid=jnp.zeros((G, N), bool))), 7),
 }
 OTHERS: dict[str, Callable[[], Plan]] = {
-    "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), VALID),
-    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), VALID),
+    "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), Context(valid=VALID)),
+    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), Context(valid=VALID)),
     "expert_choice_over_all": lambda: ExpertChoice(capacity_factor=1.0)(logits(10, 1, G * N)),
-    "soft_slots": lambda: SoftSlots(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), VALID),
+    "soft_slots": lambda: SoftSlots(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), Context(valid=VALID)),
     "merge": lambda: MergePlan(jax.nn.softmax(logits(12)[:, 0])),
     "merge_for_few_groups": lambda: MergePlan(jax.nn.softmax(logits(13, 1)[:, 0])),
 }
@@ -130,6 +130,20 @@ class TestTokens:
     @pytest.mark.parametrize("mesh", MESHES)
     def test_experts_that_are_wrapped_or_of_several_kinds(self, mesh: str, bank: str, routing: str) -> None:
         check(ROUTINGS[routing](), mesh, Exchange("padded"), bank)
+
+    def test_experts_of_several_kinds_under_auto(self) -> None:
+        """Light ones stay where their tokens are, under automatic sharding, beside others that are exchanged for."""
+        plan, x, bank = ROUTINGS["ragged"](), jax.random.normal(jax.random.key(20), (G, N, D)), BANKS["mixed"]
+
+        def loss(params: Any, x: jax.Array, weight: jax.Array, backend: str) -> tuple[jax.Array, jax.Array]:
+            y = dispatch(plan.replace(weight=weight), bank.apply(params, D), x, backend)
+            return jnp.sin(y).sum(), y
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+        expected = step(params_of("mixed"), x, plan.weight, "reference")
+        with use(Parallel(make_mesh("data=2,expert=4"))):
+            actual = jax.jit(lambda *args: step(*args, "auto"))(params_of("mixed"), x, plan.weight)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_by_way_of_hosts(self, routing: str) -> None:

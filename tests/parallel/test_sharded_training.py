@@ -39,7 +39,7 @@ FFNS = {
     "soft": {"kind": "soft_moe", "num_experts": 8, "bank": BANK},
 }
 BLOCKS = {name: {"kind": "transformer", "mixer": MIXER, "norm": NORM, "ffn": ffn} for name, ffn in FFNS.items()}
-BLOCKS["depth"] = {"kind": "mixture_of_depths", "capacity": 0.5, "block": BLOCKS["dense"]}
+BLOCKS["depth"] = {"kind": "mixture_of_depths", "capacity_factor": 0.5, "block": BLOCKS["dense"]}
 
 
 def text_batch():

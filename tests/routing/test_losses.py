@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy_routing import sigmoid, softmax, top_k
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing import Balance, ExpertChoice, Importance, Routing, SoftSlots, TokenPlan, TopK, ZLoss
 
@@ -15,7 +16,7 @@ VALID = np.array([[True] * N, [True, False, True, True, False, True, False, True
 
 def decide(logits: jax.Array, rule: TopK, valid: np.ndarray | None = VALID) -> Routing:
     mask = jnp.ones(logits.shape[:2], bool) if valid is None else jnp.asarray(valid)
-    return Routing(logits, rule.probabilities(logits), rule(logits, mask), mask)
+    return Routing(logits, rule.probabilities(logits), rule(logits, Context(valid=mask)), mask)
 
 
 def make_logits(rng: np.random.Generator) -> jax.Array:

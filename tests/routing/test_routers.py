@@ -31,10 +31,10 @@ def test_bfloat16_models_choose_as_float32_does(rng: np.random.Generator) -> Non
     assert (np.sort(rounded) != np.sort(expected)).any(-1).mean() > 0.01
 
 
-@pytest.mark.parametrize("router", [Linear(4), Cosine(4, 2), Cosine(4, projection=3), Random(4)])
+@pytest.mark.parametrize("router", [Linear(4), Cosine(4, outputs=(2, 0)), Cosine(4, projection=3), Random(4, outputs=(1, 2))])
 def test_every_router_gives_float32_of_the_right_width(router, key: jax.Array) -> None:
     logits, variables = router.init_with_output(key, jnp.ones((G, 3, D), jnp.bfloat16), Context())
-    assert logits.shape == (G, 3, router.num_experts * router.outputs_per_expert)
+    assert logits.shape == (G, 3, router.num_outputs)
     assert logits.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
 
@@ -74,7 +74,7 @@ def test_linear_starts_at_a_tenth_of_the_usual_scale(key: jax.Array) -> None:
 def test_cosine_is_numpys(rng: np.random.Generator, normalise: bool) -> None:
     x, w = rng.normal(size=(G, 3, D)), rng.normal(size=(D, 8))
     params = {"w": jnp.asarray(w, jnp.float32), "scale": jnp.float32(2.5)}
-    logits = Cosine(4, 2, normalise=normalise).apply({"params": params}, jnp.asarray(x, jnp.float32), Context())
+    logits = Cosine(4, outputs=(2, 0), normalise=normalise).apply({"params": params}, jnp.asarray(x, jnp.float32), Context())
     for g, t, o in np.ndindex(G, 3, 8):
         length = np.linalg.norm(x[g, t]) * np.linalg.norm(w[:, o]) if normalise else 1
         np.testing.assert_allclose(logits[g, t, o], 2.5 * x[g, t] @ w[:, o] / length, rtol=1e-4)

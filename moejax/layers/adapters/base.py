@@ -155,15 +155,13 @@ def as_tokens(rows: Float[Array, "*b d"], ctx: Context | None) -> tuple[Float[Ar
     Rows are tokens `[b, s, d]`, or parts of tokens `[b, s, ..., d]` (heads, say), if the context's own arrays are `[b, s]`; otherwise
     the context says nothing of them but how it is called.
     """
-    ctx = ctx or Context()
-    fits = rows.ndim >= 3 and all(value.shape == rows.shape[:2] for value in ctx.per_token().values())
-    if not fits:
-        bare = Context(step=ctx.step, train=ctx.train, decode=ctx.decode)
-        return (rows if rows.ndim == 3 else rows.reshape(1, -1, rows.shape[-1])), bare
-    parts = math.prod(rows.shape[2:-1])
-    tokens = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-    ctx = ctx if parts == 1 else ctx.map_tokens(lambda value: value.repeat(parts, axis=1))
-    return tokens, ctx.replace(memory=None, shared=None)
+    ctx = (ctx or Context()).replace(memory=None, shared=None)
+    said = ctx.per_token()
+    if rows.ndim >= 3 and all(value.shape == rows.shape[:2] for value in said.values()):
+        parts = math.prod(rows.shape[2:-1])
+        ctx = ctx if parts == 1 else ctx.map_tokens(lambda value: value.repeat(parts, axis=1))
+        return rows.reshape(rows.shape[0], -1, rows.shape[-1]), ctx
+    return (rows if rows.ndim == 3 else rows.reshape(1, -1, rows.shape[-1])), ctx.replace(**dict.fromkeys(said))
 
 
 def _written(cls: type, method: str) -> bool:

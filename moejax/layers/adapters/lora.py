@@ -186,8 +186,10 @@ class LoRA(LowRankAdapter):
         if self.num_experts > 1:
             self._mixture().check_causal(where)
         for name in ("router", "bank"):
-            if isinstance(part := getattr(self, name), Layer):
-                part.check_causal(f"{where}.{name}")
+            part = getattr(self, name)
+            if part is not None:
+                # A part that is no Layer does not say, and is refused like one that says nothing.
+                (type(part) if isinstance(part, Layer) else Layer).check_causal(part, f"{where}.{name}")
 
     def decodable(self) -> str | None:
         """None if decoding one token at a time makes the choices of a whole forward pass; else the reason why not."""

@@ -18,6 +18,7 @@ from moejax.layers.registry import blocks
 from moejax.layers.routed import sow_routing
 from moejax.routing.losses.base import Routing, masked_mean
 from moejax.routing.plan import ExpertPlan
+from moejax.routing.routers.base import ask
 from moejax.routing.routers.linear import Linear
 from moejax.routing.routers.random import Random
 from moejax.routing.select import ExpertChoice
@@ -35,7 +36,8 @@ class MixtureOfDepths(Layer):
 
     Attributes:
       block: any block `x[b, s, d] -> [b, s, d]` with its residual inside.
-      capacity: share of a sequence's tokens that the block processes (the paper's best: 0.125, every other block).
+      capacity_factor: share of a sequence's tokens that the block processes, as in `ExpertChoice` with one expert (the paper's best:
+        0.125, every other block).
       remedy: 'predictor' trains a small network on the token alone to predict whether it is chosen; 'router' trains the router's
         own sigmoid to say so (and so touches the language loss); None has no causal rule and is refused in a decoder.
       remedy_coef: weight of the remedy's binary cross-entropy.
@@ -47,7 +49,7 @@ class MixtureOfDepths(Layer):
     """
 
     block: nn.Module
-    capacity: float = 0.125
+    capacity_factor: float = 0.125
     remedy: Literal["predictor", "router"] | None = "predictor"
     remedy_coef: float = 0.01
     gate: Literal["raw", "sigmoid", "one"] = "raw"
@@ -56,8 +58,10 @@ class MixtureOfDepths(Layer):
     predictor_hidden: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 < self.capacity <= 1:
-            raise ConfigError(f"capacity={self.capacity} must lie in (0, 1]: the share of tokens that the block processes")
+        if not 0 < self.capacity_factor <= 1:
+            raise ConfigError(
+                f"capacity_factor={self.capacity_factor} must lie in (0, 1]: the share of tokens that the block processes"
+            )
         for name, options in (
             ("gate", (*GATES,)), ("remedy", ("predictor", "router", None)),
             ("router", ("learned", "random")), ("eval_select", ("causal", "top_k")),
@@ -71,13 +75,13 @@ class MixtureOfDepths(Layer):
         b, s, _ = x.shape
         if ctx.positions is None:
             ctx = ctx.replace(positions=jnp.broadcast_to(jnp.arange(s), (b, s)))
-        valid = jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
+        valid = ctx.real(x)
         router = Linear(1, init_w=FanIn(), name="router") if self.router == "learned" else Random(1, name="router")
-        r = router(x, ctx)
+        r = ask(router, x, ctx)
         causal = self.eval_select == "causal" and self.remedy is not None and not ctx.train
-        top_k = ExpertChoice(self.capacity, score="logit", in_order=True)(r, valid)
+        top_k = ExpertChoice(self.capacity_factor, score="logit", in_order=True)(r, ctx)
         chosen = top_k.assigned()[..., 0] > 0
-        predicted = self._predict(x, r) if self.remedy is not None else None
+        predicted = self._predict(ctx.clean(x), r) if self.remedy is not None else None
         if predicted is not None:
             self._sow_remedy(predicted, chosen, valid)
         if causal or ctx.decode:
@@ -90,7 +94,7 @@ class MixtureOfDepths(Layer):
         return y
 
     def _chosen(self, x: Float[Array, "b s d"], plan: ExpertPlan, ctx: Context) -> Float[Array, "b s d"]:
-        """The block on the plan's tokens alone: costs `capacity` of the block (less in attention)."""
+        """The block on the plan's tokens alone: costs `capacity_factor` of the block (less in attention)."""
         rows = gather_tokens(plan, x)[:, 0]
         inner = ctx.map_tokens(lambda a: gather_tokens(plan, a)[:, 0], lambda new, old: _put_back(plan, new, old))
         inner = inner.replace(valid=plan.used[:, 0])

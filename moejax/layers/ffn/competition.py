@@ -22,7 +22,7 @@ from moejax.layers.routed import run_plan, sow_losses, sow_routing
 from moejax.parallel import constrain
 from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
 from moejax.routing.plan import TokenPlan
-from moejax.routing.routers.base import check_num_experts, routers
+from moejax.routing.routers.base import ask, check_num_experts, routers, told
 from moejax.routing.select import TopK
 
 # How strongly an expert's output [..., o] answers a token.
@@ -108,13 +108,14 @@ class Competition(RowWise):
             check_choice(name, getattr(self, name), options)
         check_num_experts(self.router, self.bank)
         self._rule.check_num_experts(self.bank.num_experts)
+        object.__setattr__(self, "router", told(self.router, self._rule.outputs))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
         ctx = ctx or Context()
-        valid = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
-        logits = self.router(x, ctx).astype(jnp.float32)
+        x, valid = ctx.clean(x), ctx.real(x)
+        logits = ask(self.router, x, ctx)
         seed = self.variable("router_state", "seed", lambda: jax.random.bits(self.make_rng("params"))).value
 
         def route(layer: Competition, x: Array, logits: Array) -> Outcome:
@@ -150,7 +151,7 @@ class Competition(RowWise):
         return drawn & (ctx.step >= self.warmup)
 
     def _route(self, x: Array, logits: Array, valid: Array, ctx: Context) -> Outcome:
-        plan = self._rule(logits, valid)
+        plan = self._rule(logits, Context(valid=valid))
         y, plan, backend = run_plan(plan, experts_of(self.bank, x.shape[-1], ctx), x, self.backend)
         return Outcome(y, plan, backend, *(jnp.zeros(()),) * 3)
 
@@ -185,7 +186,7 @@ class Competition(RowWise):
     def _winners(self, affinity: Float[Array, "b s e"], valid: Bool[Array, "b s"]) -> TokenPlan:
         share = self.gate == "share"
         rule = TopK(self.k, score="logit" if share else "softmax_selected", normalise=share, constant_gate=True)
-        return rule(affinity, valid)
+        return rule(affinity, Context(valid=valid))
 
     def _watch(self, x: Array, plan: TokenPlan, valid: Array, ctx: Context) -> None:
         outputs, affinity = self._all(x, ctx)

@@ -1,6 +1,6 @@
 """The sparse mixture-of-experts layer: any router, any select rule, any bank."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
 from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
 from moejax.routing.balancers import STATE, Balancer, balancers
-from moejax.routing.losses.base import Loss, Routing, losses
-from moejax.routing.routers.base import check_num_experts, routers, with_null_outputs
-from moejax.routing.select import Select, num_outputs, selects
+from moejax.routing.losses.base import Loss, losses
+from moejax.routing.routers.base import ask, check_num_experts, routers, told
+from moejax.routing.select.base import Select, selects
 
 SLOTS = {
     "router": routers,
@@ -54,14 +54,14 @@ class MoE(Layer):
       num_experts: only for configs, where it fills the router's and the bank's field of the same name (not the shared bank's,
         which is one expert unless its own spec says otherwise).
 
-    Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'overrides'; keeps
-    a balancer's bias in 'router_state', which it moves after every optimizer step.
+    Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'interventions' (see
+    `moejax.layers.interventions`); keeps a balancer's bias in 'router_state', which it moves after every optimizer step.
     """
 
     router: nn.Module
-    select: Any
+    select: Select
     bank: nn.Module
-    eval_select: Any = None
+    eval_select: Select | None = None
     shared: nn.Module | None = None
     losses: tuple[Loss, ...] = ()
     balancer: Balancer | None = None
@@ -73,10 +73,9 @@ class MoE(Layer):
     def __post_init__(self) -> None:
         check_choice("group_by", self.group_by, GROUPINGS)
         check_num_experts(self.router, self.bank)
-        for rule in (self.select, self.eval_select):
-            if hasattr(rule, "check_num_experts"):
-                rule.check_num_experts(self.bank.num_experts)
-        object.__setattr__(self, "router", with_null_outputs(self.router, getattr(self.select, "num_null", 0)))
+        for rule in (self.select, self.eval_select or self.select):
+            rule.check_num_experts(self.bank.num_experts)
+        object.__setattr__(self, "router", told(self.router, self.select.outputs))
         super().__post_init__()
 
     @nn.compact
@@ -89,15 +88,12 @@ class MoE(Layer):
         ctx = ctx or Context()
         b, s, _ = x.shape
         tokens, grouped_ctx = group_tokens(x, ctx, self.group_by)
-        select: Select = self.select if ctx.train or self.eval_select is None else self.eval_select
-        logits = self.router(tokens, grouped_ctx).astype(jnp.float32)
-        self._check_fit(logits.shape[-1], select)
-        bias = self._selection_bias()
-        plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train, bias)
-        valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
+        select = self.select if ctx.train or self.eval_select is None else self.eval_select
+        logits = ask(self.router, tokens, grouped_ctx)
+        routing = plan_tokens(self, logits, select, self.bank.num_experts, grouped_ctx, self._selection_bias())
         experts = experts_of(self.bank, tokens.shape[-1], ctx)
-        y, plan, backend = run_plan(plan, experts, tokens, self.backend, self.group_by)
-        routing = Routing(logits, select.probabilities(logits), plan, valid)
+        y, plan, backend = run_plan(routing.plan, experts, tokens, self.backend, self.group_by)
+        routing = routing.replace(plan=plan)
         sow_routing(self, routing, self.losses, backend=backend)
         if self.balancer is not None and ctx.train:
             control(self, "balancer", self.balancer, self.balancer.measure(routing))
@@ -110,17 +106,6 @@ class MoE(Layer):
         if self.balancer is None:
             return None
         return self.variable("router_state", STATE, jnp.zeros, (self.bank.num_experts,)).value
-
-    def _check_fit(self, outputs: int, select: Select) -> None:
-        """Refuses a router whose logits are not what the rule and the bank expect; dispatch would clamp indices in silence."""
-        each, wanted = select.num_outputs_per_expert, num_outputs(select, self.bank.num_experts)
-        if outputs != wanted:
-            null = wanted - each * self.bank.num_experts
-            also = f" and {null} for null experts" if null else ""
-            raise ConfigError(
-                f"the router gives {outputs} logits a token, but {type(select).__name__} needs {each} for each of the bank's "
-                f"{self.bank.num_experts} experts{also}; set the router's outputs_per_expert={each} and equal num_experts"
-            )
 
     def active_fraction(self) -> float:
         """Share of the routed experts' parameters that a token uses, on average at most; for counting active parameters."""

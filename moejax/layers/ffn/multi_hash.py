@@ -54,7 +54,7 @@ class MultiHash(RowWise):
         expert = jnp.stack(
             [Hash(self.num_experts, seed=self.seed + i, parent=None).expert(ctx) for i in range(self.hashes)], -1
         )
-        valid = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
+        x, valid = ctx.clean(x), ctx.real(x)
         used = jnp.broadcast_to(valid[..., None], expert.shape)
         plan = dropless(expert, jnp.ones(expert.shape), used, self.num_experts)
         pieces = Pieces(x.shape[-1], self.hidden, self.num_experts, self.hashes, name="bank")

@@ -97,8 +97,7 @@ class ProductKeys(RowWise):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         """Padding gets zeros."""
         ctx = ctx or Context()
-        rows = x.reshape(-1, x.shape[-1])
-        valid = jnp.ones(rows.shape[0], bool) if ctx.valid is None else ctx.valid.reshape(-1)
+        rows, valid = ctx.clean(x).reshape(-1, x.shape[-1]), ctx.real(x).reshape(-1)
         score, index = self._retrieve(self._query(rows, valid, ctx.train))
         weight = SCORES[self.score](score)
         self._count(index, weight, valid, ctx.train)

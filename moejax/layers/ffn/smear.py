@@ -78,8 +78,7 @@ class SMEAR(Layer):
         ctx = ctx or Context()
         u = x if self.layer is None else self.layer(x, ctx)
         b, s, d = u.shape
-        valid = jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
-        groups, valid = self._grouped(u, valid)
+        groups, valid = self._grouped(ctx.clean(u), ctx.real(u))
         logits = self._logits(self._summaries(groups, valid))
         domain = None if ctx.domain is None else self._grouped(ctx.domain[..., None], ctx.domain > 0)[0][:, :, 0, 0].reshape(-1)
         flat, valid = groups.reshape(-1, *groups.shape[2:]), valid.reshape(-1, groups.shape[2])

@@ -36,8 +36,8 @@ class SoftMoE(Layer):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
-        router = Cosine(self.num_experts, self.slots, normalise=self.normalise)
         select = SoftSlots(self.slots, self.dispatch, self.combine)
+        router = Cosine(self.num_experts, outputs=select.outputs, normalise=self.normalise)
         return MoE(router=router, select=select, bank=self.bank, name="moe")(x, ctx)
 
     def active_fraction(self) -> float:

@@ -108,6 +108,7 @@ class VQMoE(MoE):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         """See the class; padding gets zeros."""
         ctx = ctx or Context()
+        x = ctx.clean(x)
         discrete = self._discrete(x, ctx)
         if self.paths == "discrete":
             return discrete
@@ -119,7 +120,7 @@ class VQMoE(MoE):
         return a[..., :1] * routed + a[..., 1:] * discrete
 
     def _discrete(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
-        e, valid = self.bank.num_experts, jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
+        e, valid = self.bank.num_experts, ctx.real(x)
         quantised, scores, code = self._quantise(x.astype(jnp.float32), valid, ctx.train)
         used = valid[..., None]
         expert = (code % e)[..., None]

@@ -11,18 +11,17 @@ from moejax.core.context import Context
 from moejax.core.errors import check_choice
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn
+from moejax.core.layer import RowWise
 from moejax.core.params import Initializer, param
-from moejax.routing.routers.base import float32_dot, routers
+from moejax.routing.routers.base import Router, float32_dot, routers
 
 
 @routers.register("linear", slots={"init_w": initializers})
-class Linear(nn.Module):
+class Linear(Router, RowWise):
     """`logits = x W`, the router of nearly every paper.
 
     Attributes:
       num_experts: e.
-      outputs_per_expert: logits per expert, more than one only for soft slots.
-      null_outputs: logits of null experts, after those of the experts; a `MoE` sets it to what its select rule asks for.
       jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, 1e-2).
       noise_std: in training, Gaussian noise of this standard deviation is added to the logits (V-MoE: 1 / num_experts).
       use_bias: adds a learned bias to the logits.
@@ -33,9 +32,6 @@ class Linear(nn.Module):
       precision: of inputs, weights and logits; 'bfloat16' is for measuring what it costs (ST-MoE, Zoph et al. 2022).
     """
 
-    num_experts: int
-    outputs_per_expert: int = 1
-    null_outputs: int = 0
     jitter: float = 0.0
     noise_std: float = 0.0
     use_bias: bool = False
@@ -50,8 +46,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
-        o = self.num_experts * self.outputs_per_expert + self.null_outputs
-        init = _repeated(self.init_w, o - self.null_outputs) if self.null_start == "copied" else self.init_w
+        o = self.num_outputs
+        init = _repeated(self.init_w, o - self.outputs[1]) if self.null_start == "copied" else self.init_w
         w = param(self, "w", init, (x.shape[-1], o), ("embed", None))
         x = x.astype(jnp.float32)
         if ctx.train and self.jitter:

@@ -23,7 +23,7 @@ def routed(rng: np.random.Generator, bias: jax.Array, valid: np.ndarray | None =
     logits = jnp.asarray(rng.normal(size=(2, 9, E)) + np.array([2.0, 0, 0, 0]), jnp.float32)
     mask = jnp.ones((2, 9), bool) if valid is None else jnp.asarray(valid)
     rule = TopK(k=K, score="sigmoid", normalise=True)
-    return np.asarray(logits), Routing(logits, rule.probabilities(logits), rule(logits, mask, bias=bias), mask)
+    return np.asarray(logits), Routing(logits, rule.probabilities(logits), rule(logits, Context(valid=mask), bias=bias), mask)
 
 
 def site(routing: Routing, state: dict, balancer: LossFree) -> Site:
@@ -66,7 +66,7 @@ def test_a_multiplied_bias_scales_the_scores(rng: np.random.Generator) -> None:
     """NumPy: ranked by s (1 + b), weighed by s; at b = 0 nothing changes."""
     bias = jnp.asarray(rng.normal(size=E) * 0.5, jnp.float32)
     logits = rng.normal(size=(2, 9, E)).astype(np.float32)
-    rule = TopK(k=K, score="sigmoid", bias="multiply")
+    rule = TopK(k=K, score="sigmoid", apply_bias="multiply")
     plan, scores = rule(jnp.asarray(logits), bias=bias), 1 / (1 + np.exp(-logits))
     chosen = np.argsort(-(scores * (1 + np.asarray(bias))), axis=-1, kind="stable")[..., :K]
     np.testing.assert_array_equal(plan.expert, chosen)

@@ -47,16 +47,18 @@ def test_the_layer_is_numpys() -> None:
 
 def test_experts_go_missing_before_the_selection_and_in_training_only(rng: np.random.Generator, key: jax.Array) -> None:
     logits = rng.normal(size=(B, S, E)).astype(np.float32)
-    plan = RULE(jnp.asarray(logits), jnp.asarray(VALID), train=True, key=key)
+    plan = RULE(jnp.asarray(logits), Context(valid=jnp.asarray(VALID), train=True, key=key))
     here = np.asarray(jax.random.bernoulli(key, 0.5, logits.shape))
     expected = np.array([[chosen(logits[i, t], here[i, t]) * VALID[i, t] for t in range(S)] for i in range(B)])
     np.testing.assert_allclose(plan.dense(), expected, rtol=1e-5)
     # k of those that are left, not what is left of k.
     np.testing.assert_array_equal(plan.used.sum(-1), np.minimum(here.sum(-1), K) * VALID)
-    outside = RULE(jnp.asarray(logits), jnp.asarray(VALID))
-    np.testing.assert_allclose(outside.dense(), TopK(k=K, score="sigmoid")(jnp.asarray(logits), jnp.asarray(VALID)).dense())
-    assert RULE.needs_key
-    assert not ExpertDropout(TopK(), 0.0).needs_key
+    outside = RULE(jnp.asarray(logits), Context(valid=jnp.asarray(VALID)))
+    np.testing.assert_allclose(
+        outside.dense(), TopK(k=K, score="sigmoid")(jnp.asarray(logits), Context(valid=jnp.asarray(VALID))).dense()
+    )
+    assert RULE.needs == ("key",)
+    assert not ExpertDropout(TopK(), 0.0).needs
 
 
 def test_a_missing_expert_gets_no_gradient() -> None:
@@ -65,7 +67,7 @@ def test_a_missing_expert_gets_no_gradient() -> None:
     here = np.asarray(jax.random.bernoulli(key, 0.5, logits.shape))
     for score in ("sigmoid", "logit"):
         rule = ExpertDropout(TopK(k=E, score=score), 0.5)
-        grad = jax.grad(lambda z, rule=rule: jnp.sin(rule(z, train=True, key=key).dense()).sum())(logits)
+        grad = jax.grad(lambda z, rule=rule: jnp.sin(rule(z, Context(train=True, key=key)).dense()).sum())(logits)
         assert (np.asarray(grad)[~here] == 0).all()
         assert (np.asarray(grad)[here] != 0).all()
 
@@ -111,8 +113,8 @@ def test_it_starts_as_pieces_of_a_dense_layer() -> None:
 def test_bad_settings_raise() -> None:
     with pytest.raises(ConfigError, match=r"rate=1\.0"):
         ExpertDropout(TopK(), 1.0)
-    with pytest.raises(ConfigError, match="expert_dropout needs token choice, and SoftSlots gives SlotPlan"):
-        ExpertDropout(SoftSlots())(jnp.zeros((1, 2, 4)), train=True, key=jax.random.key(0))
+    with pytest.raises(ConfigError, match="expert_dropout needs token choice, and SoftSlots is none"):
+        ExpertDropout(SoftSlots())
     with pytest.raises(ConfigError, match="k=9 exceeds num_experts=4"):
         MoE(EqualNorm(E), ExpertDropout(TopK(k=9)), FFN(F, num_experts=E))
     with pytest.raises(ConfigError, match="fan_in='alll'"):

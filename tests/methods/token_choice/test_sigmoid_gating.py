@@ -12,7 +12,7 @@ E, K, D, F = 5, 2, 6, 4
 def layer(normalise: bool) -> mj.MoE:
     shared = mj.FFN(hidden=F, num_experts=1, activation="relu")
     bank = mj.FFN(hidden=F, num_experts=E, activation="relu")
-    return mj.MoE(mj.Linear(E, init_scale=2.0), mj.TopK(k=K, score="sigmoid", normalise=normalise), bank, shared=shared)
+    return mj.MoE(mj.Linear(E, init_w=mj.FanIn(2.0)), mj.TopK(k=K, score="sigmoid", normalise=normalise), bank, shared=shared)
 
 
 def numpy_layer(params: dict, x: np.ndarray, normalise: bool) -> np.ndarray:

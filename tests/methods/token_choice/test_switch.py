@@ -14,7 +14,7 @@ E, D, F, FACTOR = 4, 6, 5, 0.8
 
 def layer() -> mj.MoE:
     bank = mj.FFN(hidden=F, num_experts=E, activation="relu")
-    return mj.MoE(mj.Linear(E, init_scale=2.0), mj.TopK(k=1, capacity_factor=FACTOR), bank, losses=(mj.Balance(0.01),))
+    return mj.MoE(mj.Linear(E, init_w=mj.FanIn(2.0)), mj.TopK(k=1, capacity_factor=FACTOR), bank, losses=(mj.Balance(0.01),))
 
 
 def numpy_switch(params: dict, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
