@@ -1,6 +1,6 @@
 """A tiny routed model and a tiny text iterator that follow the contracts, and a command that trains with them.
 
-`python tests/train/harness.py WORKDIR '{"train.steps": 40}' ...` is what the tests kill, interrupt and start again.
+`python tests/training_harness.py WORKDIR '{"train.steps": 40}' ...` is what the tests kill, interrupt and start again.
 """
 
 import json

@@ -14,7 +14,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.registry import Registry
 
-routers = Registry("router", "moejax.routing.routers")
+routers = Registry("router", "moejax.routing.routers", role="routers")
 
 
 @runtime_checkable
