@@ -18,4 +18,6 @@ class AdamW(Optimizer):
 
     def transform(self, params: Params | None = None) -> optax.GradientTransformation:
         """Clipped gradients, Adam's direction, decoupled decay."""
-        return optax.chain(clip(self.clip_norm), optax.scale_by_adam(self.b1, self.b2, self.eps), self.decayed(), self.scheduled())
+        return optax.chain(
+            clip(self.clip_norm), optax.scale_by_adam(self.b1, self.b2, self.eps), self.decayed(), self.scheduled()
+        )

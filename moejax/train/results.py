@@ -46,6 +46,7 @@ class RunResult:
       first_step_seconds: from the call of `fit` to the end of its first step: data, start-up and compilation.
       params: number of parameters.
       active_params: number of parameters one token uses.
+      trainable_params: number of parameters that learn, in some steps at least.
       flops_per_step: floating point operations of the matrix products of one train step.
       variables: the final variables (`{'params': ..., 'router_state': ...}`); with a mesh, split over its devices.
     """
@@ -57,6 +58,7 @@ class RunResult:
     first_step_seconds: float
     params: int
     active_params: int
+    trainable_params: int
     flops_per_step: float
     variables: dict[str, Any] = dataclasses.field(repr=False)
 
