@@ -94,7 +94,9 @@ def fit(
     started = time.perf_counter()
     config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
     progress = progress or (lambda report: None)
-    resolve = resolve or train_below(Path(workdir) / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info)
+    resolve = resolve or train_below(
+        Path(workdir) / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info
+    )
     run = _Run(config, seed, Path(workdir), progress, label, started)
     with contextlib.closing(run):
         try:
@@ -183,7 +185,10 @@ class _Run:
 
         def train(config: Mapping[str, Any], seed: int, label: str) -> Path:
             rest = {name: value for name, value in config.items() if name not in PLACE}
-            return resolve({**rest, **place}, seed, progress, label)
+            began = time.perf_counter()
+            folder = resolve({**rest, **place}, seed, progress, label)
+            self.started += time.perf_counter() - began  # the time of another run
+            return folder
 
         return train
 
