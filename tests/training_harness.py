@@ -174,7 +174,9 @@ def tiny_config(**changes: Any) -> ConfigDict:
     return config
 
 
-def run_tiny(workdir: Any, seed: int = 0, model: Any = None, make_iterator: Any = TinyText, progress=None, **changes: Any):
+def run_tiny(
+    workdir: Any, seed: int = 0, model: Any = None, make_iterator: Any = TinyText, progress=None, resolve=None, **changes: Any
+):
     """`fit` on the tiny model."""
     return fit(
         tiny_config(**changes),
@@ -185,6 +187,7 @@ def run_tiny(workdir: Any, seed: int = 0, model: Any = None, make_iterator: Any 
         model=TinyLM() if model is None else model,
         make_iterator=make_iterator,
         info=Info(),
+        resolve=resolve,
     )
 
 

@@ -52,7 +52,7 @@ class Learns:
     until: int | float | None = None
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True)
 class Span:
     """Updates `since + 1 .. until` (or to the end), in which a parameter learns at `rate` times the learning rate."""
 
@@ -62,7 +62,8 @@ class Span:
 
     @property
     def end(self) -> float:
-        return float("inf") if self.until is None else self.until
+        """The last update, infinity if there is none."""
+        return float("inf") if self.until is None else float(self.until)
 
 
 ALWAYS = (Span(0, None, 1.0),)
@@ -193,7 +194,7 @@ def learning(rules: Mapping[str, Any] | None, parameters: Tree, steps: int) -> L
         for path in names:
             found.setdefault(path, []).append((span, name))
     for path, spans in found.items():
-        spans.sort()
+        spans.sort(key=lambda one: (one[0].since, one[0].end))
         for (a, first), (b, second) in itertools.pairwise(spans):
             if b.since < a.end:
                 raise ConfigError(
@@ -247,21 +248,19 @@ def _span(rule: Learns, where: str, steps: int) -> Span:
 
 
 def _named(words: Collection[str], known: Mapping[str, Parameter], where: str) -> set[str]:
-    """The names of all parameters that have one of these roles or match one of these patterns."""
+    """The names of all parameters that have one of these roles or match one of these patterns. What is both is a role."""
     found: set[str] = set()
     there = {role for parameter in known.values() for role in parameter.roles}
     for word in words:
         if word in there:
             found |= {name for name, parameter in known.items() if word in parameter.roles}
-        elif word in ROLES:
-            raise ConfigError(
-                f"no parameter of this model has the role '{word}' ({where}); there are: {', '.join(sorted(there))}"
-            )
-        else:
-            try:
-                found |= set(find(word, known, where))
-            except ConfigError as error:
-                raise ConfigError(f"{error}; roles: {', '.join(sorted(there))}") from None
+            continue
+        try:
+            found |= set(find(word, known, where))
+        except ConfigError:
+            if word in ROLES:
+                error = f"no parameter of this model has the role '{word}' ({where})"
+            raise ConfigError(f"{error}; roles of its parameters: {', '.join(sorted(there)) or 'none'}") from None
     return found
 
 
