@@ -159,7 +159,7 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache) -> Fit:
 
     for arm, config in configs.items():
         try:
-            _check(config)
+            _check(config.to_dict())
         except ConfigError as error:
             raise ConfigError(f"{error} (arm '{arm}')") from None
     if jax.default_backend() == "cpu":
@@ -170,7 +170,7 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache) -> Fit:
     return fit
 
 
-def _check(config: ConfigDict | Mapping[str, Any], where: str = "") -> None:
+def _check(config: Mapping[str, Any], where: str = "") -> None:
     """Builds what can be built of a config, and of those of the runs that it starts from, without data."""
     from moejax import models
     from moejax.train.settings import is_config
@@ -190,7 +190,7 @@ def _check(config: ConfigDict | Mapping[str, Any], where: str = "") -> None:
     def look(value: Any, where: str) -> None:
         if is_config(value):
             _check(value, where)
-        elif isinstance(value, Mapping | ConfigDict):
+        elif isinstance(value, Mapping):
             for name, part in value.items():
                 look(part, f"{where}.{name}")
 

@@ -3,6 +3,7 @@
 `python tests/training_harness.py WORKDIR '{"train.steps": 40}' ...` is what the tests kill, interrupt and start again.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -172,6 +173,16 @@ def tiny_config(**changes: Any) -> ConfigDict:
     with config.unlocked():
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return config
+
+
+@contextlib.contextmanager
+def registered(registry: Any, kind: str, cls: type, slots: Any = None):
+    """A class of a test is a kind of a registry inside the `with` block, and no longer."""
+    registry.register(kind, slots)(cls)
+    try:
+        yield cls
+    finally:
+        del registry._classes[kind], registry._slots[kind]
 
 
 def run_tiny(

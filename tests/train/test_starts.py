@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training_harness import TinyLM, TinyText, run_tiny, tiny_config
+from training_harness import TinyLM, TinyText, registered, run_tiny, tiny_config
 
 from moejax.core.errors import ConfigError
 from moejax.surgery.base import spelt
@@ -346,7 +346,6 @@ def test_surgeries_see_calibration_data_keys_and_the_target(base, tmp_path):
 
     seen = []
 
-    @surgeries.register(f"look_{tmp_path.name}")
     @dataclasses.dataclass(frozen=True)
     class Look:
         def __call__(self, checkpoint, target):
@@ -354,9 +353,9 @@ def test_surgeries_see_calibration_data_keys_and_the_target(base, tmp_path):
             return checkpoint
 
     checkpoint = {"kind": "checkpoint", "path": str(base[0])}
-    for seed in (0, 1):
-        spec = {"source": checkpoint, "surgeries": {f"look_{tmp_path.name}": {}}}
-        evaluated(tmp_path / str(seed), seed, **spec)
+    with registered(surgeries, "toy_look", Look):
+        for seed in (0, 1):
+            evaluated(tmp_path / str(seed), seed, source=checkpoint, surgeries={"toy_look": {}})
     (first, batches), (second, _) = seen
     assert [batch["tokens"].shape for batch in batches] == [(4, 6), (4, 6)]
     expected = TinyText({"batch_size": 4}, "train", seed=0)
