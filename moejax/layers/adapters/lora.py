@@ -37,6 +37,8 @@ class LoRAMixture(nn.Module):
     select: Any = None
     losses: tuple[Loss, ...] = ()
 
+    role = "adapters"
+
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"], ctx: Context | None = None) -> Float[Array, "*b o"]:
         """The mixture's own output, without the dense layer's."""
