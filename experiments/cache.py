@@ -3,6 +3,9 @@
 A run lives in `<runs>/trained/<key>/`, where the key hashes the resolved config without what cannot change a number
 (`COSMETIC`, blocks that the model does not use), the seed and `NUMERICS_VERSION`. `run.json` is written last: a directory
 without it is an interrupted training, which `fit` resumes.
+
+What a run starts from (`init`, a task's teacher) is part of its config, and so of its key. The run of another config that it starts
+from is a run like any other: it is trained here, once, for all that name it.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ import math
 import os
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +26,13 @@ from ml_collections import ConfigDict
 
 from experiments import environment
 from moejax.core.errors import ConfigError
+from moejax.train.settings import is_config, without_cosmetics
 
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
 NUMERICS_VERSION = 2
-COSMETIC = ("checkpoint", "train.log_every", "mesh", "exchange")
-RESULT_FIELDS = ("params", "active_params", "flops_per_step", "steps", "seconds", "first_step_seconds")
+RESULT_FIELDS = ("params", "active_params", "trainable_params", "flops_per_step", "steps", "seconds", "first_step_seconds")
+POLL = 0.5  # seconds between two looks at a lock
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,50 @@ class Cache:
         """The finished run, or None."""
         return read_run(self.path(config, seed), arm, seed, cached=True)
 
-    def train(self, config: ConfigDict, seed: int, arm: str, fit: Callable[..., Any], progress: Callable[..., None]) -> Run:
-        """Trains what is not finished yet, or goes on with it, and returns the run."""
+    def train(
+        self,
+        config: ConfigDict,
+        seed: int,
+        arm: str,
+        fit: Callable[..., Any],
+        progress: Callable[..., None],
+        label: str = "",
+        wait: Callable[[], None] | None = None,
+    ) -> Run:
+        """Trains what is not finished yet, or goes on with it, and returns the run.
+
+        Args:
+          label: of the run in progress reports; its arm and seed if left out.
+          wait: called again and again while another process trains the run; without it, that is an error.
+        """
         from moejax.parallel import hosts
 
         path = self.path(config, seed)
-        with _claimed(path) if hosts.is_first() else contextlib.nullcontext():
+        with _claimed(path, wait) if hosts.is_first() else contextlib.nullcontext():
             # Another process may have finished it while this one was busy with other arms.
-            found = hosts.share(self.has(config, seed))
-            return read_run(path, arm, seed, cached=True) if found else train_in(path, config, seed, arm, fit, progress)
+            if hosts.share(self.has(config, seed)):
+                return read_run(path, arm, seed, cached=True)
+            return train_in(path, config, seed, arm, fit, progress, self.starts(fit), label)
+
+    def starts(self, fit: Callable[..., Any]) -> Callable[..., Path]:
+        """What `fit` is given as `resolve`: trains, or finds, the runs that others start from, and gives their folders."""
+
+        def resolve(config: Mapping[str, Any], seed: int, progress: Callable[..., None], label: str) -> Path:
+            from moejax.parallel import hosts
+            from moejax.train import StartDiverged
+            from moejax.train.results import Progress
+
+            def wait() -> None:
+                progress(Progress(label, 0, int(config["train"]["steps"]), "waiting"))
+
+            config = ConfigDict(dict(config))
+            found = self.load(config, seed, label) if hosts.share(self.has(config, seed)) else None
+            run = found or self.train(config, seed, label, fit, progress, label, wait)
+            if run.diverged:
+                raise StartDiverged(label, run.diverged)
+            return self.path(config, seed)
+
+        return resolve
 
     def forget(self, config: ConfigDict, seed: int) -> None:
         """Deletes a finished run, so that it is trained again. An interrupted one stays, for the same command to go on with."""
@@ -114,18 +154,26 @@ class Cache:
 
 
 def train_in(
-    path: Path, config: ConfigDict, seed: int, arm: str, fit: Callable[..., Any], progress: Callable[..., None]
+    path: Path,
+    config: ConfigDict,
+    seed: int,
+    arm: str,
+    fit: Callable[..., Any],
+    progress: Callable[..., None],
+    starts: Callable[..., Path],
+    label: str = "",
 ) -> Run:
     """Calls `fit` in directory `path` and writes `run.json` when it has ended; of several processes, the first writes.
 
-    A training whose numbers are no longer finite has ended too: that an arm diverges is a result.
+    `starts` trains or finds the runs that this one starts from, see `Cache.starts`. A training whose numbers are no longer finite has ended too: that an arm diverges is a result.
     """
     from moejax.parallel import hosts
     from moejax.train import NonFiniteLoss
 
     diverged, metrics = "", {}
     try:
-        result = fit(config, seed=seed, workdir=str(path), progress=progress, label=f"{arm} seed {seed}")
+        label = label or run_label(arm, seed)
+        result = fit(config, seed=seed, workdir=str(path), progress=progress, label=label, resolve=starts)
     except NonFiniteLoss as error:
         diverged = str(error)
     else:
@@ -147,6 +195,11 @@ def train_in(
     return read_run(path, arm, seed, cached=False)
 
 
+def run_label(arm: str, seed: int) -> str:
+    """What a run is called where it reports."""
+    return f"{arm} seed {seed}"
+
+
 def read_run(path: Path, arm: str, seed: int, cached: bool) -> Run | None:
     """The finished run in `path`, or None if it has not finished."""
     if not (path / "run.json").exists():
@@ -164,14 +217,35 @@ def key(config: ConfigDict, seed: int) -> str:
 
 
 def essence(config: ConfigDict) -> dict[str, Any]:
-    """The config as plain values, without what is cosmetic and without blocks that nothing in the model names."""
-    plain = config.copy_and_resolve_references().to_dict()
-    for dotted in COSMETIC:
-        *path, name = dotted.split(".")
-        node = plain
-        for part in path:
-            node = node.get(part, {})
-        node.pop(name, None)
+    """The config as plain values, without what is cosmetic and without blocks that nothing in the model names.
+
+    Configs inside it, of runs that it starts from, likewise. A checkpoint that it starts from counts by what is in it.
+    """
+    return _essence(without_cosmetics(config.copy_and_resolve_references().to_dict()))
+
+
+def _essence(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    plain = _used_blocks(value) if is_config(value) else dict(value)
+    if plain.get("kind") == "checkpoint" and "path" in plain:
+        plain["contents"] = _contents(plain)
+    return {name: _essence(part) for name, part in plain.items()}
+
+
+def _contents(spec: Mapping[str, Any]) -> str:
+    """A hash of the checkpoint that a source names; empty if there is none, which is an error when it is read."""
+    from moejax.surgery.sources.checkpoint import CheckpointSource
+    from moejax.train.readers import contents
+
+    with contextlib.suppress(FileNotFoundError):
+        return contents(*CheckpointSource(spec["path"], spec.get("step")).place)
+    return ""
+
+
+def _used_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without blocks that nothing in its model names."""
+    plain = dict(config)
     model = plain.get("model", {})
     blocks = model.get("blocks", {})
     rest = {k: v for k, v in model.items() if k != "blocks"}
@@ -214,14 +288,21 @@ def _strings(value: Any) -> set[str]:
 
 
 @contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    """Refuses to train where another process of this machine is training; the claim ends with the process."""
+def _claimed(path: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Refuses to train where another process of this machine is training, or waits for it; the claim ends with the process."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is training in {path}; wait for it, or choose another --runs=DIR") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if wait is None:
+                    raise ConfigError(
+                        f"another process is training in {path}; wait for it, or choose another --runs=DIR"
+                    ) from None
+            wait()
+            time.sleep(POLL)
         yield

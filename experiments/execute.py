@@ -88,7 +88,8 @@ def execute_config(
         return _train_all(todo, configs, cache, fit, fresh, console)[name]
 
     def train(arm: str, seed: int, line: Line) -> Run:
-        return train_in(workdir / f"seed{seed}" if seeds > 1 else workdir, config, seed, arm, fit, line)
+        folder = workdir / f"seed{seed}" if seeds > 1 else workdir
+        return train_in(folder, config, seed, arm, fit, line, cache.starts(fit))
 
     return _with_board(todo, configs, train, console)[name]
 
@@ -155,13 +156,12 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
     adapters sit around."""
     import jax
 
-    from moejax import models
     from moejax.aot.ahead import program_of
     from moejax.train import fit
 
     for arm, config in configs.items():
         try:
-            models.network(config)
+            _check(config.to_dict())
             if config.get("adapters"):
                 show(console, tables.adapted(arm, program_of(config).adapted_layers))
         except ConfigError as error:
@@ -172,6 +172,34 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
         # Compiling is most of a small run's time, and the same programs come again: further presets, --fresh, resumption.
         jax.config.update("jax_compilation_cache_dir", str(cache.root.absolute() / "compiled"))
     return fit
+
+
+def _check(config: Mapping[str, Any], where: str = "") -> None:
+    """Builds what can be built of a config, and of those of the runs that it starts from, without data."""
+    from moejax import models
+    from moejax.train.settings import is_config
+    from moejax.train.starts import parse_init
+    from moejax.train.trainable import parse_rule
+
+    place = f" (the config at {where})" if where else ""
+    try:
+        models.network(config)
+        parse_init(config.get("init"))
+        for name, rule in (config.get("trainable") or {}).items():
+            if rule is not None:
+                parse_rule(name, rule)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{place}") from None
+
+    def look(value: Any, where: str) -> None:
+        if is_config(value):
+            _check(value, where)
+        elif isinstance(value, Mapping):
+            for name, part in value.items():
+                look(part, f"{where}.{name}")
+
+    for name in ("init", "task"):
+        look(config.get(name), f"{where}.{name}".strip("."))
 
 
 def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:

@@ -1,19 +1,25 @@
 """Dotted overrides of a config: applied from studies, parsed from the command line, and refused with the nearest name.
 
-A key must exist in the config, so that a typing error cannot start a training. The exception is a model's blocks, whose
-fields are optional (`model.blocks.moe.ffn.router.jitter`): there the last part of a key may be new, and building the model
-checks it against the fields of the class.
+A key must exist in the config, so that a typing error cannot start a training. There are two exceptions. The fields of a model's
+blocks are optional (`model.blocks.moe.ffn.router.jitter`): there the last part of a key may be new, and building the model checks
+it against the fields of the class. What a run starts from, its adapters and what learns are named freely
+(`init.source.path`, `adapters.main.rank`, `trainable.norms.rate`): there every part but the section may be new, and is checked when the sections are read.
 """
 
 import ast
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.train.settings import is_config
 
 FREE = ("model", "blocks")
+OPEN = ("init", "adapters", "trainable")
+# What a run starts from, its adapters and what learns: every config has these. From nothing, none, and everything.
+BEGIN = {"init": {"source": {"kind": "fresh"}, "others": {}, "surgeries": {}, "order": ()}, "adapters": {}, "trainable": {}}
 # Where a run computes: every config has these, named or not, and they do not change what it is. No mesh is one device.
 PLACE = {"mesh": "", "exchange": {"kind": "auto", "chunks": 1, "bound": None, "hosts": None}}
 
@@ -29,14 +35,16 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
     """
     for key, value in overrides.items():
         parent, name = _locate(config, key, where)
-        if name not in parent and len(key.split(".")) == len(FREE) + 1 and not isinstance(value, Mapping | ConfigDict):
+        path, is_open = tuple(key.split(".")), _is_open(config, key)
+        adds_block = path[:-1] == FREE and name not in parent
+        if adds_block and not isinstance(value, Mapping | ConfigDict):
             raise ConfigError(
                 f"{key}={value!r} in {where} adds a block, which must be a mapping such as {{'kind': 'transformer'}}"
             )
         if isinstance(value, Mapping):
             value = ConfigDict(dict(value))
         try:
-            with config.unlocked():
+            with config.unlocked(), config.ignore_type() if is_open else contextlib.nullcontext():
                 parent[name] = value
         except (TypeError, ValueError):
             old = parent[name]
@@ -48,13 +56,16 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
 def parse(config: ConfigDict, key: str, text: str, where: str) -> Any:
     """The value that `text` gives to dotted `key`, in the type that the config holds there.
 
-    Numbers, `true`/`false`, strings; tuples as `a,b` or `('a', 'b')`; a sub-dict as a Python literal.
+    Numbers, `true`/`false`, strings; tuples as `a,b` or `('a', 'b')`; a sub-dict as a Python literal. In `OPEN` sections a single
+    value may have another type than before (a seed is a number or 'own').
 
     Raises:
       ConfigError: the key is unknown or the text is not of its type.
     """
-    parent, name = _locate(config, key, where)
+    parent, name = _locate(config, key, where, make=False)
     old = parent.get(name)
+    if _is_open(config, key) and not isinstance(old, ConfigDict | tuple | list | float):
+        old = None
     try:
         return _convert(text, old)
     except (ValueError, SyntaxError):
@@ -62,39 +73,58 @@ def parse(config: ConfigDict, key: str, text: str, where: str) -> Any:
 
 
 def copy(config: ConfigDict) -> ConfigDict:
-    """The config with every sub-dict its own (one that stands in two places would change in both), and with `PLACE`."""
+    """The config with every sub-dict its own (one that stands in two places would change in both), and with `BEGIN` and `PLACE`."""
 
-    def plain(node: ConfigDict) -> dict[str, Any]:
-        return {name: plain(value) if isinstance(value, ConfigDict) else value for name, value in node.items()}
+    def plain(node: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+        return {name: plain(value) if isinstance(value, Mapping | ConfigDict) else value for name, value in node.items()}
 
-    return ConfigDict({**PLACE, **plain(config), "exchange": {**PLACE["exchange"], **plain(config.get("exchange") or {})}})
+    made = plain({**BEGIN, **PLACE, **config})
+    for name, default in (("init", BEGIN["init"]), ("exchange", PLACE["exchange"])):
+        made[name] = {**plain(default), **(made[name] or {})}
+    return ConfigDict(made)
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of every leaf."""
+    """Dotted key -> value of every leaf; the config of a run that this one starts from is one leaf, in words."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, ConfigDict | Mapping) and len(value):
+        if is_config(value):
+            flat[f"{prefix}{name}"] = f"a run of {value['train']['steps']} steps"
+        elif isinstance(value, ConfigDict | Mapping) and len(value):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[f"{prefix}{name}"] = {} if isinstance(value, ConfigDict) else value
     return flat
 
 
-def _locate(config: ConfigDict, key: str, where: str) -> tuple[ConfigDict, str]:
-    """The sub-dict that holds dotted `key`, and the key's last part."""
+def _is_open(config: ConfigDict, key: str) -> bool:
+    """Whether the key lies in a section whose names are free."""
+    section, *rest = key.split(".")
+    return section in OPEN and section in config and bool(rest)
+
+
+def _locate(config: ConfigDict, key: str, where: str, make: bool = True) -> tuple[ConfigDict, str]:
+    """The sub-dict that holds dotted `key`, and the key's last part. What an open section lacks on the way is made."""
     *path, name = key.split(".")
-    node, seen = config, []
+    node, seen, is_open = config, [], _is_open(config, key)
     for part in [*path, None]:
         if not isinstance(node, ConfigDict):
             raise ConfigError(f"'{key}' in {where} goes below '{'.'.join(seen)}', which is {_short(node)} and has no keys")
         if part is None:
             break
+        if is_open and node.get(part) is None:
+            missing = ConfigDict()
+            if make:
+                with node.unlocked(), node.ignore_type():
+                    node[part] = missing
+            node = missing if not make else node[part]
+            seen.append(part)
+            continue
         if part not in node:
             raise ConfigError(f"unknown key '{part}' in {_place(seen)} ('{key}' in {where}){nearest(part, node.keys())}")
         node = node[part]
         seen.append(part)
-    if name not in node and tuple(path[: len(FREE)]) != FREE:
+    if name not in node and tuple(path[: len(FREE)]) != FREE and not is_open:
         raise ConfigError(f"unknown key '{name}' in {_place(seen)} ('{key}' in {where}){nearest(name, node.keys())}")
     return node, name
 

@@ -29,7 +29,7 @@ RECORD = REPOSITORY / "experiments" / "ledger" / "pods"
 SLICES = ("v5e:16x16", "v5p:4x4x8")  # of the record: 256 and 128 chips
 
 PLAIN_EVERY = 20.0  # seconds between two lines where there is no terminal to animate
-PARTS = ("parameters", "optimizer", "inputs", "temporaries", "results", "code")
+PARTS = ("parameters", "frozen", "optimizer", "inputs", "temporaries", "results", "code")
 GB = 1e9
 
 
@@ -74,6 +74,7 @@ def tables(report: "Report") -> tuple[Table, Table, Table]:
     of = "of the limit" if memory.limit else "of all"
     work = [
         ("parameters, active", f"{quantity(report.params)}, {quantity(report.active_params)}"),
+        ("parameters that learn", quantity(report.trainable_params)),
         ("tokens or images a step", f"{quantity(report.tokens)}, {quantity(report.tokens / report.devices)} a device"),
         ("FLOPs of a device", f"{costs.flops:.3g}"),
         ("bytes of memory traffic", f"{costs.bytes:.3g}"),
@@ -132,7 +133,8 @@ def picture(reports: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes = figure.subplots()
         rows, left = range(len(reports)), [0.0] * len(reports)
         for part, colour in zip(PARTS, COLOURS, strict=False):
-            sizes = [memory[part] / GB for memory in memories]
+            # Records of before had no parameters that do not learn.
+            sizes = [memory.get(part, 0) / GB for memory in memories]
             axes.barh(rows, sizes, left=left, color=colour, label=part, height=0.55)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
         for row, memory in enumerate(memories):

@@ -8,6 +8,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from experiments.cache import run_label
 from experiments.tables import duration
 
 PLAIN_EVERY = 10.0  # seconds between two plain lines of a run
@@ -34,28 +35,31 @@ class Board:
     def line(self, arm: str, seed: int, steps: int) -> "Line":
         """Adds the line of one run."""
         name = f"{arm:<{self.width}}  seed {seed}"
-        return Line(name, steps, self.console, self._live)
+        return Line(name, run_label(arm, seed), steps, self.console, self._live)
 
 
 class Line:
-    """One run's line. Called with the trainer's progress; `finish` ends it."""
+    """One run's line. Called with the trainer's progress, also of runs that it starts from; `finish` ends it."""
 
-    def __init__(self, name: str, steps: int, console: Console, live: Progress | None):
-        self.name, self.steps, self.console, self.live = name, steps, console, live
+    def __init__(self, name: str, label: str, steps: int, console: Console, live: Progress | None):
+        self.name, self.label, self.steps, self.console, self.live = name, label, steps, console, live
         self._last = -PLAIN_EVERY
-        self._phase = ""
+        self._phase = ("", "")
         # One more than the steps: the final evaluation. Until it is done the line has no tick.
         self._task = live.add_task(name, total=steps + 1, count=f"0/{steps}", facts="waiting", start=False) if live else None
 
     def __call__(self, progress: Any) -> None:
-        facts = _facts(progress)
+        facts, own = _facts(progress), progress.label == self.label
+        count, phase = f"{progress.step}/{progress.steps}", (progress.label, progress.phase)
+        # The place of what is trained first: 'init.source' of 'init.source of dense seed 0'.
+        first = "" if own else f"first {progress.label.removesuffix(f' of {self.label}')}: "
         if self.live:
             self.live.start_task(self._task)
-            count = f"{progress.step}/{progress.steps}"
-            self.live.update(self._task, completed=progress.step, count=count, facts=facts)
-        elif progress.phase != self._phase or time.monotonic() - self._last > PLAIN_EVERY:
-            self._last, self._phase = time.monotonic(), progress.phase
-            self._print(f"step {progress.step}/{progress.steps}  {facts}")
+            done, count, facts = (progress.step, count, facts) if own else (0, f"0/{self.steps}", f"{first}{count}  {facts}")
+            self.live.update(self._task, completed=done, count=count, facts=facts)
+        elif phase != self._phase or time.monotonic() - self._last > PLAIN_EVERY:
+            self._last, self._phase = time.monotonic(), phase
+            self._print(f"{first}step {count}  {facts}")
 
     def finish(self, facts: str) -> None:
         """The run is there; `facts` says how it ended."""

@@ -95,7 +95,7 @@ def results(outcome: Outcome) -> dict[str, Any]:
 
 def entry(outcome: Outcome) -> dict[str, Any]:
     """The ledger entry: verdicts, and per arm the mean, standard deviation and values of the metrics that matter."""
-    names = dict.fromkeys((*outcome.metrics, "stats/drop_rate", *RESULT_FIELDS[:4]))
+    names = dict.fromkeys((*outcome.metrics, "stats/drop_rate", *RESULT_FIELDS[:5]))
     arms: dict[str, dict[str, Any]] = {}
     for arm, seeds in outcome.runs.items():
         arms[arm] = {}

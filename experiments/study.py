@@ -8,6 +8,14 @@
     )
 
 Everything is checked on construction, so that `--list --study=NAME` finds a mistake in a second and not after an hour.
+
+An arm starts from the run of another one, of this study or of another, or from one of the study's `starts`, which are trained for
+others only:
+
+    starts=(Arm('pretrained', {'model.pattern': ('dense', 'dense')}),),
+    arms=(Arm('tuned', {'init.source': {'kind': 'run', 'arm': 'pretrained'}, 'trainable': {'norms': {}}}), ...),
+
+The named arm is resolved at the same preset, with the same overrides of the command line but those of `init`, `adapters` and `trainable`.
 """
 
 import importlib.util
@@ -185,6 +193,7 @@ class Study:
       slug: the file's name and the catalogue's row.
       base: the config that arms change.
       implements: dotted names of what implements the paper's method (`moejax.<Class>`), for the catalogue; a literal.
+      starts: configurations that are trained for arms to start from, and not compared.
       ablations: the paper's ablations, each a named group of further arms (`--ablation=NAME`). Claims may name them.
       metrics: columns of the result table, besides those that the claims name.
       notes: doubts and departures from the paper, shown in the report.
@@ -201,6 +210,7 @@ class Study:
     claims: tuple[Claim, ...]
     presets: Mapping[str, Preset]
     ablations: Mapping[str, tuple[Arm, ...]] = field(default_factory=dict)
+    starts: tuple[Arm, ...] = ()
     metrics: tuple[str, ...] = ()
     notes: str = ""
     implements: tuple[str, ...] = ()
@@ -243,17 +253,64 @@ class Study:
             raise ConfigError(f"unknown arm '{name}' of study '{self.slug}'{nearest(name, self.every_arm)}")
         return self.every_arm[name]
 
+    def start(self, name: str) -> Arm:
+        """What an arm may start from: a start or an arm, by name."""
+        every = {**self.every_arm, **{start.name: start for start in self.starts}}
+        if name not in every:
+            raise ConfigError(f"unknown arm '{name}' of study '{self.slug}'{nearest(name, every)}")
+        return every[name]
+
 
 def resolve(study: Study, preset: str, arm: str, extra: Mapping[str, Any] | None = None) -> ConfigDict:
-    """The config that an arm trains: base, then the preset's overrides, the arm's, the preset's for this arm, `extra`."""
-    scale, chosen = study.preset(preset), study.arm(arm)
+    """The config that an arm (or a start) trains: base, then the preset's overrides, the arm's, the preset's for it, `extra`.
+
+    Where it starts from another arm, it holds the config of that one.
+    """
+    return _resolved(study, preset, arm, extra or {}, ())
+
+
+def unresolved(study: Study, preset: str, arm: str) -> ConfigDict:
+    """As `resolve`, with the names of the arms that it starts from in the place of their configs."""
+    scale, chosen = study.preset(preset), study.start(arm)
     config = overrides.copy(study.base)
-    where = f"arm '{arm}' of study '{study.slug}'"
+    where = _where(study, arm)
     overrides.apply(config, scale.overrides, f"preset '{preset}' of study '{study.slug}'")
     overrides.apply(config, chosen.overrides, where)
     overrides.apply(config, scale.arms.get(arm, {}), f"preset '{preset}', {where}")
-    overrides.apply(config, extra or {}, f"the command line for {where}")
+    return config
+
+
+def _resolved(study: Study, preset: str, arm: str, extra: Mapping[str, Any], on_the_way: tuple[str, ...]) -> ConfigDict:
+    config, where = unresolved(study, preset, arm), _where(study, arm)
+    if where in on_the_way:
+        raise ConfigError(f"{where} starts from itself: {' from '.join((*on_the_way, where))}")
+    # What the command line says of starts, adapters and learning is about the arms that it runs.
+    passed = {key: value for key, value in extra.items() if key.split(".")[0] not in overrides.OPEN}
+
+    def filled(value: Any, place: str) -> Any:
+        if not isinstance(value, Mapping | ConfigDict):
+            return value
+        spec = {name: filled(part, f"{place}.{name}") for name, part in value.items()}
+        if spec.get("kind") != "run" or "arm" not in spec:
+            return spec
+        if "config" in spec:
+            raise ConfigError(f"{place} in {where} has an arm and a config; give one of them")
+        other = load(spec["study"]) if spec.get("study", study.slug) != study.slug else study
+        try:
+            start = _resolved(other, preset, spec["arm"], passed, (*on_the_way, where))
+        except ConfigError as error:
+            raise ConfigError(f"{error} ({place} in {where})") from None
+        return {**{k: v for k, v in spec.items() if k not in ("arm", "study")}, "config": start.to_dict()}
+
+    for section in ("init", "task"):
+        with config.ignore_type():
+            config[section] = ConfigDict(filled(config[section], section)) if section in config else None
+    overrides.apply(config, extra, f"the command line for {where}")
     return config.lock()
+
+
+def _where(study: Study, arm: str) -> str:
+    return f"arm '{arm}' of study '{study.slug}'"
 
 
 def study_files() -> dict[str, Path]:
@@ -286,7 +343,7 @@ def load(slug: str) -> Study:
 
 
 def _check_arms(study: Study, where: str) -> None:
-    names = [arm.name for group in (study.arms, *study.ablations.values()) for arm in group]
+    names = [arm.name for group in (study.arms, *study.ablations.values(), study.starts) for arm in group]
     if not study.arms:
         raise ConfigError(f"{where} has no arms; declare at least one Arm")
     for name in (*names, *study.ablations):
@@ -320,6 +377,6 @@ def _check_presets(study: Study, where: str) -> None:
                 f"seeds={preset.seeds} in preset '{name}' of {where}; at least {CPU_SEEDS if name == 'cpu' else 1}"
             )
         for arm in preset.arms:
-            study.arm(arm)
-        for arm in study.every_arm:
+            study.start(arm)
+        for arm in (*study.every_arm, *(start.name for start in study.starts)):
             resolve(study, name, arm)

@@ -1,14 +1,16 @@
 """The tables of a study's outcome, as rows of text that the terminal and the HTML report both show."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from experiments.cache import Run
 from experiments.catalog import Row
 from experiments.record import ALWAYS, Outcome
-from experiments.study import Claim, Study, resolve
+from experiments.study import Arm, Claim, Study, resolve, unresolved
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, WORDS, summary
 
 COLOURS = {REPRODUCED: "green", NOT_REPRODUCED: "red", INCONCLUSIVE: "yellow", OUT_OF_REACH: "dim"}
@@ -95,20 +97,57 @@ def methods(rows: Sequence[Row], entries: Sequence[Mapping[str, Any]]) -> Table:
     return Table("", ("method", "title", "family", "year", "verdicts", "status"), tuple(cells), styles)
 
 
-def describe(study: Study) -> tuple[Table, Table, Table]:
-    """A study's arms, claims and presets."""
+def describe(study: Study) -> tuple[Table, ...]:
+    """A study's arms, what they start from, claims and presets."""
     groups = [("", study.arms), *study.ablations.items()]
     arms = tuple(
         (arm.name, group, arm.note, ", ".join(arm.overrides) or "the base") for group, found in groups for arm in found
+    )
+    begins = tuple(
+        row for group in (study.starts, *(found for _, found in groups)) for arm in group for row in _begins(study, arm)
     )
     claims = tuple((_starred(c), f"{c.quantity} {c.bounds}", c.needs) for c in study.claims)
     first = study.arms[0].name
     presets = tuple((name, str(p.seeds), str(resolve(study, name, first).train.steps)) for name, p in study.presets.items())
     return (
         Table("Arms", ("arm", "ablation", "note", "changes"), arms),
+        *((Table("Starts", ("arm", "starts from", "then", "learns"), begins),) if begins else ()),
         Table("Claims", ("claim (★ headline)", "statement", "needs"), claims),
         Table("Presets", ("preset", "seeds", f"steps of {first}"), presets),
     )
+
+
+def _begins(study: Study, arm: Arm) -> Iterator[tuple[str, str, str, str]]:
+    """What an arm starts from and what of it learns; no row for one that starts from nothing and learns all."""
+    config = unresolved(study, next(iter(study.presets)), arm.name)
+    init, rules = config.init, {name: rule for name, rule in config.trainable.items() if rule is not None}
+    sources = {"": init.source, **{f"{name}: ": source for name, source in init.others.items() if source is not None}}
+    sources |= {
+        f"task.{name}: ": value for name, value in config.task.items() if isinstance(value, ConfigDict) and "kind" in value
+    }
+    adapters = tuple(f"{name} ({spec.kind})" for name, spec in config.adapters.items() if spec is not None)
+    if arm in study.starts or rules or len(sources) > 1 or init.surgeries or adapters or init.source.kind != "fresh":
+        steps = (*(tuple(init.order) or tuple(init.surgeries)), *adapters)
+        told = "; ".join(f"{name}{_source(spec)}" for name, spec in sources.items())
+        yield arm.name, told, ", ".join(steps) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
+
+
+def _source(spec: ConfigDict) -> str:
+    """`arm dense (own seed)`, `checkpoint runs/x`, `nothing`."""
+    seed = {"own": "own seed"}.get(spec.get("seed", "own"), f"seed {spec.get('seed')}")
+    if "arm" in spec:
+        return f"arm {spec.arm}" + (f" of {spec.study}" if "study" in spec else "") + f" ({seed})"
+    if "config" in spec:
+        return f"a run of {spec.config.train.steps} steps ({seed})"
+    return "nothing" if spec.kind == "fresh" else f"{spec.kind} {spec.get('path', '')}".strip()
+
+
+def _rule(name: str, rule: ConfigDict) -> str:
+    """`norms x 0.1 from 100 to 200`."""
+    rate = f" x {rule.rate:g}" if rule.get("rate", 1) != 1 else ""
+    since = f" from {rule.since}" if rule.get("since") else ""
+    until = f" to {rule.until}" if rule.get("until") is not None else ""
+    return f"{name}{rate}{since}{until}"
 
 
 def count_verdicts(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -1,8 +1,9 @@
 """A tiny routed model and a tiny text iterator that follow the contracts, and a command that trains with them.
 
-`python tests/train/harness.py WORKDIR '{"train.steps": 40}' ...` is what the tests kill, interrupt and start again.
+`python tests/training_harness.py WORKDIR '{"train.steps": 40}' ...` is what the tests kill, interrupt and start again.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -185,7 +186,19 @@ def tiny_config(**changes: Any) -> ConfigDict:
     return config
 
 
-def run_tiny(workdir: Any, seed: int = 0, model: Any = None, make_iterator: Any = TinyText, progress=None, **changes: Any):
+@contextlib.contextmanager
+def registered(registry: Any, kind: str, cls: type, slots: Any = None):
+    """A class of a test is a kind of a registry inside the `with` block, and no longer."""
+    registry.register(kind, slots)(cls)
+    try:
+        yield cls
+    finally:
+        del registry._classes[kind], registry._slots[kind]
+
+
+def run_tiny(
+    workdir: Any, seed: int = 0, model: Any = None, make_iterator: Any = TinyText, progress=None, resolve=None, **changes: Any
+):
     """`fit` on the tiny model."""
     return fit(
         tiny_config(**changes),
@@ -196,6 +209,7 @@ def run_tiny(workdir: Any, seed: int = 0, model: Any = None, make_iterator: Any 
         model=TinyLM() if model is None else model,
         make_iterator=make_iterator,
         info=Info(),
+        resolve=resolve,
     )
 
 

@@ -29,8 +29,9 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-      parameters: as the mesh splits them.
-      optimizer: likewise.
+      parameters: those that learn, as the mesh splits them.
+      frozen: those that do not, likewise: the model's, and the models that the task runs beside it.
+      optimizer: likewise; of what learns only.
       inputs: what else the program is given: the batch, router state, counters, and padding of all arguments.
       temporaries: what it makes and drops, at the peak: activations, gathered parameters, gradients.
       results: what it returns that does not take the place of an argument.
@@ -39,6 +40,7 @@ class Memory:
     """
 
     parameters: int
+    frozen: int
     optimizer: int
     inputs: int
     temporaries: int
@@ -49,7 +51,7 @@ class Memory:
     @property
     def arguments(self) -> int:
         """All that the program is given."""
-        return self.parameters + self.optimizer + self.inputs
+        return self.parameters + self.frozen + self.optimizer + self.inputs
 
     @property
     def total(self) -> int:
@@ -91,6 +93,7 @@ class Report:
       tokens: of one batch, over all devices; examples for tasks that count those.
       params: parameters of the model.
       active_params: those that one token uses.
+      trainable_params: those that learn.
       memory: of one device.
       costs: what the compiled program does on one device.
       exchanges: by kind and axes, largest first.
@@ -105,6 +108,7 @@ class Report:
     tokens: int
     params: int
     active_params: int
+    trainable_params: int
     memory: Memory
     costs: Costs
     exchanges: tuple[Exchanged, ...]
@@ -161,6 +165,7 @@ def make_report(
         tokens=program.task.size(program.batch),
         params=program.params,
         active_params=program.active_params,
+        trainable_params=program.trainable_params,
         memory=memory,
         costs=costs(module, found, where.chip),
         exchanges=summarise(found),
@@ -170,13 +175,16 @@ def make_report(
 
 
 def held_bytes(program: Program) -> dict[str, int]:
-    """Bytes of `parameters`, `optimizer` and `inputs` on each device, as the mesh splits them."""
+    """Bytes of `parameters` that learn, what is `frozen`, `optimizer` and `inputs` on each device, as the mesh splits them."""
     state = program.state
-    rest = (state.step, state.collections, state.key, state.first_bad_step, program.batch)
-    return {
-        name: sum(map(_shard_bytes, jax.tree.leaves(tree)))
-        for name, tree in (("parameters", state.params), ("optimizer", state.opt_state), ("inputs", rest))
+    learned, kept = program.learning.split(state.params)
+    held = {
+        "parameters": learned,
+        "frozen": (kept, state.frozen),
+        "optimizer": state.opt_state,
+        "inputs": (state.step, state.collections, state.key, state.first_bad_step, program.batch),
     }
+    return {name: sum(map(_shard_bytes, jax.tree.leaves(tree))) for name, tree in held.items()}
 
 
 def summarise(found: Sequence[Collective]) -> tuple[Exchanged, ...]:
@@ -223,15 +231,16 @@ def advice(kept: int, limit: int, sizes: Mapping[str, int], rows: int, accumulat
 
 def _advice(program: Program, held: Mapping[str, int], where: Topology) -> str:
     rows = next(iter(program.batch.values())).shape[0]
-    kept, sizes = held["parameters"] + held["optimizer"], dict(program.parallel.mesh.shape)
+    kept, sizes = held["parameters"] + held["frozen"] + held["optimizer"], dict(program.parallel.mesh.shape)
     return advice(kept, where.chip.hbm, sizes, rows, program.accumulation, getattr(program.model, "remat", None))
 
 
 def _memory(compiled: jax.stages.Compiled, held: Mapping[str, int], where: Topology) -> Memory:
     found = compiled.memory_analysis()
-    kept = held["parameters"] + held["optimizer"]
+    kept = held["parameters"] + held["frozen"] + held["optimizer"]
     return Memory(
         parameters=held["parameters"],
+        frozen=held["frozen"],
         optimizer=held["optimizer"],
         inputs=max(0, found.argument_size_in_bytes - kept),
         temporaries=found.temp_size_in_bytes,

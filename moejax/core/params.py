@@ -5,9 +5,10 @@ traced (`logical_axes`), so that parameter trees stay plain arrays with no boxes
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -16,12 +17,25 @@ from jaxtyping import Array
 
 AXES = frozenset({"batch", "seq", "embed", "mlp", "heads", "kv", "expert", "layers", "vocab", "rank"})
 
+Path: TypeAlias = tuple[str, ...]
+Names: TypeAlias = tuple[str | None, ...]
 Initializer = Callable[..., Array]
-_recorder: ContextVar[dict[tuple[str, ...], tuple[str | None, ...]] | None] = ContextVar("axes_recorder", default=None)
-_placing: ContextVar[Callable[[Array, tuple[str | None, ...]], Array] | None] = ContextVar("placing", default=None)
-_changing: ContextVar[Callable[[nn.Module, str, Array, tuple[str | None, ...]], Array] | None] = ContextVar(
-    "changing", default=None
-)
+# Of a module, the name of a parameter, its value, axes and role: the value to use.
+Change: TypeAlias = Callable[[nn.Module, str, Array, Names, str | tuple[str, ...]], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What a parameter's declaration says: its axes, also where a mesh may not split them, and its roles (`moejax.core.roles`)."""
+
+    axes: Names
+    roles: tuple[str, ...] = ()
+
+
+_recorder: ContextVar[dict[Path, Names] | None] = ContextVar("axes_recorder", default=None)
+_declared: ContextVar[dict[Path, Declared] | None] = ContextVar("declared", default=None)
+_changing: ContextVar[Change | None] = ContextVar("changing", default=None)
+_placing: ContextVar[Callable[[Array, Names], Array] | None] = ContextVar("placing", default=None)
 _whole: ContextVar[frozenset[str]] = ContextVar("whole_axes", default=frozenset())
 
 
@@ -30,25 +44,27 @@ def param(
     name: str,
     init: Initializer,
     shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    axes: Names,
     dtype: Any = jnp.float32,
+    role: str | tuple[str, ...] = (),
 ) -> Array:
     """Declares parameter `name` of `module` with one logical axis name (or None) per dimension.
 
-    It comes as it is used (`for_use`), but for stacks of experts, which dispatch gathers itself when it runs them.
+    `role` says what it belongs to where the modules around it do not, see `moejax.core.roles`. It comes as it is used
+    (`for_use`), but for stacks of experts, which dispatch gathers itself when it runs them.
     """
-    axes = tuple(None if axis in _whole.get() else axis for axis in axes)
-    _record(module, name, shape, axes)
+    split = _record(module, name, shape, axes, role)
     value = module.param(name, init, shape, dtype)
-    value = value if "expert" in axes else for_use(value, axes)
+    value = value if "expert" in split else for_use(value, split)
     change = _changing.get()
-    return value if change is None else change(module, name, value, axes)
+    return value if change is None else change(module, name, value, axes, role)
 
 
 class Dense(nn.Dense):
-    """`nn.Dense` whose kernel `[in, out]` carries logical axis names."""
+    """`nn.Dense` whose kernel `[in, out]` carries logical axis names; `role` as for `param`."""
 
     axes: tuple[str | None, str | None] = (None, None)
+    role: str | tuple[str, ...] = ()
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.param`; a kernel or bias comes as it is used."""
@@ -56,20 +72,20 @@ class Dense(nn.Dense):
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        _record(self, "kernel", (inputs.shape[-1], self.features), self.axes)
+        _record(self, "kernel", (inputs.shape[-1], self.features), self.axes, self.role)
         if self.use_bias:
-            _record(self, "bias", (self.features,), self.axes[1:])
+            _record(self, "bias", (self.features,), self.axes[1:], self.role)
         return super().__call__(inputs)
 
 
-def for_use(value: Array, axes: tuple[str | None, ...]) -> Array:
+def for_use(value: Array, axes: Names) -> Array:
     """A parameter as it is used: what `placing` was given makes of it; as it is on a single device."""
     place = _placing.get()
     return value if place is None else place(value, axes)
 
 
 @contextlib.contextmanager
-def placing(place: Callable[[Array, tuple[str | None, ...]], Array]) -> Iterator[None]:
+def placing(place: Callable[[Array, Names], Array]) -> Iterator[None]:
     """Parameters that are declared inside the `with` block come as `place(value, axes)`: gathered from the devices that store them."""
     token = _placing.set(place)
     try:
@@ -79,8 +95,8 @@ def placing(place: Callable[[Array, tuple[str | None, ...]], Array]) -> Iterator
 
 
 @contextlib.contextmanager
-def changing(change: Callable[[nn.Module, str, Array, tuple[str | None, ...]], Array]) -> Iterator[None]:
-    """Parameters that `param` declares inside the `with` block come as `change(module, name, value, axes)`: with an adapter, say."""
+def changing(change: Change) -> Iterator[None]:
+    """Parameters that `param` declares inside the `with` block come as `change(module, name, value, axes, role)`: with an adapter, say."""
     token = _changing.set(change)
     try:
         yield
@@ -88,7 +104,7 @@ def changing(change: Callable[[nn.Module, str, Array, tuple[str | None, ...]], A
         _changing.reset(token)
 
 
-def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[Path, Names]:
     """Parameter path -> logical axis names, found by tracing `model.init(key, *args, **kwargs)` without computing it.
 
     A parameter of a scanned layer has one more dimension than its names: its leading axis is `layers`.
@@ -99,14 +115,25 @@ def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[tuple[str,
 
 
 @contextlib.contextmanager
-def record_axes() -> Iterator[dict[tuple[str, ...], tuple[str | None, ...]]]:
-    """Collects the axis names of the parameters that are declared inside the `with` block."""
-    axes: dict[tuple[str, ...], tuple[str | None, ...]] = {}
+def record_axes() -> Iterator[dict[Path, Names]]:
+    """Collects the axis names, by which a mesh splits them, of the parameters that are declared inside the `with` block."""
+    axes: dict[Path, Names] = {}
     token = _recorder.set(axes)
     try:
         yield axes
     finally:
         _recorder.reset(token)
+
+
+@contextlib.contextmanager
+def record_declared() -> Iterator[dict[Path, Declared]]:
+    """Collects all that is said of the parameters that are declared inside the `with` block."""
+    declared: dict[Path, Declared] = {}
+    token = _declared.set(declared)
+    try:
+        yield declared
+    finally:
+        _declared.reset(token)
 
 
 @contextlib.contextmanager
@@ -120,6 +147,11 @@ def whole(axis: str) -> Iterator[None]:
         yield
     finally:
         _whole.reset(token)
+
+
+def splittable(axes: Names) -> Names:
+    """The axes of a parameter that is declared here by which a mesh may split it, see `whole`."""
+    return tuple(None if axis in _whole.get() else axis for axis in axes)
 
 
 def per_expert(init: Initializer) -> Initializer:
@@ -138,12 +170,16 @@ def per_expert(init: Initializer) -> Initializer:
     return stacked
 
 
-def _record(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
-    recorder = _recorder.get()
-    if recorder is None:
-        return
-    if len(axes) != len(shape) or not {a for a in axes if a} <= AXES:
+def _record(module: nn.Module, name: str, shape: tuple[int, ...], axes: Names, role: str | tuple[str, ...] = ()) -> Names:
+    """Notes a declaration, for whoever listens; the axes by which a mesh may split the parameter."""
+    split = splittable(axes)
+    recorder, declared = _recorder.get(), _declared.get()
+    if (recorder is not None or declared is not None) and (len(axes) != len(shape) or not {a for a in axes if a} <= AXES):
         raise ValueError(
             f"axes {axes} of {'/'.join((*module.path, name))} do not fit shape {shape}; valid names: {sorted(AXES)}"
         )
-    recorder[(*module.path, name)] = axes
+    if recorder is not None:
+        recorder[(*module.path, name)] = split
+    if declared is not None:
+        declared[(*module.path, name)] = Declared(tuple(axes), (role,) if isinstance(role, str) else tuple(role))
+    return split

@@ -37,10 +37,11 @@ class Registry:
     Args:
       slot: what its classes are, for errors.
       *homes: packages (with all that lies in them) and modules whose classes register here; imported when first asked for.
+      role: what the parameters of its classes are, where a class does not say it itself; see `moejax.core.roles`.
     """
 
-    def __init__(self, slot: str, *homes: str):
-        self.slot = slot
+    def __init__(self, slot: str, *homes: str, role: str = ""):
+        self.slot, self.role = slot, role
         self._homes: tuple[str, ...] = homes
         self._classes: dict[str, type] = {}
         self._slots: dict[str, dict[str, "Slot"]] = {}
@@ -51,6 +52,8 @@ class Registry:
         def add(cls: type) -> type:
             if kind in self._classes:
                 raise ValueError(f"{self.slot} kind '{kind}' is registered twice: {self._classes[kind]} and {cls}")
+            if self.role and "role" not in vars(cls):
+                cls.role = self.role
             self._classes[kind] = cls
             self._slots[kind] = dict(slots or {})
             return cls

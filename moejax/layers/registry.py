@@ -2,8 +2,8 @@
 
 from moejax.core.registry import Registry
 
-ffns = Registry("ffn", "moejax.layers.ffn")
-mixers = Registry("mixer", "moejax.layers.mixers", "moejax.layers.ffn.smear")
-norms = Registry("norm", "moejax.layers.norms")
+ffns = Registry("ffn", "moejax.layers.ffn", role="ffns")
+mixers = Registry("mixer", "moejax.layers.mixers", "moejax.layers.ffn.smear", role="mixers")
+norms = Registry("norm", "moejax.layers.norms", role="norms")
 blocks = Registry("block", "moejax.layers.blocks", "moejax.layers.depth")
 adapters = Registry("adapter", "moejax.layers.adapters")

@@ -68,10 +68,11 @@ class DecoderLM(nn.Module):
         ctx = ctx.replace(positions=positions, token_ids=tokens if ctx.token_ids is None else ctx.token_ids)
 
         init = nn.initializers.normal(self.embed_std)
-        embedding = param(self, "embedding", init, (self.vocab_size, self.d_model), ("vocab", "embed"))
+        role = ("embeddings", "head") if self.tied else "embeddings"
+        embedding = param(self, "embedding", init, (self.vocab_size, self.d_model), ("vocab", "embed"), role=role)
         x = jnp.take(embedding, tokens, axis=0)
         if self.learned_positions:
-            table = param(self, "position", init, (self.max_length, self.d_model), (None, "embed"))
+            table = param(self, "position", init, (self.max_length, self.d_model), (None, "embed"), role="embeddings")
             x = x + jnp.take(table, positions, axis=0)
         x = constrain(x.astype(self.dtype), "batch", "seq", "embed")
 
@@ -82,7 +83,8 @@ class DecoderLM(nn.Module):
         if self.tied:
             head = embedding.T
         else:
-            head = param(self, "head", nn.initializers.lecun_normal(), (self.d_model, self.vocab_size), ("embed", "vocab"))
+            shape, axes = (self.d_model, self.vocab_size), ("embed", "vocab")
+            head = param(self, "head", nn.initializers.lecun_normal(), shape, axes, role="head")
         logits = jnp.einsum("bsd,dv->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         if self.logit_cap is not None:
             logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)

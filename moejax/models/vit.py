@@ -73,11 +73,12 @@ class ViT(nn.Module):
             raise ConfigError(f"images of shape {images.shape[1:]} given to a ViT for {expected}; change its config")
         x = patches(images, self.patch_size)
         b, n, _ = x.shape
-        x = Dense(self.d_model, dtype=self.dtype, axes=(None, "embed"), name="patch")(x)
+        x = Dense(self.d_model, dtype=self.dtype, axes=(None, "embed"), role="embeddings", name="patch")(x)
         x = x + self._position_table(n).astype(x.dtype)
         ctx = _per_patch(Context() if ctx is None else ctx, b, n)
         if self.pooling == "cls":
-            cls = param(self, "cls", nn.initializers.normal(0.02), (self.d_model,), ("embed",)).astype(x.dtype)
+            init = nn.initializers.normal(0.02)
+            cls = param(self, "cls", init, (self.d_model,), ("embed",), role="embeddings").astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, self.d_model)), x], axis=1)
             ctx = _with_cls(ctx)
 
@@ -88,13 +89,14 @@ class ViT(nn.Module):
 
         x = x[:, 0] if self.pooling == "cls" else _mean(x.astype(jnp.float32), ctx.valid)
         # A head of zeros: every class is equally likely at the start, whatever the features.
-        head = Dense(self.num_classes, kernel_init=nn.initializers.zeros, axes=("embed", "vocab"), name="head")
+        zeros = nn.initializers.zeros
+        head = Dense(self.num_classes, kernel_init=zeros, axes=("embed", "vocab"), role="head", name="head")
         return head(x.astype(jnp.float32))
 
     def _position_table(self, n: int) -> Float[Array, "n d"]:
         if self.positions == "sincos2d":
             return jnp.asarray(sincos2d(self.image_size // self.patch_size, self.d_model))
-        return param(self, "position", nn.initializers.normal(0.02), (n, self.d_model), (None, "embed"))
+        return param(self, "position", nn.initializers.normal(0.02), (n, self.d_model), (None, "embed"), role="embeddings")
 
 
 def patches(images: Float[Array, "b h w ch"], size: int) -> Float[Array, "b n px"]:

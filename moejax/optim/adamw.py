@@ -4,7 +4,7 @@ import dataclasses
 
 import optax
 
-from moejax.optim.base import Optimizer, optimizers
+from moejax.optim.base import Optimizer, Params, clip, optimizers
 
 
 @optimizers.register("adamw")
@@ -16,5 +16,8 @@ class AdamW(Optimizer):
     b2: float = 0.95
     eps: float = 1e-8
 
-    def direction(self) -> optax.GradientTransformation:
-        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+    def transform(self, params: Params | None = None) -> optax.GradientTransformation:
+        """Clipped gradients, Adam's direction, decoupled decay."""
+        return optax.chain(
+            clip(self.clip_norm), optax.scale_by_adam(self.b1, self.b2, self.eps), self.decayed(), self.scheduled()
+        )

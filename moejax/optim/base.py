@@ -1,4 +1,17 @@
-"""Optimizers: a kind from the registry, a schedule, clipping, and weight decay on matrices only."""
+"""Optimizers: a kind owns its whole transformation, and takes clipping, decay and schedule from here as it needs them.
+
+    @optimizers.register("signum")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Signum(Optimizer):
+        momentum: float = 0.9
+
+        def transform(self, params=None):
+            sign = optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates))
+            return optax.chain(clip(self.clip_norm), optax.trace(self.momentum), sign, self.decayed(), self.scheduled())
+
+Norms of a layer are norms of *one* layer: parameters are stacked over scanned layers and over experts, and `slice_norm` takes the
+norm of each slice.
+"""
 
 import dataclasses
 import fnmatch
@@ -12,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.registry import Registry
+from moejax.core.roles import Parameter
 
 optimizers = Registry("optimizer", "moejax.optim")
 
@@ -19,13 +33,15 @@ optimizers = Registry("optimizer", "moejax.optim")
 # scanned layers `[layers, d]` look like matrices but are none, and a bank `[e, d, f]` is one matrix per expert. So a tensor
 # decays if its own name is that of a matrix, and any other name (bias, b, scale, position, gates, temperatures) does not.
 MATRICES = ("kernel", "embedding", "head", "projection", "w", "w_*")
+# Axes along which separate layers are stacked.
+STACKED = ("layers", "expert")
 
 Params = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What all kinds share: clip the gradient, let the kind find a direction, add weight decay, scale by the schedule.
+    """What all kinds are asked for: a schedule, a clipping norm, a decay. Where in its update a kind uses them is its own affair.
 
     Attributes:
       steps: updates in all, the end of the schedule (from `train.steps` unless given).
@@ -53,13 +69,19 @@ class Optimizer:
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"unknown schedule '{self.schedule}' in optimizer.schedule{nearest(self.schedule, SCHEDULES)}")
-        if not 0 <= self.warmup_steps <= self.steps:
+        # A run of no steps only evaluates: its schedule is never asked.
+        if not 0 <= self.warmup_steps <= self.steps and self.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.warmup_steps} must lie between 0 and the {self.steps} steps of the run"
             )
 
-    def direction(self) -> optax.GradientTransformation:
-        """The kind's own part: gradient -> direction of descent before the learning rate."""
+    def transform(self, params: Params | None = None) -> optax.GradientTransformation:
+        """The whole way from gradients to what is added to the parameters.
+
+        Args:
+          params: a tree like the parameters that learn, of `moejax.core.roles.Parameter`: axes, roles and shapes; None where
+            nobody knows them.
+        """
         raise NotImplementedError
 
     def rate(self, count: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -69,14 +91,46 @@ class Optimizer:
         after = SCHEDULES[self.schedule](n, warmup, steps, self.final_fraction)
         return self.learning_rate * jnp.where(n <= warmup, n / max(warmup, 1.0), after)
 
-    def transform(self) -> optax.GradientTransformation:
-        """The whole chain, as optax."""
-        return optax.chain(
-            optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm),
-            self.direction(),
-            optax.add_decayed_weights(self.weight_decay, mask=lambda params: decay_mask(params, self.decay)),
-            optax.scale_by_learning_rate(self.rate),
-        )
+    def decayed(self) -> optax.GradientTransformation:
+        """Adds `weight_decay` times the parameters that decay."""
+        return optax.add_decayed_weights(self.weight_decay, mask=lambda params: decay_mask(params, self.decay))
+
+    def scheduled(self) -> optax.GradientTransformationExtraArgs:
+        """Multiplies by minus the learning rate: of the run's update, where parameters learn in phases, and not of their own."""
+        own = optax.scale_by_learning_rate(self.rate)
+
+        def update(updates: Any, state: Any, params: Any = None, *, step: Any = None, **_: Any) -> tuple[Any, Any]:
+            return own.update(updates, state if step is None else state._replace(count=step), params)
+
+        return optax.GradientTransformationExtraArgs(own.init, update)
+
+
+def clip(largest: float | None) -> optax.GradientTransformationExtraArgs:
+    """Scales all gradients down together where their global norm exceeds `largest`; None clips nothing.
+
+    The norm is over everything that learns at the time, see `moejax.train.trainable`.
+    """
+    if largest is None:
+        return optax.with_extra_args_support(optax.identity())
+
+    def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> tuple[Any, Any]:
+        norm = optax.global_norm(updates) if norm is None else norm
+        # As `optax.clip_by_global_norm`, to the last bit.
+        trigger = jnp.squeeze(norm < largest)
+        return jax.tree.map(lambda t: jax.lax.select(trigger, t, (t / norm.astype(t.dtype)) * largest), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def slice_norm(x: Array, param: Parameter) -> Array:
+    """The L2 norm, in float32, of each slice of `x` along the axes on which layers and experts are stacked; its shape broadcasts.
+
+    Args:
+      x: the parameter, its gradient or its update.
+      param: what is known of it, from the tree that `Optimizer.transform` is given.
+    """
+    inside = tuple(i for i, axis in enumerate(param.axes) if axis not in STACKED)
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=inside, keepdims=True))
 
 
 def decay_mask(params: Params, patterns: tuple[str, ...] = MATRICES) -> Params:

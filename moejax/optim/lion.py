@@ -4,7 +4,7 @@ import dataclasses
 
 import optax
 
-from moejax.optim.base import Optimizer, optimizers
+from moejax.optim.base import Optimizer, Params, clip, optimizers
 
 
 @optimizers.register("lion")
@@ -15,5 +15,6 @@ class Lion(Optimizer):
     b1: float = 0.9
     b2: float = 0.99
 
-    def direction(self) -> optax.GradientTransformation:
-        return optax.scale_by_lion(self.b1, self.b2)
+    def transform(self, params: Params | None = None) -> optax.GradientTransformation:
+        """Clipped gradients, signs of a momentum, decoupled decay."""
+        return optax.chain(clip(self.clip_norm), optax.scale_by_lion(self.b1, self.b2), self.decayed(), self.scheduled())

@@ -4,7 +4,7 @@ import dataclasses
 
 import optax
 
-from moejax.optim.base import Optimizer, optimizers
+from moejax.optim.base import Optimizer, Params, clip, optimizers
 
 
 @optimizers.register("sgd")
@@ -14,5 +14,7 @@ class SGD(Optimizer):
 
     momentum: float = 0.0
 
-    def direction(self) -> optax.GradientTransformation:
-        return optax.trace(self.momentum) if self.momentum else optax.identity()
+    def transform(self, params: Params | None = None) -> optax.GradientTransformation:
+        """Clipped gradients, momentum, decoupled decay."""
+        momentum = optax.trace(self.momentum) if self.momentum else optax.identity()
+        return optax.chain(clip(self.clip_norm), momentum, self.decayed(), self.scheduled())

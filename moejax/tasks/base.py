@@ -1,11 +1,23 @@
-"""Tasks: how a batch enters a model, and which sums its outputs are judged by.
+"""Tasks: what a model is trained for and judged by. A task owns its objective: the step runs it, differentiates it, and asks no more.
+
+    @tasks.register("distill", slots={"teacher": sources})
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Distill(NextToken):
+        teacher: Source                     # a field that is a source is a frozen model of the step
+
+        def objective(self, model, batch, step):
+            inputs, ctx = self.inputs(batch, step, train=True)
+            logits, wanted = model(inputs, ctx), model.frozen["teacher"](inputs, ctx)
+            ...
+            return loss, self.sums(logits, batch)
 
 A task gives *sums* over targets rather than means. Sums of microbatches, batches or hosts add up, so a mean taken at the end
 is the mean over the whole set, whatever the batch size and however many targets each batch holds.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.registry import Registry
+from moejax.surgery.sources.base import Source
+from moejax.tasks.models import Model
 
 tasks = Registry("task", "moejax.tasks")
 
@@ -21,24 +35,69 @@ Batch = Mapping[str, Any]
 Sums = dict[str, Array]
 
 
-@runtime_checkable
-class Task(Protocol):
-    """What a train step needs of a task."""
+class Task:
+    """What a train step needs of a task. A frozen dataclass; its fields are the keys of its config.
 
-    def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Array, Context]:
-        """The model's arguments."""
+    Most tasks write `inputs`, `sums`, `count`, `metrics` and `size`, and descend the mean of `nll`. One with another objective (a
+    teacher, several losses, pairs of answers, other targets in each part of a batch) writes `objective`, and `scores` if it is
+    also judged otherwise.
+    """
+
+    def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Any, Context]:
+        """The model's arguments. Parameters are made for these."""
+        raise NotImplementedError
 
     def count(self, batch: Batch) -> Int[Array, ""]:
         """Number of targets that are judged: the weight of this batch among others."""
+        raise NotImplementedError
 
-    def sums(self, outputs: Array, batch: Batch) -> Sums:
+    def sums(self, outputs: Any, batch: Batch) -> Sums:
         """Additive scores over the valid targets; `nll` (nats) and `count` are always there."""
+        raise NotImplementedError
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """Means of summed sums, by name; `loss` (nats a target) is always there."""
+        raise NotImplementedError
 
     def size(self, batch: Batch) -> int:
         """Tokens (or examples) in the batch, padding included: the unit of throughput."""
+        raise NotImplementedError
+
+    def objective(self, model: Model, batch: Batch, step: Int[Array, ""]) -> tuple[Float[Array, ""], Sums]:
+        """What training descends, and the sums that are logged of it.
+
+        Args:
+          model: runs the model that learns, as often as need be, and frozen ones; see `moejax.tasks.models.Model`.
+          batch: a microbatch.
+          step: updates done.
+
+        Returns:
+          the loss, as a mean over the batch's targets (microbatches are weighted by `count`), to which the step adds what layers
+          have sown; and sums as of `sums`, with more entries where `metrics` shows more.
+        """
+        inputs, ctx = self.inputs(batch, step, train=True)
+        sums = self.sums(model(inputs, ctx), batch)
+        return sums["nll"] / jnp.maximum(sums["count"], 1), sums
+
+    def scores(self, model: Model, batch: Batch, step: Int[Array, ""]) -> Sums:
+        """The sums of an evaluation batch, without noise."""
+        inputs, ctx = self.inputs(batch, step, train=False)
+        return self.sums(model(inputs, ctx), batch)
+
+    def frozen(self) -> dict[str, Source]:
+        """The models that the objective runs and nobody trains: every field that is a source, or a mapping of names to sources."""
+        found: dict[str, Source] = {}
+        for field in dataclasses.fields(self) if dataclasses.is_dataclass(self) else ():
+            value = getattr(self, field.name)
+            parts = (
+                {field.name: value} if not isinstance(value, Mapping) else {f"{field.name}.{k}": v for k, v in value.items()}
+            )
+            found |= {name: part for name, part in parts.items() if isinstance(part, Source)}
+        return found
+
+    def frozen_inputs(self, name: str, batch: Batch, step: Int[Array, ""]) -> tuple[Any, Context]:
+        """The arguments of a frozen model, for the shapes of its parameters."""
+        return self.inputs(batch, step, train=False)
 
 
 def cross_entropies(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.tasks.base import Batch, Sums, cross_entropies, ratio, tasks
+from moejax.tasks.base import Batch, Sums, Task, cross_entropies, ratio, tasks
 
 
 @tasks.register("classify")
 @dataclasses.dataclass(frozen=True)
-class Classify:
+class Classify(Task):
     """Cross entropy of `label[b]` where `valid[b]`. Metrics: loss (nats an example), accuracy."""
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Float[Array, "b h w c"], Context]:

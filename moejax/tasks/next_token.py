@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.tasks.base import Batch, Sums, cross_entropies, ratio, tasks
+from moejax.tasks.base import Batch, Sums, Task, cross_entropies, ratio, tasks
 
 
 @tasks.register("next_token")
 @dataclasses.dataclass(frozen=True)
-class NextToken:
+class NextToken(Task):
     """Cross entropy of `targets[b, s]` where `valid[b, s]`.
 
     Metrics: loss (nats a target), bits_per_byte, accuracy, and `<domain>/bits_per_byte` for each domain that has targets.

@@ -2,7 +2,8 @@
 
     checkpoints/300/variables/  state/  data/  meta/  checksums.json
 
-`variables` is what a model needs (parameters and collections), `state` what only training does (optimizer, key).
+`variables` is what a model needs (parameters and collections), `state` what only training does (optimizer, key). Models that a
+task runs and nobody trains are in no checkpoint: they come from where the config says.
 
 `checksums.json` holds the SHA-256 of every file of the four items. It is written before Orbax's atomic rename, so a step
 folder that carries its final name is complete, and a process killed at any moment leaves either a whole checkpoint or none.
@@ -29,6 +30,7 @@ import orbax.checkpoint as ocp
 
 from moejax.core.errors import ConfigError
 from moejax.parallel import hosts
+from moejax.surgery.base import Checkpoint
 from moejax.train.metrics import write_atomically
 from moejax.train.step import TrainState
 
@@ -145,7 +147,7 @@ class Checkpoints:
         write_atomically(folder / MANIFEST, json.dumps(files, indent=0, sort_keys=True))
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], Meta]:
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
     """A checkpoint of a run as `(config, variables, meta)`, without building its model.
 
     Args:
@@ -159,11 +161,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[dict
       FileNotFoundError: there is no such checkpoint.
       ValueError: it is damaged.
     """
-    directory = Path(workdir).resolve() / "checkpoints"
-    steps = _steps(directory)
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(f"no checkpoint {'' if step is None else step} in {directory}; there are {steps}")
-    path = directory / str(max(steps) if step is None else step)
+    path = find_checkpoint(workdir, step)
     if damage := find_damage(path):
         raise ValueError(f"checkpoint {path} is damaged: {damage}")
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers()))) as checkpointer:
@@ -172,7 +170,27 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[dict
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(saved))
         args = ocp.args.Composite(variables=ocp.args.StandardRestore(_placed(like)), meta=ocp.args.JsonRestore())
         items = checkpointer.restore(path, args=args)
-    return items.meta["config"], items.variables, items.meta
+    return Checkpoint(items.meta["config"], items.variables, items.meta)
+
+
+def load_meta(workdir: str | os.PathLike[str], step: int | None = None) -> Meta:
+    """What was noted beside a checkpoint's arrays: `config`, `seed`, `step`, and `shapes` by path.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+    """
+    path = find_checkpoint(workdir, step)
+    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers()))) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+def find_checkpoint(workdir: str | os.PathLike[str], step: int | None = None) -> Path:
+    """The folder of a checkpoint of a run, the newest if `step` is None; `load` says what it raises."""
+    directory = Path(workdir).resolve() / "checkpoints"
+    steps = _steps(directory)
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(f"no checkpoint {'' if step is None else step} in {directory}; there are {steps}")
+    return directory / str(max(steps) if step is None else step)
 
 
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -219,7 +237,7 @@ def find_damage(path: Path) -> str | None:
 def shapes(state: TrainState) -> dict[str, str]:
     """Path -> dtype and shape of every array of a state, such as 'params/dense/kernel' -> 'float32[3,4]'."""
     tree = vars(state)
-    ordered = {name: tree[name] for name in ("params", *(n for n in tree if n != "params"))}
+    ordered = {name: tree[name] for name in ("params", *(n for n in tree if n not in ("params", "frozen")))}
     return {
         f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/"): _shape(leaf)
         for name, part in ordered.items()
@@ -248,7 +266,7 @@ def _handlers() -> dict[str, Any]:
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    rest = dict(vars(state))
+    rest = {name: value for name, value in vars(state).items() if name != "frozen"}
     return {"params": rest.pop("params"), **rest.pop("collections")}, rest
 
 

@@ -1,15 +1,15 @@
 """After an optimizer step: the layers' controllers change state, parameters and the optimizer's memory (see `moejax.core.control`)."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Int
 
 from moejax.core.control import Declared, Path, Site
+from moejax.core.roles import names
 
 Tree = Any
 
@@ -38,7 +38,7 @@ def apply_controllers(
     opt_state: Tree,
     router_state: Tree,
     step: Int[Array, ""],
-    transform: optax.GradientTransformation | None,
+    start: Callable[[Tree], Tree] | None,
 ) -> tuple[Tree, Tree, Tree]:
     """What the controllers make of parameters, optimizer state and router state.
 
@@ -47,7 +47,7 @@ def apply_controllers(
       measured: the collection 'measured', summed over the step's microbatches.
       params, opt_state, router_state: after the step's update.
       step: updates done, this one included.
-      transform: the optimizer that `opt_state` belongs to; None where there is none.
+      start: parameters -> the optimizer's state before the first update; None where there is no optimizer.
     """
     groups: dict[Any, list[Declared]] = defaultdict(list)
     for item in declared:
@@ -67,31 +67,28 @@ def apply_controllers(
             params, router_state = _put(params, item.path, site.params), _put(router_state, item.path, site.state)
             if site.restarted:
                 restarted = _put(restarted, item.path, site.restarted)
-    if restarted and transform is not None:
-        opt_state = _restart(opt_state, restarted, params, transform)
+    if restarted and start is not None:
+        opt_state = _restart(opt_state, restarted, params, start)
     return params, opt_state, router_state
 
 
-def _restart(opt_state: Tree, restarted: Tree, params: Tree, transform: optax.GradientTransformation) -> Tree:
-    """The optimizer's state with that of the marked entries as it was at the start."""
-    marks = {_names(path): mark for path, mark in jax.tree_util.tree_leaves_with_path(restarted)}
+def _restart(opt_state: Tree, restarted: Tree, params: Tree, start: Callable[[Tree], Tree]) -> Tree:
+    """The optimizer's state with that of the marked entries as it was at the start.
 
-    def mark(path: tuple[Any, ...], param: Array) -> Array:
-        found = marks.get(_names(path))
-        return jnp.zeros((), bool) if found is None else jnp.broadcast_to(found, param.shape)
+    A part of the state belongs to the parameter whose path its own path ends with, and is about single entries if it has the
+    parameter's shape. Memory of another shape (factored, per layer) is about more than the marked entries, and stays.
+    """
+    shapes = {names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    marks = {names(path): mark for path, mark in jax.tree_util.tree_leaves_with_path(restarted)}
 
-    def fits(memory: Array, mark: Array) -> Array:
-        # Memory of another shape (factored, per layer) is about more than the marked entries.
-        return mark if mark.shape == memory.shape else jnp.zeros((), bool)
+    def again(path: tuple[Any, ...], memory: Array, fresh: Array) -> Array:
+        whole = names(path)
+        owner = next((whole[i:] for i in range(len(whole)) if whole[i:] in shapes), None)
+        if owner not in marks or memory.shape != shapes[owner]:
+            return memory
+        return jnp.where(jnp.broadcast_to(marks[owner], memory.shape), fresh, memory)
 
-    marked = jax.tree_util.tree_map_with_path(mark, params)
-    marked = optax.tree_map_params(transform, fits, opt_state, marked, transform_non_params=lambda _: jnp.zeros((), bool))
-    return jax.tree.map(
-        lambda memory, start, mark: jnp.where(mark, start, memory) if mark.ndim else memory,
-        opt_state,
-        transform.init(params),
-        marked,
-    )
+    return jax.tree_util.tree_map_with_path(again, opt_state, start(params))
 
 
 def _over_layers(value: Array, shape: tuple[int, ...]) -> Array:
@@ -113,7 +110,3 @@ def _put(tree: Mapping[str, Any], path: Path, value: Tree) -> Tree:
     if not value and path[0] not in tree:
         return tree
     return {**tree, path[0]: _put(tree.get(path[0], {}), path[1:], value)}
-
-
-def _names(path: tuple[Any, ...]) -> Path:
-    return tuple(str(key.key) for key in path)

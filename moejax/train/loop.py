@@ -5,6 +5,9 @@
 The same call goes on where an earlier process stopped. What it writes to metrics.jsonl, and the parameters it ends with, are
 the same bits whether it was stopped or not: both depend on (config, seed) alone.
 
+`config.init` says what it starts from (see `moejax.train.starts`). What starts from the run of another config waits until that
+run has ended, and a run that was killed while it waited goes on with the other one.
+
 `config.mesh` says how the training is split over devices (see `moejax.parallel.mesh`), of one process or of several that call
 `fit` together (see `moejax.parallel.hosts`). Numbers then agree with those of one device to rounding, and a run may go on on
 another mesh, or with another number of processes, than it began on. Of several processes, which share the folder, the first
@@ -12,6 +15,7 @@ writes all files but the checkpoints, to which each adds its part; all of them s
 """
 
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -31,8 +35,10 @@ from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
 from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers, read_lines, write_atomically
 from moejax.train.program import Program, get_program
+from moejax.train.readers import Resolve, ResolveRun, train_below
 from moejax.train.results import Progress, ProgressCallback, RunResult, Speed
 from moejax.train.settings import (
+    PLACE,
     CheckpointSettings,
     EvalSettings,
     TrainSettings,
@@ -41,6 +47,7 @@ from moejax.train.settings import (
     plain,
     section,
 )
+from moejax.train.starts import Init, frozen_models, parse_init, starting
 from moejax.train.step import TrainState
 from moejax.train.stops import Interrupted, NonFiniteLoss, RecentBatches, Signals
 
@@ -57,22 +64,25 @@ def fit(
     model: nn.Module | None = None,
     make_iterator: MakeIterator | None = None,
     info: Any = None,
+    resolve: ResolveRun | None = None,
 ) -> RunResult:
     """Trains one model, on this process's default device or on the devices of `config.mesh`.
 
     Args:
-      config: sections model, data, task, optimizer, train, and optionally adapters, eval, checkpoint, mesh and exchange; see
-        `settings.py`.
+      config: sections model, data, task, optimizer, train, and optionally adapters, init, trainable, eval, checkpoint, mesh and
+        exchange; see `settings.py`.
       seed: of parameters, data order and all noise.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
         end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated.
       progress: called with a `Progress` whenever a phase begins and whenever metrics are logged; of several processes, in the
         first.
       label: name of the run in progress reports.
-      model: takes the place of `config.model` and `config.adapters`.
+      model: takes the place of `config.model` and `config.adapters`, and of those of runs that this one starts from if theirs are equal.
       make_iterator: takes the place of `moejax.data.make_iterator`; given shard_index and shard_count if there are several
         processes.
       info: takes the place of `moejax.data.info(config.data)`.
+      resolve: trains the runs that this one starts from, and gives their folders; by default they are trained below `workdir`, in
+        `starts/`.
 
     Raises:
       ConfigError: the config is wrong, its sizes do not fit the mesh, or `workdir` holds a run with another config or seed.
@@ -83,8 +93,12 @@ def fit(
     """
     started = time.perf_counter()
     config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
-    run = _Run(config, seed, Path(workdir), progress or (lambda report: None), label, started)
-    with contextlib.closing(run), Signals() as signals:
+    progress = progress or (lambda report: None)
+    resolve = resolve or train_below(
+        Path(workdir) / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info
+    )
+    run = _Run(config, seed, Path(workdir), progress, label, started)
+    with contextlib.closing(run):
         try:
             finished = run.finished()
             if finished is not None:
@@ -93,8 +107,10 @@ def fit(
                 model,
                 make_iterator or data.make_iterator,
                 info if info is not None or make_iterator is not None else data.info(config.data),
+                run.beside(resolve, progress),
             )
-            return run.train(signals)
+            with Signals() as signals:
+                return run.train(signals)
         except jax.errors.JaxRuntimeError as error:
             if not hosts.lost(error):
                 raise
@@ -134,8 +150,9 @@ class _Run:
             **json.loads(path.read_text()), history=read_lines(self.workdir / "metrics.jsonl"), variables=variables
         )
 
-    def open(self, model: nn.Module | None, make_iterator: MakeIterator, info: Any) -> None:
-        """Data, programs and state, from the newest checkpoint if there is one."""
+    def open(self, model: nn.Module | None, make_iterator: MakeIterator, info: Any, resolve: Resolve) -> None:
+        """Data, programs and state, from the newest checkpoint if there is one. Signals end the process: nothing is lost yet."""
+        init = parse_init(self.plain.get("init"))
         self._report("data")
         self._make_iterator = make_iterator
         self._shard = (0, 1) if self.parallel is None else batches.data_shard(self.parallel.mesh)
@@ -145,15 +162,35 @@ class _Run:
         self.batches.set_state(fresh)
         context = {"domains": tuple(getattr(info, "domains", ())), "bytes_per_token": getattr(info, "bytes_per_token", 1.0)}
         self.program: Program = get_program(self.plain, self.training, first, context, model, self.parallel)
+        # What is wrong with this run is said before hours go into the one that it starts from.
+        shapes = self.program.state
+        frozen, self._made_of = frozen_models(self.program.task, shapes.frozen, self.seed, resolve, self.label)
         self.state: TrainState
-        if self.checkpoints.newest is None:
+        if self.checkpoints.newest is not None:
+            self._resume(self.checkpoints.newest)
+        elif "init" not in self.plain:
             self.state = self.program.init(jax.random.key(self.seed))
         else:
-            self._resume(self.checkpoints.newest)
+            self.state = self._start(init, resolve)
+        if frozen:
+            self.state = self.state.replace(frozen=self.program.place_frozen(frozen))
         if hosts.is_first():
             write_atomically(self.workdir / "config.json", json.dumps(self.plain, indent=2, sort_keys=True) + "\n")
         self.log = (MetricLog if hosts.is_first() else SilentLog)(self.workdir, self.step)
         self._files.callback(self.log.close)
+
+    def beside(self, resolve: ResolveRun, progress: ProgressCallback) -> Resolve:
+        """Trains the runs that this one starts from where this one is, and tells of it."""
+        place = {name: self.plain[name] for name in PLACE if name in self.plain}
+
+        def train(config: Mapping[str, Any], seed: int, label: str) -> Path:
+            rest = {name: value for name, value in config.items() if name not in PLACE}
+            began = time.perf_counter()
+            folder = resolve({**rest, **place}, seed, progress, label)
+            self.started += time.perf_counter() - began  # the time of another run
+            return folder
+
+        return train
 
     def train(self, signals: Signals) -> RunResult:
         """Runs to the last step and evaluates."""
@@ -193,6 +230,9 @@ class _Run:
                 self._save()
             if stop and not last:
                 self._leave(stop)
+        if not settings.steps and self.checkpoints.newest is None:
+            self.log.write(0, numbers(self._evaluate()))
+            self._save()
         result = self._result(first_step_seconds or time.perf_counter() - self.started)
         if signals.received:
             self._leave(signals.received)
@@ -221,10 +261,36 @@ class _Run:
         inputs = _model_inputs(batch)
         return inputs if self.parallel is None else batches.to_global(inputs, self.program.batch)
 
+    def _start(self, init: Init, resolve: Resolve) -> TrainState:
+        """The state before the first step of a run that starts from others."""
+        program, key = self.program, jax.random.key(self.seed)
+        variables, made_of = starting(
+            init,
+            config=self.plain,
+            shapes=program.state.variables,
+            parameters=program.parameters,
+            seed=self.seed,
+            resolve=resolve,
+            fresh=lambda paths: program.fresh(paths, key),
+            beside=lambda variables, paths: program.fresh(paths, key, variables),
+            batches=lambda count: list(itertools.islice(self._iterator(split="train", seed=self.seed), count)),
+            label=self.label,
+        )
+        self._made_of |= made_of
+        return program.begin(variables, key)
+
     def _resume(self, step: int) -> None:
         restored = self.checkpoints.restore(step, self.program.state)
         if difference := self._differs(restored.meta):
             raise difference
+        made_of = restored.meta.get("made_of", {})
+        for place, contents in self._made_of.items():
+            if made_of.get(place, contents) != contents:
+                raise ConfigError(
+                    f"{self.workdir} holds a run whose {place} was another checkpoint than the one that is there now; take another "
+                    "workdir, or remove this one to start anew"
+                )
+        self._made_of = {**made_of, **self._made_of}
         if step > self.training.steps:
             raise ConfigError(
                 f"train.steps={self.training.steps} is less than the {step} steps of {self.checkpoints.path(step)}; "
@@ -262,6 +328,7 @@ class _Run:
     def _evaluate(self) -> Line:
         """Means over the evaluation batches, which are the same for every seed and step."""
         self._report("eval")
+        self._speed = self._speed or Speed(self.step, time.perf_counter())
         self._speed.update(self.step, time.perf_counter())
         evaluate = self.program.evaluate
         totals: dict[str, Any] = defaultdict(float)
@@ -295,7 +362,7 @@ class _Run:
 
     def _save(self) -> None:
         self.log.sync()
-        meta = {"config": self.plain, "seed": self.seed, "seconds": self._seconds()}
+        meta = {"config": self.plain, "seed": self.seed, "seconds": self._seconds(), "made_of": self._made_of}
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta)
 
     def _leave(self, signum: int) -> None:
@@ -328,8 +395,9 @@ class _Run:
             first_step_seconds=first_step_seconds,
             params=self.program.params,
             active_params=self.program.active_params,
+            trainable_params=self.program.trainable_params,
             flops_per_step=self.program.flops,
-            variables={"params": self.state.params, **self.state.collections},
+            variables=self.state.variables,
         )
         if hosts.is_first():
             result.write(self.workdir)

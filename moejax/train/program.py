@@ -3,25 +3,31 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from moejax import models
-from moejax.core.params import record_axes
+from moejax.core.params import Path
+from moejax.core.roles import Notes, record
 from moejax.dispatch.expert_parallel import overlap_options
-from moejax.layers.adapters.around import record_adapted
+from moejax.layers.adapters.places import record_adapted
 from moejax.layers.adapters.table import AdaptedLayer, layers_of
 from moejax.optim.base import Optimizer, optimizers
 from moejax.parallel import Parallel, rules, use
 from moejax.tasks.base import Batch, Task, tasks
 from moejax.train.flops import matmul_flops
+from moejax.train.readers import frozen_specs
 from moejax.train.settings import TrainSettings
-from moejax.train.step import TrainState, abstract, init_state, make_eval_step, make_train_step
+from moejax.train.step import TrainState, abstract, begin_state, init_variables, make_eval_step, make_train_step
+from moejax.train.trainable import Learning, learning
 
 # Programs kept per process. One holds executables, not arrays; a study seldom has more arms than this in flight.
 KEPT = 8
@@ -31,7 +37,7 @@ BatchShapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
 @dataclasses.dataclass(eq=False)
 class Program:
-    """The model, task and optimizer of a config, and its programs for one shape of batch. No seed is part of it.
+    """The model, task and optimizer of a config, and its programs for one shape of batch. No seed is part of it, and no start.
 
     With a mesh all programs are for that mesh: the state is split by `moejax.parallel.rules`, the batch by rows, and metrics
     are the same on every device. The mesh's devices need not be there unless something is run.
@@ -40,6 +46,9 @@ class Program:
       batch: shapes of a batch; of the whole batch, with shardings, if there is a mesh.
       parallel: the mesh; None for one device.
       spec: `config.model`, for errors that name a key of it.
+      trainable: rules of what learns, `config.trainable`.
+      steps: of the run, for rules about a part of it.
+      frozen: name -> model and adapters of the models that the task runs and nobody trains.
     """
 
     model: nn.Module
@@ -49,6 +58,9 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
     parallel: Parallel | None = None
     spec: dict[str, Any] | None = None
+    trainable: dict[str, Any] | None = None
+    steps: int = 0
+    frozen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.parallel is not None:
@@ -61,27 +73,92 @@ class Program:
         # As NumPy, so that every process of a run may give it to a program that spans them all.
         return self._init(np.asarray(jax.random.key_data(key)))
 
+    def begin(self, variables: Mapping[str, Any], key: Array) -> TrainState:
+        """The state before the first step of a run that starts from variables of the model, given as NumPy arrays."""
+        arrays = jax.tree.map(_put, dict(variables), self.state.variables)
+        return self._begin(arrays, np.asarray(jax.random.key_data(key)))
+
+    def fresh(self, paths: Collection[Path], key: Array, given: Mapping[str, Any] | None = None) -> dict[Path, Any]:
+        """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays.
+
+        Args:
+          paths: which.
+          key: of the run.
+          given: variables that are there already. What starts beside them, an adapter, may look at them.
+        """
+
+        def some(key_data: Array, given: Mapping[str, Any] | None) -> dict[Path, Any]:
+            key = jax.random.wrap_key_data(key_data)
+            made = self._variables(key_data) if given is None else self._init_variables(key, given)
+            flat = flax.traverse_util.flatten_dict(made)
+            return {path: flat[path] for path in paths}
+
+        # What nothing looks at goes to no device.
+        made = jax.jit(some)(np.asarray(jax.random.key_data(key)), given)
+        return {path: np.asarray(x) for path, x in made.items()}
+
+    @functools.cached_property
+    def parameters(self) -> Any:
+        """A tree of `moejax.core.roles.Parameter`: axes and roles of each parameter."""
+        _, shapes, notes = self._traced
+        return notes.describe(shapes["params"])
+
+    @functools.cached_property
+    def learning(self) -> Learning:
+        """What learns, and when.
+
+        Raises:
+          ConfigError: a rule of `trainable` that does not fit the model.
+        """
+        return learning(self.trainable, self.parameters, self.steps)
+
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes of the state; with a mesh, also shardings.
 
         Raises:
-          ConfigError: the mesh does not divide a size.
+          ConfigError: the mesh does not divide a size, or a rule of `trainable` does not fit the model.
         """
+        return self._own.replace(frozen={name: shapes for name, (_, shapes) in self._frozen.items()})
+
+    @functools.cached_property
+    def _own(self) -> TrainState:
+        """Shapes of the state without the frozen models."""
+        _, _, notes = self._traced
+        state = jax.eval_shape(self._fresh, _key_data())
         if self.parallel is None:
-            return abstract(jax.eval_shape(self._init, _key_data()))
-        with record_axes() as axes:
-            state = jax.eval_shape(self._fresh, _key_data())
+            return abstract(state)
         mesh = self.parallel.mesh
-        params = rules.param_specs(state.params, axes, mesh, self.spec)
+        params = rules.param_specs(state.params, notes.axes, mesh, self.spec)
         specs = jax.tree.map(lambda _: PartitionSpec(), state).replace(
             params=params, opt_state=rules.follow_params(state.opt_state, state.params, params)
         )
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            state,
-            rules.shardings(specs, mesh),
-        )
+        return _with_shardings(state, specs, mesh)
+
+    @functools.cached_property
+    def _frozen(self) -> dict[str, tuple[nn.Module, Any]]:
+        """Name -> frozen model and the shapes of its variables."""
+        return {name: self._frozen_model(name, spec) for name, spec in self.frozen.items()}
+
+    def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:
+        model = models.network(spec, f"task.{name}")
+        inputs = functools.partial(_frozen_inputs, self.task, name)
+        with record() as notes:
+            shapes = jax.eval_shape(lambda: init_variables(model, inputs, self.batch, jax.random.key(0)))
+        if self.parallel is None:
+            return model, abstract(shapes)
+        specs = jax.tree.map(lambda _: PartitionSpec(), shapes)
+        specs = {**specs, "params": rules.param_specs(shapes["params"], notes.axes, self.parallel.mesh, spec["model"])}
+        return model, _with_shardings(shapes, specs, self.parallel.mesh)
+
+    @functools.cached_property
+    def frozen_models(self) -> dict[str, nn.Module]:
+        """Name -> frozen model."""
+        return {name: model for name, (model, _) in self._frozen.items()}
+
+    def place_frozen(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """NumPy variables of the frozen models, by name, as the step takes them."""
+        return jax.tree.map(_put, dict(variables), self.state.frozen)
 
     @functools.cached_property
     def train(self) -> Any:
@@ -101,7 +178,7 @@ class Program:
     def evaluate(self) -> Any:
         """The compiled evaluation step; compiles on first use."""
         with use(self.parallel):
-            step = make_eval_step(self.model, self.task, jit=False)
+            step = make_eval_step(self.model, self.task, jit=False, frozen=self.frozen_models)
             return jax.jit(step, **self._placed(None)).lower(self.state, self.batch).compile()
 
     @functools.cached_property
@@ -113,6 +190,11 @@ class Program:
     def params(self) -> int:
         """Number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    @functools.cached_property
+    def trainable_params(self) -> int:
+        """Number of parameters that learn, in some steps at least."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.learning.split(self.state.params)[0]))
 
     @functools.cached_property
     def active_params(self) -> int:
@@ -131,20 +213,63 @@ class Program:
     @functools.cached_property
     def _traced_train(self) -> Any:
         with use(self.parallel):
-            step = make_train_step(self.model, self.task, self.optimizer, self.accumulation, jit=False, place=self._like_params)
+            step = make_train_step(
+                self.model,
+                self.task,
+                self.optimizer,
+                self.accumulation,
+                jit=False,
+                place=self._like_learned,
+                learning=self.learning,
+                frozen=self.frozen_models,
+            )
             return jax.jit(step, donate_argnums=0, **self._placed(self.state)).trace(self.state, self.batch)
 
     @functools.cached_property
     def _init(self) -> Any:
         # Traced without the mesh: of the forward pass only the parameters are kept, and each device draws its own part of them.
-        return jax.jit(self._fresh, **({} if self.parallel is None else {"out_shardings": _shardings(self.state)}))
+        return jax.jit(self._fresh, **self._out(self._own))
+
+    @functools.cached_property
+    def _begin(self) -> Any:
+        return jax.jit(self._begun, donate_argnums=0, **self._out(self._own))
 
     def _fresh(self, key_data: Array) -> TrainState:
-        return init_state(self.model, self.task, self.optimizer, self.batch, jax.random.wrap_key_data(key_data))
+        return self._begun(self._variables(key_data), key_data)
 
-    def _like_params(self, tree: Any) -> Any:
-        """A tree of the parameters' shape, split as they are."""
-        return tree if self.parallel is None else jax.lax.with_sharding_constraint(tree, _shardings(self.state.params))
+    def _variables(self, key_data: Array) -> Any:
+        variables, _, _ = self._traced
+        return variables(key_data)
+
+    @functools.cached_property
+    def _traced(self) -> tuple[Callable[[Array], Any], Any, Notes]:
+        """The function from a key to an untrained model's variables, their shapes, and what the model says of its parameters.
+
+        Jitted, so that the model is traced here and nowhere else, however many programs this is a part of.
+        """
+
+        def variables(key_data: Array) -> Any:
+            return self._init_variables(jax.random.wrap_key_data(key_data))
+
+        jitted = jax.jit(variables)
+        with record() as notes:
+            shapes = jax.eval_shape(jitted, _key_data())
+        return jitted, shapes, notes
+
+    def _init_variables(self, key: Array, given: Mapping[str, Any] | None = None) -> Any:
+        return init_variables(self.model, self.task.inputs, self.batch, key, given)
+
+    def _begun(self, variables: Any, key_data: Array) -> TrainState:
+        return begin_state(variables, self.optimizer, jax.random.wrap_key_data(key_data), self.learning)
+
+    def _like_learned(self, tree: Any) -> Any:
+        """A tree like the parameters that learn, split as they are."""
+        if self.parallel is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, _shardings(self.learning.split(self.state.params)[0]))
+
+    def _out(self, state: TrainState) -> dict[str, Any]:
+        return {} if self.parallel is None else {"out_shardings": _shardings(state)}
 
     def _placed(self, state: TrainState | None) -> dict[str, Any]:
         """Arguments of `jax.jit` for a step that gives a state (or none) and something to be read by the host."""
@@ -168,7 +293,7 @@ def get_program(
     """The program of a config, from the cache if another run of this process has made it.
 
     Args:
-      config: plain config; its model, adapters, task and optimizer matter here.
+      config: plain config; its model, adapters, task, optimizer and trainable matter here.
       settings: `config.train`.
       batch: a whole batch of training, over all hosts; shapes and dtypes are enough.
       context: what the data knows that the task asks for (`domains`, `bytes_per_token`).
@@ -184,9 +309,11 @@ def get_program(
             "adapters": None if model is not None else config.get("adapters"),
             "task": config["task"],
             "optimizer": config["optimizer"],
+            "trainable": config.get("trainable"),
             "steps": settings.steps,
             "accumulation": settings.accumulation,
             "context": context,
+            "frozen": frozen_specs(build_task(config["task"], context)),
         },
         sort_keys=True,
     )
@@ -199,21 +326,46 @@ def _program(spec: str, shapes: BatchShapes, model: nn.Module | None, parallel: 
     config = json.loads(spec)
     return Program(
         model=models.network(config) if model is None else model,
-        task=tasks.build(config["task"], "task", **_tuples(config["context"])),
+        task=build_task(config["task"], config["context"]),
         optimizer=optimizers.build(config["optimizer"], "optimizer", steps=config["steps"]),
         accumulation=config["accumulation"],
         batch={name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes},
         parallel=parallel,
         spec=config["model"],
+        trainable=config["trainable"],
+        steps=config["steps"],
+        frozen=config["frozen"],
     )
+
+
+def build_task(spec: dict[str, Any], context: dict[str, Any]) -> Task:
+    """The task of a config, with what the data know that it asks for."""
+    return tasks.build(spec, "task", **_tuples(context))
 
 
 def _key_data() -> np.ndarray:
     return np.zeros_like(jax.random.key_data(jax.random.key(0)))
 
 
+def _frozen_inputs(task: Task, name: str, batch: Batch, step: Any, train: bool) -> tuple[Any, Any]:
+    return task.frozen_inputs(name, batch, step)
+
+
+def _put(x: Any, like: jax.ShapeDtypeStruct) -> Array:
+    """A NumPy array, of which every process has the whole, as an array that is split like `like`."""
+    if like.sharding is None:
+        return jnp.array(x)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: x[index])
+
+
 def _shardings(shapes: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, shapes)
+
+
+def _with_shardings(shapes: Any, specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, rules.shardings(specs, mesh)
+    )
 
 
 def _tuples(context: dict[str, Any]) -> dict[str, Any]:

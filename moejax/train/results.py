@@ -14,9 +14,9 @@ class Progress:
     """One report of a run.
 
     Attributes:
-      label: the run's name.
+      label: the run's name; 'init.source of NAME' while what it starts from is trained.
       step, steps: updates done, updates in all.
-      phase: 'data', 'compile', 'train' or 'eval'.
+      phase: 'data', 'compile', 'train' or 'eval'; 'waiting' for another process that trains what the run starts from.
       tokens_per_second: smoothed; 0 before the first measurement. Examples rather than tokens for image tasks.
       loss: last logged task loss in nats, or None.
       seconds_left: for the rest of the training, or None.
@@ -43,9 +43,11 @@ class RunResult:
       history: the lines of metrics.jsonl.
       steps: updates done.
       seconds: wall-clock time of training, over all processes that took part.
-      first_step_seconds: from the call of `fit` to the end of its first step: data, start-up and compilation.
+      first_step_seconds: from the call of `fit` to the end of its first step: data, start-up and compilation, without the
+        training of runs that it starts from.
       params: number of parameters.
       active_params: number of parameters one token uses.
+      trainable_params: number of parameters that learn, in some steps at least.
       flops_per_step: floating point operations of the matrix products of one train step.
       variables: the final variables (`{'params': ..., 'router_state': ...}`); with a mesh, split over its devices.
     """
@@ -57,6 +59,7 @@ class RunResult:
     first_step_seconds: float
     params: int
     active_params: int
+    trainable_params: int
     flops_per_step: float
     variables: dict[str, Any] = dataclasses.field(repr=False)
 

@@ -10,9 +10,15 @@ from ml_collections import ConfigDict
 from moejax.core.errors import ConfigError, nearest
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
-OPTIONAL = ("adapters", "eval", "checkpoint", "mesh", "exchange")
-# What defines a run. The other sections say how long it goes on, what is written down, and on which devices it runs.
-IDENTITY = ("model", "adapters", "data", "task", "optimizer")
+OPTIONAL = ("adapters", "init", "trainable", "eval", "checkpoint", "mesh", "exchange")
+# What defines a run: one list. The other sections say how long it goes on, what is written down, and on which devices it runs.
+IDENTITY = ("model", "adapters", "data", "task", "optimizer", "init", "trainable")
+# What cannot change a number of a finished run.
+COSMETIC = ("checkpoint", "train.log_every", "mesh", "exchange")
+# Where a run computes; a run that another one starts from computes in the same place.
+PLACE = ("mesh", "exchange")
+# `init` of a run that begins untrained: no section at all says the same.
+UNTRAINED = {"source": {"kind": "fresh"}}
 
 Section = TypeVar("Section")
 
@@ -22,7 +28,7 @@ class TrainSettings:
     """`config.train`.
 
     Attributes:
-      steps: optimizer updates in all.
+      steps: optimizer updates in all. A run that starts from a trained model may have 0: it is evaluated as it is.
       accumulation: microbatches a batch is split into; must divide the batch size.
       log_every: steps between two lines of metrics. A step that is not logged never waits for the device.
     """
@@ -32,7 +38,7 @@ class TrainSettings:
     log_every: int = 20
 
     def __post_init__(self):
-        _at_least(self, "train", steps=1, accumulation=1, log_every=1)
+        _at_least(self, "train", steps=0, accumulation=1, log_every=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +78,58 @@ class CheckpointSettings:
 
 
 def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
-    """The config as a `ConfigDict`, with its sections checked.
+    """The config as a `ConfigDict`, with its sections checked and without those that say what is so anyway.
 
     Raises:
-      ConfigError: a section is missing or unknown.
+      ConfigError: a section is missing or unknown, or nothing would be trained.
     """
-    config = ConfigDict(config if isinstance(config, ConfigDict) else dict(config))
+    config = config if isinstance(config, ConfigDict) else ConfigDict(dict(config))
+    config = ConfigDict(without_defaults(config.to_dict()))
     for name in config:
         if name not in REQUIRED + OPTIONAL:
             raise ConfigError(f"unknown section '{name}' in the config{nearest(name, REQUIRED + OPTIONAL)}")
     for name in REQUIRED:
         if name not in config:
             raise ConfigError(f"the config has no section '{name}'; a run needs {', '.join(REQUIRED)}")
+    if "init" not in config and config.train.get("steps") == 0:
+        raise ConfigError(
+            "train.steps=0 must be a whole number of at least 1 unless the run starts from a trained model (init)"
+        )
     return config
+
+
+def without_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config whose `init`, `adapters` and `trainable` are as short as they can be, and left out where they say nothing."""
+    found = dict(config)
+    init = _named(found.pop("init", None), "init")
+    init |= {k: _named(init[k], f"init.{k}") for k in ("others", "surgeries") if k in init}
+    init = {k: v for k, v in init.items() if v or k == "source"}
+    others = {name: _named(found.pop(name, None), name) for name in ("adapters", "trainable")}
+    if init and init != UNTRAINED:
+        found["init"] = {**UNTRAINED, **init}
+    return found | {name: value for name, value in others.items() if value}
+
+
+def without_cosmetics(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config without `COSMETIC`, its own and that of every config inside it (of the runs that it starts from)."""
+
+    def stripped(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return [stripped(item) for item in value] if isinstance(value, list | tuple) else value
+        if is_config(value):
+            value = without_defaults(value)
+            for dotted in COSMETIC:
+                name, _, key = dotted.partition(".")
+                inside = value.pop(name, {})
+                value |= {name: {k: v for k, v in inside.items() if k != key}} if key else {}
+        return {k: stripped(v) for k, v in value.items()}
+
+    return stripped(config)
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value inside a config is the whole config of another run."""
+    return isinstance(value, Mapping | ConfigDict) and all(name in value for name in REQUIRED)
 
 
 def section(cls: type[Section], config: ConfigDict, name: str) -> Section:
@@ -128,6 +173,7 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], place: s
     Raises:
       ConfigError: naming the first setting that differs.
     """
+    saved, config = without_cosmetics(saved), without_cosmetics(config)
     for name in IDENTITY:
         before, now = _flat(saved.get(name), name), _flat(config.get(name), name)
         for key in sorted(before.keys() | now.keys()):
@@ -138,8 +184,15 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], place: s
                 )
 
 
+def _named(entries: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """The entries of a mapping by name, without those that None leaves out."""
+    if not isinstance(entries or {}, Mapping):
+        raise ConfigError(f"{where}={entries!r} must be a mapping of names to what is said of them")
+    return {name: entry for name, entry in (entries or {}).items() if entry is not None}
+
+
 def _flat(tree: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
 

@@ -18,11 +18,11 @@ from moejax.core.errors import ConfigError
 from moejax.optim.base import Optimizer
 from moejax.parallel import constrain
 from moejax.tasks.base import Batch, Sums, Task
+from moejax.tasks.models import Frozen, Model, streams
 from moejax.train.controllers import apply_controllers
 from moejax.train.metrics import flatten
+from moejax.train.trainable import Learning
 
-# Streams that layers may draw from while training.
-STREAMS = ("router", "dropout")
 # Collections that are kept from step to step. Whatever else a model makes lives for one call.
 STATE = ("router_state",)
 
@@ -31,20 +31,22 @@ Metrics = dict[str, Any]
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 EvalStep = Callable[["TrainState", Batch], tuple[Sums, dict[str, Array]]]
 Place = Callable[[Tree], Tree]
+Models = Mapping[str, nn.Module]
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes.
+    """Everything that training changes, and what it keeps beside that.
 
     Attributes:
       step: int32 scalar, updates done.
-      params: tree of parameters.
-      opt_state: the optimizer's state.
+      params: tree of parameters, of those that do not learn too.
+      opt_state: the optimizer's state, of the parameters that learn.
       collections: name -> tree of state that is updated without gradients (`router_state`).
       key: the run's random key; never changes, see the module.
       first_bad_step: int32 scalar, number (from 1) of the first update with a loss, gradient or parameter that is not
         finite; -1 as long as there is none. Kept on the device so that noticing costs no synchronisation.
+      frozen: name -> variables of a model that the task runs and nobody trains. Never changes, and is in no checkpoint.
     """
 
     step: Any
@@ -53,25 +55,53 @@ class TrainState:
     collections: dict[str, Tree]
     key: Any
     first_bad_step: Any
+    frozen: dict[str, Tree] = struct.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, Tree]:
+        """What the model is applied with."""
+        return {"params": self.params, **self.collections}
 
 
-def init_state(model: nn.Module, task: Task, optimizer: Optimizer, batch: Batch, key: Array) -> TrainState:
-    """A fresh state. `batch` gives shapes only.
+def init_state(
+    model: nn.Module, task: Task, optimizer: Optimizer, batch: Batch, key: Array, learning: Learning | None = None
+) -> TrainState:
+    """A fresh state. `batch` gives shapes only."""
+    return begin_state(init_variables(model, task.inputs, batch, key), optimizer, key, learning)
+
+
+def init_variables(
+    model: nn.Module, inputs: Callable[..., Any], batch: Batch, key: Array, given: Mapping[str, Tree] | None = None
+) -> dict[str, Tree]:
+    """The variables of an untrained model: parameters and `STATE`. `batch` gives shapes only; what is `given` stays.
 
     Initialises in evaluation mode, so that no state is updated by a batch that is not data.
     """
     # Behind a barrier, or XLA folds the whole forward pass of these constants at compile time, for half a minute.
     zeros = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch))
-    inputs, ctx = task.inputs(zeros, jnp.int32(0), train=False)
-    init_key, run_key = jax.random.split(key)
-    variables = model.init({"params": init_key, **_streams(init_key)}, inputs, ctx, mutable=["params", *STATE])
+    arguments, ctx = inputs(zeros, jnp.int32(0), train=False)
+    key, _ = jax.random.split(key)
+    rngs, made = {"params": key, **streams(key)}, ["params", *STATE]
+    if given is None:
+        variables = model.init(rngs, arguments, ctx, mutable=made)
+    else:
+        _, variables = model.apply(given, arguments, ctx, rngs=rngs, mutable=made)
+    return {"params": {}, **variables}
+
+
+def begin_state(
+    variables: Mapping[str, Tree], optimizer: Optimizer, key: Array, learning: Learning | None = None
+) -> TrainState:
+    """The state before the first step of a training that begins with `variables`."""
+    learning = learning or Learning()
+    _, key = jax.random.split(key)
     params = variables["params"]
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optimizer.transform().init(params),
+        opt_state=learning.transform(optimizer).init(learning.split(params)[0]),
         collections={name: tree for name, tree in variables.items() if name != "params"},
-        key=run_key,
+        key=key,
         first_bad_step=jnp.int32(-1),
     )
 
@@ -83,16 +113,20 @@ def make_train_step(
     accumulation: int = 1,
     jit: bool = True,
     place: Place = lambda params: params,
+    learning: Learning | None = None,
+    frozen: Models | None = None,
 ) -> TrainStep:
     """The function `(state, batch) -> (state, metrics)`, jitted with its state donated unless `jit=False`.
 
-    The objective is the task's loss plus everything in the collection 'losses'. With `accumulation`, microbatches run one
+    What is descended is the task's objective plus everything in the collection 'losses'. With `accumulation`, microbatches run one
     after the other and are weighted by their number of valid targets: the update equals that of the whole batch wherever a
     loss is a mean over targets or over equally weighted sequences. What looks at a batch as one (capacity of a group that
     spans the batch, a balance loss over the batch) sees a microbatch instead. Of n microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
     each microbatch has its share of every device's rows and none has to move.
 
-    `place` says where a tree like the parameters lies, for gradients: their identity, with a sharding.
+    `place` says where a tree like the parameters that learn lies, for gradients: their identity, with a sharding. `learning` says
+    which these are; the others are arguments of the step that nothing is differentiated by. `frozen` are the models of the
+    task's sources.
 
     State without gradients is read while the layers run. After the update, controllers that layers have declared change it, and
     parameters, by what was measured over the whole batch; see `moejax.core.control`.
@@ -104,42 +138,46 @@ def make_train_step(
     Raises:
       ConfigError: (when traced) the batch does not divide into `accumulation` microbatches.
     """
-    transform = optimizer.transform()
+    learning = learning or Learning()
+    transform = learning.transform(optimizer)
 
-    def objective(params: Tree, state: TrainState, batch: Batch, key: Array) -> tuple[Array, tuple[Any, ...]]:
-        inputs, ctx = task.inputs(batch, state.step, train=True)
-        outputs, changed = model.apply(
-            {"params": params, **state.collections},
-            inputs,
-            ctx,
-            rngs=_streams(key),
-            mutable=["losses", "stats", "measured"],
-        )
-        sums = task.sums(outputs, batch)
-        loss = sums["nll"] / jnp.maximum(sums["count"], 1)
-        losses = flatten(changed.get("losses", {}), "losses", total=True)
+    def objective(learned: Tree, kept: Tree, state: TrainState, batch: Batch, key: Array) -> tuple[Array, tuple[Any, ...]]:
+        run = Model(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state))
+        loss, sums = task.objective(run, batch, state.step)
+        losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
+        stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
+        stats = stats if len(run.sown) == 1 else {name: value / len(run.sown) for name, value in stats.items()}
         total = loss + sum(losses.values())
-        means = {"train/loss": loss, "train/objective": total, **losses, **flatten(changed.get("stats", {}), "stats")}
-        return total, (sums, means, changed.get("measured", {}))
+        means = {"train/loss": loss, "train/objective": total, **losses, **stats}
+        return total, (sums, means, run.summed(lambda changed: changed.get("measured", {})))
 
     def gradients(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, tuple[Any, ...]]:
-        grads, aux = jax.grad(objective, has_aux=True)(state.params, state, batch, key)
+        grads, aux = jax.grad(objective, has_aux=True)(*learning.split(state.params), state, batch, key)
         return place(grads), aux
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        learned, kept = learning.split(state.params)
         with record_controllers() as controllers:
             if accumulation == 1:
                 grads, (sums, means, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
             else:
-                zeros = place(jax.tree.map(jnp.zeros_like, state.params))
+                zeros = place(jax.tree.map(jnp.zeros_like, learned))
                 grads, (sums, means, measured) = _accumulate(gradients, zeros, task, state, batch, key, accumulation)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        params, collections = optax.apply_updates(state.params, updates), state.collections
+        grads = learning.now(grads, state.step)
+        updates, opt_state = transform.update(grads, state.opt_state, learned, step=state.step)
+        params, collections = learning.join(optax.apply_updates(learned, updates), kept), state.collections
         if controllers:
             params, opt_state, router_state = apply_controllers(
-                controllers.values(), measured, params, opt_state, collections["router_state"], state.step + 1, transform
+                controllers.values(),
+                measured,
+                params,
+                opt_state,
+                collections["router_state"],
+                state.step + 1,
+                lambda params: transform.init(learning.split(params)[0]),
             )
+            params = learning.join(learning.split(params)[0], kept)
             collections = {**collections, "router_state": router_state}
         grad_norm, param_norm = optax.global_norm(grads), optax.global_norm(params)
         finite = jnp.isfinite(means["train/objective"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
@@ -163,19 +201,18 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0) if jit else train_step
 
 
-def make_eval_step(model: nn.Module, task: Task, jit: bool = True) -> EvalStep:
+def make_eval_step(model: nn.Module, task: Task, jit: bool = True, frozen: Models | None = None) -> EvalStep:
     """The function `(state, batch) -> (sums, stats)` in evaluation mode: no noise, no update of any state.
 
     Stats are multiplied by the batch's number of valid targets, so that they add up like sums.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        inputs, ctx = task.inputs(batch, state.step, train=False)
-        variables = {"params": state.params, **state.collections}
-        outputs, changed = model.apply(variables, inputs, ctx, mutable=["losses", "stats"])
-        sums = task.sums(outputs, batch)
-        stats = flatten(changed.get("stats", {}), "stats")
-        return sums, {name: value * sums["count"] for name, value in stats.items()}
+        run = Model(model, state.params, state.collections, None, _frozen(frozen, state))
+        sums = task.scores(run, batch, state.step)
+        stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
+        weight = sums["count"] if len(run.sown) == 1 else sums["count"] / max(len(run.sown), 1)
+        return sums, {name: value * weight for name, value in stats.items()}
 
     return jax.jit(eval_step) if jit else eval_step
 
@@ -215,8 +252,8 @@ def _accumulate(
     )
 
 
-def _streams(key: Array) -> dict[str, Array]:
-    return {name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)}
+def _frozen(models: Models | None, state: TrainState) -> dict[str, Frozen]:
+    return {name: Frozen(model, state.frozen[name]) for name, model in (models or {}).items()}
 
 
 def abstract(tree: Mapping[str, Any] | TrainState) -> Any:

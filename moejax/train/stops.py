@@ -35,6 +35,14 @@ class NonFiniteLoss(RuntimeError):
         )
 
 
+class StartDiverged(NonFiniteLoss):
+    """The run that this one starts from has diverged: there is nothing to start from."""
+
+    def __init__(self, label: str, reason: str):
+        self.step, self.example_ids, self.checkpoint = 0, [], None
+        RuntimeError.__init__(self, f"{label} diverged: {reason}")
+
+
 class Signals:
     """Inside the `with` block SIGTERM and SIGINT are noted in `received` instead of ending the process.
 

@@ -40,7 +40,8 @@ def made(name="toy", topology="v5e:2x2", **changes):
         tokens=4096,
         params=10**9,
         active_params=2 * 10**8,
-        memory=Memory(10**9, 2 * 10**9, 10**6, 5 * 10**9, 10**4, 10**7, 16 * 10**9),
+        trainable_params=10**9,
+        memory=Memory(10**9, 0, 2 * 10**9, 10**6, 5 * 10**9, 10**4, 10**7, 16 * 10**9),
         costs=Costs(1e12, 2e10, 0.05, 0.02, 0.01),
         exchanges=(
             Exchanged("all-gather", ("fsdp",), 4, 96, 3e9, 0.5, True),

@@ -74,6 +74,7 @@ class Result:
     first_step_seconds: float = 1.5
     params: int = 1_234_567
     active_params: int = 345_678
+    trainable_params: int = 1_234_567
     flops_per_step: float = 1e9
 
 
@@ -84,7 +85,20 @@ class FakeFit:
         self.final = final or final_bits
         self.calls: list[tuple[str, int]] = []
 
-    def __call__(self, config: ConfigDict, seed: int, workdir: str, progress: Callable[[Report], None], label: str) -> Result:
+    def __call__(
+        self,
+        config: ConfigDict,
+        seed: int,
+        workdir: str,
+        progress: Callable[[Report], None],
+        label: str,
+        resolve: Callable[..., Path] | None = None,
+    ) -> Result:
+        init = config.get("init") or {}
+        for place, source in {"source": init.get("source", {}), **(init.get("others") or {})}.items():
+            if "config" in source:
+                own = source.get("seed", "own") == "own"
+                resolve(source["config"], seed if own else source["seed"], progress, f"init.{place} of {label}")
         self.calls.append((label, seed))
         folder, steps, end = Path(workdir), int(config.train.steps), self.final(config, seed)
         folder.mkdir(parents=True, exist_ok=True)

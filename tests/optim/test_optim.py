@@ -1,5 +1,7 @@
 """Optimizers against formulas written out in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import optax
 import pytest
 
 from moejax.core.errors import ConfigError
-from moejax.optim.base import decay_mask, optimizers
+from moejax.core.roles import Parameter
+from moejax.optim.base import Optimizer, clip, decay_mask, optimizers, slice_norm
+from moejax.train.trainable import learning
 
 
 def build(kind="adamw", **fields):
@@ -123,3 +127,57 @@ def test_only_matrices_decay_however_they_are_stacked():
 def test_wrong_fields_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
         optimizers.build({"kind": "adamw", "learning_rate": 1.0, **fields}, "optimizer", steps=100)
+
+
+def test_a_norm_is_of_one_layer_and_one_expert(rng):
+    x = rng.normal(size=(3, 2, 4, 5)).astype(np.float32)
+    stacked = slice_norm(jnp.asarray(x), Parameter((), x.shape, ("layers", "expert", "embed", "mlp")))
+    np.testing.assert_allclose(stacked, np.sqrt((x**2).sum((2, 3), keepdims=True)), rtol=1e-6)
+    whole = slice_norm(jnp.asarray(x, jnp.bfloat16), Parameter((), x.shape, (None, None, "embed", None)))
+    assert whole.dtype == jnp.float32
+    np.testing.assert_allclose(whole, [[[[np.sqrt((x**2).sum())]]]], rtol=1e-2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit(Optimizer):
+    """A user's: each layer's and expert's gradient of length 1, before a momentum of its own shape; clipped afterwards."""
+
+    def transform(self, params=None):
+        def unit(updates, _):
+            return jax.tree.map(lambda g, p: g / slice_norm(g, p), updates, params)
+
+        return optax.chain(optax.stateless(unit), optax.trace(0.5), clip(self.clip_norm), self.scheduled())
+
+
+def test_a_users_optimizer_knows_the_axes_of_what_learns(rng):
+    optimizer = Unit(steps=10, learning_rate=0.1, schedule="constant", clip_norm=0.01)
+    shapes = {"stack": {"w": (2, 3, 4), "kept": (2,)}, "head": (4,)}
+    described = {
+        "stack": {
+            "w": Parameter(("stack", "w"), (2, 3, 4), ("layers", None, None)),
+            "kept": Parameter(("stack", "kept"), (2,), (None,)),
+        },
+        "head": Parameter(("head",), (4,), (None,)),
+    }
+    params = jax.tree.map(lambda s: jnp.zeros(s), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    found = learning({"all": {"what": "*", "but": "*/kept"}}, described, 10)
+    transform = found.transform(optimizer)
+    learned, kept = found.split(params)
+    assert kept == {"stack": {"kept": params["stack"]["kept"]}}
+    state = transform.init(learned)
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 24 + 4
+    g = {"stack": {"w": rng.normal(size=(2, 3, 4))}, "head": rng.normal(size=4)}
+    updates, _ = transform.update(jax.tree.map(jnp.float32, g), state, learned, step=0)
+    w = g["stack"]["w"] / np.sqrt((g["stack"]["w"] ** 2).sum((1, 2), keepdims=True))
+    head = g["head"] / np.sqrt((g["head"] ** 2).sum())
+    # Three slices of length 1, clipped together to a length of 0.01.
+    np.testing.assert_allclose(updates["stack"]["w"], -0.1 * 0.01 / np.sqrt(3) * w, rtol=1e-5)
+    np.testing.assert_allclose(updates["head"], -0.1 * 0.01 / np.sqrt(3) * head, rtol=1e-5)
+
+
+def test_clipping_equals_that_of_optax_to_the_bit(rng):
+    for scale in (0.01, 10.0):
+        g = {"a": jnp.float32(scale * rng.normal(size=(3, 4))), "b": jnp.float32(scale * rng.normal(size=5))}
+        ours, _ = clip(1.5).update(g, clip(1.5).init(g))
+        theirs, _ = optax.clip_by_global_norm(1.5).update(g, optax.EmptyState())
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -158,7 +158,7 @@ def test_seeds_of_one_config_share_one_compilation(finished, tmp_path, monkeypat
 
     monkeypatch.setattr(program, "make_train_step", recompiled)
     monkeypatch.setattr(program, "make_eval_step", recompiled)
-    monkeypatch.setattr(program, "init_state", recompiled)
+    monkeypatch.setattr(program, "init_variables", recompiled)
     before = program._program.cache_info()
     run_tiny(tmp_path, seed=5)
     after = program._program.cache_info()

@@ -25,7 +25,7 @@ def start(workdir, kill_at=0, delay=0.0):
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [
         sys.executable,
-        str(ROOT / "tests/train/harness.py"),
+        str(ROOT / "tests/training_harness.py"),
         str(workdir),
         json.dumps(CHANGES),
         str(kill_at),

@@ -113,7 +113,7 @@ class SMEAR(Layer):
 
     def _logits(self, summaries: Float[Array, "g d"]) -> Float[Array, "g e"]:
         shape = (self.num_experts, summaries.shape[-1])
-        router = param(self, "router", nn.initializers.normal(0.02), shape, (None, "embed"))
+        router = param(self, "router", nn.initializers.normal(0.02), shape, (None, "embed"), role="routers")
         small = nn.initializers.constant(self.router_scale)
         router = nn.LayerNorm(use_bias=False, scale_init=small, name="router_norm")(router)
         summaries = nn.LayerNorm(name="summary_norm")(summaries)

@@ -115,7 +115,7 @@ class VQMoE(MoE):
         routed = super().__call__(x, ctx)
         if self.combine == "mean":
             return (routed + discrete) / 2
-        w = param(self, "gate", nn.initializers.lecun_normal(), (x.shape[-1], 2), ("embed", None))
+        w = param(self, "gate", nn.initializers.lecun_normal(), (x.shape[-1], 2), ("embed", None), role="routers")
         a = jax.nn.softmax(jnp.einsum("bsd,do->bso", x.astype(jnp.float32), w), axis=-1).astype(x.dtype)
         return a[..., :1] * routed + a[..., 1:] * discrete
 

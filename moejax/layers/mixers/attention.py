@@ -254,7 +254,7 @@ def token_positions(ctx: Context, b: int, s: int) -> Int[Array, "b s"]:
 
 
 def _rms_norm(module: nn.Module, name: str, x: Float[Array, "*b c"], eps: float = 1e-6) -> Float[Array, "*b c"]:
-    scale = param(module, name, nn.initializers.ones, (x.shape[-1],), (None,))
+    scale = param(module, name, nn.initializers.ones, (x.shape[-1],), (None,), role="norms")
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale
     return y.astype(x.dtype)

@@ -16,7 +16,7 @@ from moejax.core.errors import ConfigError
 from moejax.core.layer import Layer
 from moejax.core.registry import Registry
 
-routers = Registry("router", "moejax.routing.routers")
+routers = Registry("router", "moejax.routing.routers", role="routers")
 
 
 class Router(Layer):

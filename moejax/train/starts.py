@@ -1,0 +1,207 @@
+"""`config.init`: what a run starts from. A source, perhaps some others, and surgeries in order; then every array must fit.
+
+    init = {'source': {'kind': 'checkpoint', 'path': 'runs/dense'}}
+    init = {'source': {'kind': 'run', 'config': {...}, 'seed': 0}, 'surgeries': {'extend': {'paths': ('head',)}}}
+    init = {
+        'source': {'kind': 'run', 'config': start},
+        'others': {'code': {'kind': 'run', 'config': code}, 'prose': {'kind': 'run', 'config': prose}},
+        'surgeries': {'merge': {'kind': 'average'}, 'head': {'kind': 'keep', 'without': ('head',)}, 'new': {'kind': 'extend', ...}},
+        'order': ('merge', 'head', 'new'),
+    }
+
+The result has exactly the arrays of the model that `config.model` describes: what is missing or left over is an error. New
+parameters are new on purpose: by the surgery `extend`, or because they are an adapter's.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from moejax.core.errors import ConfigError, nearest
+from moejax.core.params import Path
+from moejax.core.paths import listed
+from moejax.core.roles import Parameter
+from moejax.layers.adapters.places import PREFIX
+from moejax.surgery.base import Checkpoint, Leaves, Surgery, Target, spelt, surgeries
+from moejax.surgery.sources.base import Source, sources
+from moejax.tasks.base import Task
+from moejax.train.readers import Resolve, make_reader, on_host
+from moejax.train.settings import UNTRAINED
+
+# Folded into a run's key for what surgeries draw; far from the small numbers that `jax.random.split` stands for.
+SURGERY = 0x73757267
+
+Batches = Callable[[int], Sequence[Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """`config.init`, built.
+
+    Attributes:
+      source: what the run starts from.
+      others: further models, for surgeries that want several.
+      surgeries: name and operation, in order.
+    """
+
+    source: Source
+    others: Mapping[str, Source]
+    surgeries: tuple[tuple[str, Surgery], ...]
+
+
+def parse_init(spec: Mapping[str, Any] | None) -> Init:
+    """The `init` section of a config.
+
+    Raises:
+      ConfigError: an unknown key or kind, or several surgeries without an order.
+    """
+    spec = spec or UNTRAINED
+    keys = ("source", "others", "surgeries", "order")
+    for key in spec:
+        if key not in keys:
+            raise ConfigError(f"unknown key '{key}' in init{nearest(key, keys)}")
+    named = {name: fields for name, fields in (spec.get("surgeries") or {}).items() if fields is not None}
+    others = {name: fields for name, fields in (spec.get("others") or {}).items() if fields is not None}
+    operations = {name: _surgery(name, fields) for name, fields in named.items()}
+    return Init(
+        sources.build(spec.get("source") or UNTRAINED["source"], "init.source"),
+        {name: sources.build(fields, f"init.others.{name}") for name, fields in others.items()},
+        tuple((name, operations[name]) for name in _order(tuple(spec.get("order") or ()), operations)),
+    )
+
+
+def starting(
+    init: Init,
+    *,
+    config: Mapping[str, Any],
+    shapes: Any,
+    parameters: Any,
+    seed: int,
+    resolve: Resolve,
+    fresh: Callable[[Collection[Path]], Leaves],
+    beside: Callable[[Mapping[str, Any], Collection[Path]], Leaves],
+    batches: Batches,
+    label: str = "",
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The variables that a run starts with, as NumPy arrays, and what checkpoints they were made of.
+
+    Args:
+      init: the section.
+      config: plain config of the run.
+      shapes: its model's variables, as shapes.
+      parameters: a tree like its parameters, of `Parameter`s.
+      seed: of the run.
+      resolve: gives the folder of the finished run of another config.
+      fresh: some of the untrained model's variables, by path.
+      beside: the same, where other variables are there already: adapters may start from what they adapt.
+      batches: the first batches of its training data.
+      label: its name, in progress reports.
+
+    Raises:
+      ConfigError: the arrays are not those of the model; names the first few.
+    """
+    wanted = Checkpoint(config, shapes).leaves
+
+    def untrained() -> Checkpoint:
+        return Checkpoint(config, {}).with_leaves(fresh(sorted(wanted)))
+
+    def read(source: Source, place: str) -> Checkpoint:
+        return on_host(source.read(make_reader(place, seed, untrained, resolve, label)))
+
+    found = read(init.source, "init.source")
+    others = {name: read(source, f"init.others.{name}") for name, source in sorted(init.others.items())}
+    given = {"init.source": found, **{f"init.others.{name}": one for name, one in others.items()}}
+    for i, (name, operate) in enumerate(init.surgeries):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SURGERY), i)
+        target = Target(config, shapes, parameters, key, others, fresh, batches)
+        try:
+            found = operate(found, target)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in init.surgeries.{name})") from None
+    found = on_host(found)
+    missing = [path for path in wanted if path not in found.leaves and _is_adapter(path, parameters)]
+    found = found.with_leaves({**found.leaves, **(beside(found.variables, sorted(missing)) if missing else {})})
+    check_fit(found, wanted, "init", "rename, keep, extend or convert them with init.surgeries")
+    made_of = {place: one.meta["contents"] for place, one in given.items() if "contents" in one.meta}
+    return _like(found, shapes), made_of
+
+
+def frozen_models(
+    task: Task, shapes: Mapping[str, Any], seed: int, resolve: Resolve, label: str = ""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The variables of a task's frozen models, by name, as NumPy arrays, and what checkpoints they are.
+
+    Raises:
+      ConfigError: the arrays are not those of the source's own model.
+    """
+
+    def refuse() -> Checkpoint:
+        raise ConfigError("a frozen model must be trained; take another kind of source than 'fresh'")
+
+    found, made_of = {}, {}
+    for name, source in sorted(task.frozen().items()):
+        place = f"task.{name}"
+        checkpoint = source.read(make_reader(place, seed, refuse, resolve, label))
+        check_fit(checkpoint, Checkpoint({}, shapes[name]).leaves, place, "its config.model is not what it was trained with")
+        found[name] = _like(on_host(checkpoint), shapes[name])
+        made_of |= {place: checkpoint.meta["contents"]} if "contents" in checkpoint.meta else {}
+    return found, made_of
+
+
+def check_fit(found: Checkpoint, wanted: Mapping[Path, Any], place: str, fix: str) -> None:
+    """Refuses arrays that are not exactly those of a model: path by path, in shape and type.
+
+    Raises:
+      ConfigError: names the first few that are missing, left over, or of another shape.
+    """
+    leaves = found.leaves
+    missing = [f"{spelt(path)} {_shape(x)}" for path, x in wanted.items() if path not in leaves]
+    over = [f"{spelt(path)} {_shape(x)}" for path, x in leaves.items() if path not in wanted]
+    other = [
+        f"{spelt(path)} {_shape(leaves[path])}, where the model has {_shape(x)}"
+        for path, x in wanted.items()
+        if path in leaves and _shape(leaves[path]) != _shape(x)
+    ]
+    words = {"missing": missing, "left over": over, "of another shape": other}
+    said = [f"{len(names)} {word} ({listed(names, 3)})" for word, names in words.items() if names]
+    if said:
+        raise ConfigError(f"{place}: the arrays are not those of the model: {'; '.join(said)}; {fix}")
+
+
+def _surgery(name: str, fields: Any) -> Surgery:
+    where = f"init.surgeries.{name}"
+    if not hasattr(fields, "items"):
+        raise ConfigError(f"{where}={fields!r} must be a mapping of fields, or None to leave it out")
+    return surgeries.build({"kind": name, **fields}, where)
+
+
+def _order(order: tuple[str, ...], operations: Mapping[str, Surgery]) -> tuple[str, ...]:
+    for name in order:
+        if name not in operations:
+            raise ConfigError(f"init.order names '{name}', not in init.surgeries{nearest(name, operations)}")
+    if not order and len(operations) > 1:
+        raise ConfigError(f"init.surgeries has {', '.join(operations)}; say in init.order which comes first")
+    if order and sorted(order) != sorted(operations):
+        raise ConfigError(f"init.order={order} must name each of init.surgeries once: {', '.join(operations)}")
+    return order or tuple(operations)
+
+
+def _is_adapter(path: Path, parameters: Any) -> bool:
+    if path[0] != "params":  # Nothing is said of other collections but by their paths.
+        return any(part.startswith(PREFIX) for part in path)
+    node = parameters
+    for name in path[1:]:
+        node = node[name]
+    return isinstance(node, Parameter) and "adapters" in node.roles
+
+
+def _like(checkpoint: Checkpoint, shapes: Any) -> dict[str, Any]:
+    """The variables as a tree of the very structure of `shapes`."""
+    leaves = checkpoint.leaves
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[tuple(key.key for key in path)], dict(shapes))
+
+
+def _shape(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
