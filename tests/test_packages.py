@@ -22,6 +22,9 @@ FORBIDDEN = {
     "moejax.layers": [f"moejax.{p}" for p in ("models", "data", "train", "serve")],
     "moejax.models": [f"moejax.{p}" for p in ("data", "train", "serve")],
     "moejax.data": [f"moejax.{p}" for p in ("routing", "dispatch", "experts", "layers", "models", "train", "serve")],
+    "moejax.surgery": [f"moejax.{p}" for p in ("layers", "models", "data", "tasks", "optim", "train", "serve", "parallel")],
+    "moejax.optim": [f"moejax.{p}" for p in ("layers", "models", "data", "tasks", "train", "serve", "surgery")],
+    "moejax.tasks": [f"moejax.{p}" for p in ("layers", "models", "data", "optim", "train", "serve")],
     "moejax": ["experiments", "configs", "tests"],
 }
 ALLOWED = {("moejax.layers", "moejax.models.registry")}
