@@ -15,6 +15,7 @@ from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, OUT_OF_REACH, REPR
 
 COLOURS = {REPRODUCED: "green", NOT_REPRODUCED: "red", INCONCLUSIVE: "yellow", OUT_OF_REACH: "dim"}
 SIZES = (("params", "params"), ("active", "active_params"), ("steps", "steps"), ("tokens/s", "tokens_per_second"))
+LEARNING = "trainable_params"
 DROPS = "stats/drop_rate"
 
 
@@ -30,8 +31,11 @@ class Table:
 
 def arms(outcome: Outcome) -> Table:
     """One row an arm: the metrics that matter as mean ± standard deviation over seeds, sizes, speed, drops."""
-    metrics = [m for m in outcome.metrics if m not in {name for _, name in SIZES} | {DROPS}]
-    drops = any(run.matching(DROPS) for seeds in outcome.runs.values() for run in seeds.values())
+    metrics = [m for m in outcome.metrics if m not in {name for _, name in SIZES} | {DROPS, LEARNING}]
+    runs = [run for seeds in outcome.runs.values() for run in seeds.values()]
+    part = any(run.matching(LEARNING) and run.value(LEARNING) != run.value("params") for run in runs)
+    sizes = [*SIZES[:2], *([("learning", LEARNING)] if part else []), *SIZES[2:]]
+    drops = any(run.matching(DROPS) for run in runs)
     rows = []
     for arm, seeds in outcome.runs.items():
         cached = sum(run.cached for run in seeds.values())
@@ -40,11 +44,11 @@ def arms(outcome: Outcome) -> Table:
                 arm,
                 f"{len(seeds)}" + (f" ({cached} cached)" if cached else ""),
                 *(spread(_values(seeds, metric)) for metric in metrics),
-                *(quantity(_mean(seeds, metric)) for _, metric in SIZES),
+                *(quantity(_mean(seeds, metric)) for _, metric in sizes),
                 *([percent(_mean(seeds, DROPS))] if drops else []),
             )
         )
-    columns = ("arm", "seeds", *metrics, *(title for title, _ in SIZES), *(["drop rate"] if drops else []))
+    columns = ("arm", "seeds", *metrics, *(title for title, _ in sizes), *(["drop rate"] if drops else []))
     return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows))
 
 
