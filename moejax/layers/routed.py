@@ -61,7 +61,7 @@ def plan_tokens(
 
     # What is drawn is drawn for all groups at once, so that no mesh changes it.
     made = plan(logits, ctx, bias, forced) if draws else _on_each_device(plan, logits, ctx, bias, forced)
-    return Routing(logits, select.probabilities(logits), made, ctx.real(logits))
+    return Routing(logits, select.probabilities(select.within_reach(logits, ctx)), made, ctx.real(logits))
 
 
 def _check_fit(outputs: int, select: Select, num_experts: int) -> None:
