@@ -98,11 +98,6 @@ def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], *
 def sow_losses(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], scale: float | Float[Array, ""] = 1.0) -> None:
     """Sows every loss, times `scale`, under its own name. An adaptive one keeps its state in 'router_state'."""
     for loss in losses:
-        if not isinstance(loss, Loss):
-            raise ConfigError(
-                f"losses of {'/'.join(module.path) or type(module).__name__} has a {type(loss).__name__}, which is no routing loss; "
-                "derive it from moejax.Loss"
-            )
         if isinstance(loss, AdaptiveLoss):
             state = module.variable("router_state", loss.kind, loss.fresh_state).value
             control(module, loss.kind, loss, loss.measure(routing))

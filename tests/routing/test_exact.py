@@ -31,7 +31,8 @@ from moejax.routing import (
 )  # fmt: skip
 from moejax.routing.losses.adaptive_l1 import AdaptiveLoss
 from moejax.routing.losses.base import Loss, losses, masked_mean
-from moejax.routing.select.base import Select, best, selects
+from moejax.routing.scores import best
+from moejax.routing.select.base import Select, selects
 from moejax.routing.stats import routing_stats
 
 G, N, E = 2, 9, 4

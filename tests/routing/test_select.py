@@ -15,7 +15,8 @@ from moejax.core.errors import ConfigError
 from moejax.layers.routed import plan_tokens
 from moejax.parallel import Parallel, make_mesh, use
 from moejax.routing import ExpertChoice, ExpertDropout, GShard, NullExperts, ReLU, SoftSlots, TopK, TopP
-from moejax.routing.select.base import CapacityLimited, Select, TokenChoice, best
+from moejax.routing.scores import best
+from moejax.routing.select.base import CapacityLimited, Select, TokenChoice
 
 G, N, E = 2, 9, 4
 VALID = np.array([[True] * N, [True, False, True, True, False, True, False, True, False]])
