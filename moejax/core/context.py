@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, Key, Shaped
 
 from moejax.core.memory import Memory
 
-_PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain")
+_PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain", "adapter")
 
 
 @struct.dataclass
@@ -22,6 +22,8 @@ class Context:
       segments: number of the packed document; attention stays inside a segment. None means one document per row.
       token_ids: vocabulary ids, for routers that look at the token itself (hash layers).
       domain: label of the token's source, for domain routers and for specialisation statistics.
+      adapter: of an adapted model, which one of its adapters each token uses, by number; -1 for none. None means all of them, one after
+        another. See `moejax.layers.Adapted`.
       step: the training step, for schedules inside a layer.
       layer: which layer of the network this is, counted from 0; the stack fills it in. None outside of one.
       key: for a select rule that draws at random; the layer that asks the rule fills it in.
@@ -37,6 +39,7 @@ class Context:
     segments: Int[Array, "b s"] | None = None
     token_ids: Int[Array, "b s"] | None = None
     domain: Int[Array, "b s"] | None = None
+    adapter: Int[Array, "b s"] | None = None
     step: Int[Array, ""] | None = None
     layer: Int[Array, ""] | None = None
     key: Key[Array, ""] | None = None
@@ -64,9 +67,13 @@ class Context:
           put: `put(new, old)` takes a new arrangement back to the whole one, where `old` keeps what it does not cover: for what
             the layers inside remember.
         """
-        given = {name: getattr(self, name) for name in _PER_TOKEN}
-        mapped = {name: f(value) for name, value in given.items() if value is not None}
+        mapped = {name: f(value) for name, value in self.per_token().items()}
         return self.replace(**mapped, memory=None if self.memory is None else self.memory.view(f, put))
+
+    def per_token(self) -> dict[str, Array]:
+        """What is said of each token: arrays `[b, s]` by name."""
+        given = {name: getattr(self, name) for name in _PER_TOKEN}
+        return {name: value for name, value in given.items() if value is not None}
 
     def recall(self, name: str, start: Any) -> Any:
         """What an earlier layer remembered as `name`; outside a stack, `start`."""
