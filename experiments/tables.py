@@ -129,10 +129,11 @@ def _begins(study: Study, arm: Arm) -> Iterator[tuple[str, str, str, str]]:
     sources |= {
         f"task.{name}: ": value for name, value in config.task.items() if isinstance(value, ConfigDict) and "kind" in value
     }
-    if arm in study.starts or rules or len(sources) > 1 or init.surgeries or init.source.kind != "fresh":
-        surgeries = tuple(init.order) or tuple(init.surgeries)
+    adapters = tuple(f"{name} ({spec.kind})" for name, spec in config.adapters.items() if spec is not None)
+    if arm in study.starts or rules or len(sources) > 1 or init.surgeries or adapters or init.source.kind != "fresh":
+        steps = (*(tuple(init.order) or tuple(init.surgeries)), *adapters)
         told = "; ".join(f"{name}{_source(spec)}" for name, spec in sources.items())
-        yield arm.name, told, ", ".join(surgeries) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
+        yield arm.name, told, ", ".join(steps) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
 
 
 def _source(spec: ConfigDict) -> str:

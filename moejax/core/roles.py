@@ -79,7 +79,7 @@ class Notes:
 
     def see(self, module: nn.Module) -> None:
         """Notes the roles of a bound module, and how many dimensions its own parameters have where they are made."""
-        self._roles[module.path].update(_roles(module))
+        self._roles[module.path].update(roles_of(module))
         for name, value in module.variables.get("params", {}).items():
             if hasattr(value, "ndim"):
                 self._ranks[(*module.path, name)] = value.ndim
@@ -123,7 +123,8 @@ def names(keys: tuple[Any, ...]) -> Path:
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
-def _roles(module: nn.Module) -> tuple[str, ...]:
+def roles_of(module: nn.Module) -> tuple[str, ...]:
+    """The roles that a module declares for all parameters in it."""
     said = getattr(module, "role", ())
     said = (said,) if isinstance(said, str) else said if isinstance(said, tuple) else ()
     return said or next((roles for cls, roles in _FLAX.items() if isinstance(module, cls)), ())

@@ -69,7 +69,7 @@ def fit(
     """Trains one model, on this process's default device or on the devices of `config.mesh`.
 
     Args:
-      config: sections model, data, task, optimizer, train, and optionally init, adapters, trainable, eval, checkpoint, mesh and
+      config: sections model, data, task, optimizer, train, and optionally adapters, init, trainable, eval, checkpoint, mesh and
         exchange; see `settings.py`.
       seed: of parameters, data order and all noise.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
@@ -272,6 +272,7 @@ class _Run:
             seed=self.seed,
             resolve=resolve,
             fresh=lambda paths: program.fresh(paths, key),
+            beside=lambda variables, paths: program.fresh(paths, key, variables),
             shapes_of=program.shapes_of,
             # Whole batches, the same in every process: each of them makes the whole start.
             batches=lambda count: list(

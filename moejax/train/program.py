@@ -18,7 +18,7 @@ from moejax import models
 from moejax.core.params import Path
 from moejax.core.roles import Notes, record
 from moejax.dispatch.expert_parallel import overlap_options
-from moejax.layers.adapters.around import record_adapted
+from moejax.layers.adapters.places import record_adapted
 from moejax.layers.adapters.table import AdaptedLayer, layers_of
 from moejax.optim.base import Optimizer, optimizers
 from moejax.parallel import Parallel, rules, use
@@ -48,7 +48,7 @@ class Program:
       spec: `config.model`, for errors that name a key of it.
       trainable: rules of what learns, `config.trainable`.
       steps: of the run, for rules about a part of it.
-      frozen: name -> `config.model` of the models that the task runs and nobody trains.
+      frozen: name -> model and adapters of the models that the task runs and nobody trains.
     """
 
     model: nn.Module
@@ -78,14 +78,24 @@ class Program:
         arrays = jax.tree.map(_put, dict(variables), self.state.variables)
         return self._begin(arrays, np.asarray(jax.random.key_data(key)))
 
-    def fresh(self, paths: Collection[Path], key: Array) -> dict[Path, Any]:
-        """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays."""
+    def fresh(self, paths: Collection[Path], key: Array, given: Mapping[str, Any] | None = None) -> dict[Path, Any]:
+        """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays.
 
-        def some(key_data: Array) -> dict[Path, Any]:
-            flat = flax.traverse_util.flatten_dict(self._variables(key_data))
+        Args:
+          paths: which.
+          key: of the run.
+          given: variables that are there already. What starts beside them, an adapter, may look at them.
+        """
+
+        def some(key_data: Array, given: Mapping[str, Any] | None) -> dict[Path, Any]:
+            key = jax.random.wrap_key_data(key_data)
+            made = self._variables(key_data) if given is None else self._init_variables(key, given)
+            flat = flax.traverse_util.flatten_dict(made)
             return {path: flat[path] for path in paths}
 
-        return {path: np.asarray(x) for path, x in jax.jit(some)(np.asarray(jax.random.key_data(key))).items()}
+        # What nothing looks at goes to no device.
+        made = jax.jit(some)(np.asarray(jax.random.key_data(key)), given)
+        return {path: np.asarray(x) for path, x in made.items()}
 
     @functools.cached_property
     def parameters(self) -> Any:
@@ -136,14 +146,14 @@ class Program:
         return abstract(jax.eval_shape(lambda: init_variables(model, self.task.inputs, self.batch, jax.random.key(0))))
 
     def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:
-        model = models.build(spec, f"task.{name}")
+        model = models.network(spec, f"task.{name}")
         inputs = functools.partial(_frozen_inputs, self.task, name)
         with record() as notes:
             shapes = jax.eval_shape(lambda: init_variables(model, inputs, self.batch, jax.random.key(0)))
         if self.parallel is None:
             return model, abstract(shapes)
         specs = jax.tree.map(lambda _: PartitionSpec(), shapes)
-        specs = {**specs, "params": rules.param_specs(shapes["params"], notes.axes, self.parallel.mesh, spec)}
+        specs = {**specs, "params": rules.param_specs(shapes["params"], notes.axes, self.parallel.mesh, spec["model"])}
         return model, _with_shardings(shapes, specs, self.parallel.mesh)
 
     @functools.cached_property
@@ -244,12 +254,15 @@ class Program:
         """
 
         def variables(key_data: Array) -> Any:
-            return init_variables(self.model, self.task.inputs, self.batch, jax.random.wrap_key_data(key_data))
+            return self._init_variables(jax.random.wrap_key_data(key_data))
 
         jitted = jax.jit(variables)
         with record() as notes:
             shapes = jax.eval_shape(jitted, _key_data())
         return jitted, shapes, notes
+
+    def _init_variables(self, key: Array, given: Mapping[str, Any] | None = None) -> Any:
+        return init_variables(self.model, self.task.inputs, self.batch, key, given)
 
     def _begun(self, variables: Any, key_data: Array) -> TrainState:
         return begin_state(variables, self.optimizer, jax.random.wrap_key_data(key_data), self.learning)

@@ -23,6 +23,7 @@ from moejax.core.errors import ConfigError, nearest
 from moejax.core.params import Path
 from moejax.core.paths import listed
 from moejax.core.roles import Parameter
+from moejax.layers.adapters.places import PREFIX
 from moejax.surgery.base import Checkpoint, Leaves, Surgery, Target, spelt, surgeries
 from moejax.surgery.sources.base import Reader, Source, sources
 from moejax.surgery.sources.fresh import FreshSource
@@ -82,6 +83,7 @@ def starting(
     resolve: Resolve,
     fresh: Callable[[Collection[Path]], Leaves],
     shapes_of: Callable[[Mapping[str, Any]], Any],
+    beside: Callable[[Mapping[str, Any], Collection[Path]], Leaves],
     batches: Batches,
     label: str = "",
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -96,6 +98,7 @@ def starting(
       resolve: gives the folder of the finished run of another config.
       fresh: some of the untrained model's variables, by path.
       shapes_of: the variables of another `config.model`, as shapes.
+      beside: the same, where other variables are there already: adapters may start from what they adapt.
       batches: the first batches of its training data.
       label: its name, in progress reports.
 
@@ -136,7 +139,7 @@ def starting(
     found = on_host(found)
     check(found)
     missing = sorted(path for path in wanted if path not in found.leaves)
-    found = found.with_leaves({**found.leaves, **(fresh(missing) if missing else {})})
+    found = found.with_leaves({**found.leaves, **(beside(found.variables, missing) if missing else {})})
     made_of = {place: one.meta["contents"] for place, one in given.items() if "contents" in one.meta}
     return _like(found, shapes), made_of
 
@@ -202,8 +205,8 @@ def _order(order: tuple[str, ...], operations: Mapping[str, Surgery]) -> tuple[s
 
 
 def _is_adapter(path: Path, parameters: Any) -> bool:
-    if path[0] != "params":
-        return False
+    if path[0] != "params":  # Nothing is said of other collections but by their paths.
+        return any(part.startswith(PREFIX) for part in path)
     node = parameters
     for name in path[1:]:
         node = node[name]

@@ -32,6 +32,11 @@ class Reader:
     train: Callable[[Mapping[str, Any], int], Checkpoint]
 
 
+def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plain config makes its network: its model, and its adapters if it has any."""
+    return {name: config[name] for name in ("model", "adapters") if config.get(name)}
+
+
 class Source:
     """Where parameters come from. A frozen dataclass; its fields are the keys of its config."""
 
@@ -40,5 +45,5 @@ class Source:
         raise NotImplementedError
 
     def model(self, reader: Reader) -> Mapping[str, Any]:
-        """`config.model` of what `read` will give, at once and without any array."""
+        """`network_of` the config of what `read` will give, at once and without any array."""
         raise ConfigError(f"{reader.place} ({type(self).__name__}) has no model of its own; take another kind of source")

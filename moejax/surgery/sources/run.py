@@ -6,7 +6,7 @@ from typing import Any
 
 from moejax.core.errors import ConfigError
 from moejax.surgery.base import Checkpoint
-from moejax.surgery.sources.base import Reader, Source, sources
+from moejax.surgery.sources.base import Reader, Source, network_of, sources
 
 OWN = "own"
 
@@ -36,4 +36,4 @@ class RunSource(Source):
 
     def model(self, reader: Reader) -> Mapping[str, Any]:
         """Of the config: nothing has to be trained to know it."""
-        return self.config["model"]
+        return network_of(self.config)
