@@ -22,7 +22,7 @@ FORBIDDEN = {
     "moejax.layers": [f"moejax.{p}" for p in ("models", "data", "train", "serve")],
     "moejax.models": [f"moejax.{p}" for p in ("data", "train", "serve")],
     "moejax.data": [f"moejax.{p}" for p in ("routing", "dispatch", "experts", "layers", "models", "train", "serve")],
-    "moejax.surgery": [f"moejax.{p}" for p in ("layers", "models", "data", "tasks", "optim", "train", "serve", "parallel")],
+    "moejax.surgery": [f"moejax.{p}" for p in ("data", "tasks", "optim", "train", "serve")],
     "moejax.optim": [f"moejax.{p}" for p in ("layers", "models", "data", "tasks", "train", "serve", "surgery")],
     "moejax.tasks": [f"moejax.{p}" for p in ("layers", "models", "data", "optim", "train", "serve")],
     "moejax": ["experiments", "configs", "tests"],
