@@ -23,7 +23,7 @@ from experiments.cache import Run, write_json
 from experiments.record import Outcome
 from experiments.tables import Table, number
 from experiments.terminal import say, short, show
-from moejax.analysis import Layer, changed, favourites, observe, preferences, with_noise
+from moejax.analysis import ObservedLayer, changed, favourites, observe, preferences, with_noise
 from moejax.core.errors import ConfigError
 
 BATCHES = 16
@@ -43,7 +43,7 @@ class Seen:
       changes: (step, share of choices that changed since the checkpoint before), oldest first, by layer; empty without earlier ones.
     """
 
-    layers: dict[str, Layer]
+    layers: dict[str, ObservedLayer]
     labels: tuple[str, ...]
     noise: dict[str, float]
     changes: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
     if not steps:
         raise ConfigError(f"{short(run.path)} has no checkpoint; train it again with --fresh")
     config, variables, _ = load(run.path)
-    model, task = models.build(config["model"]), tasks.build(config["task"], "task")
+    model, task = models.network(config), tasks.build(config["task"], "task")
     known = info(config["data"])
     labels = tuple(known.domains) or tuple(map(str, range(known.num_classes or 1)))
     iterator = make_iterator(config["data"], split=config["eval"].get("split", "validation"), seed=0, num_epochs=1)
@@ -127,7 +127,7 @@ def table(found: Mapping[str, Seen]) -> Table:
 def to_json(seen: Seen) -> dict[str, Any]:
     """Everything that was counted, and each expert's favourite bytes or tokens."""
 
-    def layer(each: Layer) -> dict[str, Any]:
+    def layer(each: ObservedLayer) -> dict[str, Any]:
         words = None if each.words is None else [favourites(each.words, i) for i in range(each.words.shape[1])]
         return {
             "counts": each.counts.tolist(),
@@ -216,7 +216,7 @@ def changes(found: Mapping[str, Seen], path: Path) -> Path | None:
         return plots.save(figure, path)
 
 
-def _some(layers: dict[str, Layer]) -> dict[str, Layer]:
+def _some(layers: dict[str, ObservedLayer]) -> dict[str, ObservedLayer]:
     """At most `SHOWN_LAYERS`, spread over the depth."""
     names = list(layers)
     kept = np.unique(np.linspace(0, len(names) - 1, min(len(names), SHOWN_LAYERS)).round().astype(int))

@@ -1,8 +1,11 @@
-"""The list of methods: `catalog.toml`, one row per paper, checked when it is loaded.
+"""The list of methods: a row for each paper of `catalog.toml`, with what exists of it, found by the files' names.
+
+A method is added by new files alone: its study declares what implements it, its tests are called after it.
 
 python -m experiments.catalog --count     the line that the README quotes
 """
 
+import ast
 import importlib
 import re
 import sys
@@ -25,7 +28,7 @@ class Row:
     """One paper.
 
     Attributes:
-      implements: dotted names that implement it; empty while nobody has.
+      implements: dotted names that implement it, as its study declares them; empty while nobody has.
       tests: test files that check what is special to it, from the repository's root.
       study: its study file, from the repository's root; empty if there is none.
     """
@@ -36,9 +39,9 @@ class Row:
     year: int
     tier: str
     family: str
-    implements: tuple[str, ...]
-    tests: tuple[str, ...]
-    study: str
+    implements: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+    study: str = ""
 
     @property
     def status(self) -> str:
@@ -47,33 +50,54 @@ class Row:
 
 
 def load(file: Path = FILE) -> dict[str, Row]:
-    """Slug -> row, in the file's order.
+    """Slug -> row, in the file's order, with what there is of each method. Imports no study.
 
     Raises:
-      ConfigError: an unknown or missing field, a value of the wrong type, a slug twice, a study of another name.
+      ConfigError: an unknown or missing field, a value of the wrong type, a slug twice, a study that does not say what it implements.
     """
     rows: dict[str, Row] = {}
-    fields = Row.__dataclass_fields__
+    fields = {name: field for name, field in Row.__dataclass_fields__.items() if name not in ("implements", "tests", "study")}
+    studies, tests = study_files(), _test_files()
     for i, given in enumerate(tomllib.loads(file.read_text())["method"]):
         where = f"row {i} ('{given.get('slug')}') of {file.name}"
         for key in given:
             if key not in fields:
                 raise ConfigError(f"unknown field '{key}' in {where}{nearest(key, fields)}")
         for key, field in fields.items():
-            value = tuple(given[key]) if isinstance(given.get(key), list) else given.get(key)
-            kind = tuple if str(field.type).startswith("tuple") else field.type
-            if not isinstance(value, kind):
-                raise ConfigError(f"{key}={value!r} in {where} is not of type {kind.__name__}")
-            given[key] = value
-        row = Row(**given)
-        if row.slug in rows:
-            raise ConfigError(f"slug '{row.slug}' is in {file.name} twice")
-        if row.tier not in TIERS:
-            raise ConfigError(f"tier '{row.tier}' in {where}{nearest(row.tier, TIERS)}")
-        if row.study and Path(row.study).stem != row.slug:
-            raise ConfigError(f"study '{row.study}' in {where} must be called {row.slug}.py")
-        rows[row.slug] = row
+            if not isinstance(given.get(key), field.type):
+                raise ConfigError(f"{key}={given.get(key)!r} in {where} is not of type {field.type.__name__}")
+        slug = given["slug"]
+        if slug in rows:
+            raise ConfigError(f"slug '{slug}' is in {file.name} twice")
+        if given["tier"] not in TIERS:
+            raise ConfigError(f"tier '{given['tier']}' in {where}{nearest(given['tier'], TIERS)}")
+        study = studies.get(slug)
+        rows[slug] = Row(
+            **given,
+            implements=_implements(study) if study else (),
+            tests=tests.get(slug, ()),
+            study=study.relative_to(ROOT.parent).as_posix() if study else "",
+        )
     return rows
+
+
+def _implements(study: Path) -> tuple[str, ...]:
+    """What a study file declares as `Study(..., implements=(...))`."""
+    for node in ast.walk(ast.parse(study.read_text())):
+        if isinstance(node, ast.keyword) and node.arg == "implements":
+            return tuple(ast.literal_eval(node.value))
+    raise ConfigError(
+        f"{study.parent.name}/{study.name} does not say what implements its method; give Study implements=('moejax.Name',)"
+    )
+
+
+def _test_files() -> dict[str, tuple[str, ...]]:
+    """Slug -> its test files."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path in sorted((ROOT.parent / "tests" / "methods").glob("*/test_*.py")):
+        slug = path.stem.removeprefix("test_")
+        found[slug] = (*found.get(slug, ()), path.relative_to(ROOT.parent).as_posix())
+    return found
 
 
 def resolve(name: str) -> Any:
@@ -107,7 +131,7 @@ def count(rows: dict[str, Row], ledger: Path = record.LEDGER) -> str:
     return f"{done} of {len(rows)} methods implemented, {studies} with a study, {len(judged)} judged"
 
 
-def readme_count(text: str) -> str:
+def told_count(text: str) -> str:
     """What follows `<!-- count -->` in a text, up to the end of the sentence.
 
     Raises:

@@ -169,9 +169,8 @@ def markdown(record: Path = RECORD) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compiles configs of `configs/pods` for the slices of the record, and renews the record and the README."""
+    """Compiles configs of `configs/pods` for the slices of the record, and renews the record."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # looking for an accelerator takes a while, and none is needed
-    from experiments import readme
     from experiments.flags import load_config
     from moejax.core.errors import ConfigError, nearest
 
@@ -189,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     picture(_recorded(RECORD), RECORD / "memory.png")
-    readme.renew(readme.LEDGER)
+    say(console, "the pages in docs/ show the record once they are renewed: python -m experiments.docs")
     return 0
 
 

@@ -192,6 +192,7 @@ class Study:
     Attributes:
       slug: the file's name and the catalogue's row.
       base: the config that arms change.
+      implements: dotted names of what implements the paper's method (`moejax.<Class>`), for the catalogue; a literal.
       starts: configurations that are trained for arms to start from, and not compared.
       ablations: the paper's ablations, each a named group of further arms (`--ablation=NAME`). Claims may name them.
       metrics: columns of the result table, besides those that the claims name.
@@ -212,6 +213,7 @@ class Study:
     starts: tuple[Arm, ...] = ()
     metrics: tuple[str, ...] = ()
     notes: str = ""
+    implements: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"study '{self.slug}'"

@@ -85,6 +85,13 @@ def summary_of(name: str, runs: Mapping[int, Run]) -> Table:
     return Table(f"{name}, {len(runs)} seed{'' if len(runs) == 1 else 's'}", ("metric", "value"), tuple(rows))
 
 
+def adapted(name: str, layers: Sequence[Any]) -> Table:
+    """What the adapters of an arm sit around, `moejax.layers.adapters.AdaptedLayer`s."""
+    from moejax.layers.adapters.table import COLUMNS, cells
+
+    return Table(f"Adapters of {name}", COLUMNS, cells(layers))
+
+
 def methods(rows: Sequence[Row], entries: Sequence[Mapping[str, Any]]) -> Table:
     """The catalogue's rows, with the verdicts that the ledger's entries hold."""
     cells = []

@@ -5,8 +5,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.low_rank import low_rank_grouped_matmul
 from pallas_kernels.permute import permute, unpermute
 from pallas_kernels.product_keys import product_key_top_k
-from pallas_kernels.rank_one import rank_one_experts, rank_one_gradient_rows
-from pallas_kernels.router import route
+from pallas_kernels.rank_one import rank_one_experts
 
 __all__ = [
     "grouped_glu",
@@ -15,7 +14,5 @@ __all__ = [
     "permute",
     "product_key_top_k",
     "rank_one_experts",
-    "rank_one_gradient_rows",
-    "route",
     "unpermute",
 ]

@@ -36,7 +36,6 @@ def grouped_map(
     params: Any,
     x: Float[Array, "m d"],
     group_sizes: Int[Array, "e"],
-    stored: Int[Array, "e"] | None = None,
 ) -> Float[Array, "m f"]:
     """`y[rows of group i] = function(params of group i, x[rows of group i])`; rows past the last group give zero.
 
@@ -46,21 +45,20 @@ def grouped_map(
     Args:
       function: of one group's parameters (a leading axis of size 1) and rows [t, d]; each row's result depends on that row only.
         Static: it must not close over traced values.
-      params: pytree of arrays with a leading axis of stored groups.
+      params: pytree of arrays with a leading axis of groups.
       x: rows sorted by group.
       group_sizes: rows of each group.
-      stored: where in `params` each group's parameters are, if several groups share them; None if each has its own.
     """
     f = jax.eval_shape(function, _slice(params, 0), jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype))
 
     def step(mine: Any, tiles: tuple[Array, ...], inside: Array) -> tuple[tuple[Array, ...], None]:
         return (function(mine, tiles[0]),), None
 
-    (y,), _, _ = over_groups(step, params, (x,), group_sizes, stored, outputs=((f.shape[1], f.dtype),))
+    (y,), _, _ = over_groups(step, params, (x,), group_sizes, outputs=((f.shape[1], f.dtype),))
     return y
 
 
-def _fwd(function: Any, params: Any, x: Array, group_sizes: Array, stored: Array | None) -> tuple[Array, tuple[Any, ...]]:
+def _fwd(function: Any, params: Any, x: Array, group_sizes: Array) -> tuple[Array, tuple[Any, ...]]:
     function = _keeping_products(function)
     example = _slice(params, 0), jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype)
     f = jax.eval_shape(function, *example)
@@ -70,12 +68,12 @@ def _fwd(function: Any, params: Any, x: Array, group_sizes: Array, stored: Array
         return (y, *residuals.split(pull)), None
 
     residuals = Residuals.of(function, *example)
-    (y,), kept, _ = over_groups(step, params, (x,), group_sizes, stored, outputs=((f.shape[1], f.dtype),), kept=residuals.kept)
-    return y, (params, x, group_sizes, stored, kept)
+    (y,), kept, _ = over_groups(step, params, (x,), group_sizes, outputs=((f.shape[1], f.dtype),), kept=residuals.kept)
+    return y, (params, x, group_sizes, kept)
 
 
-def _bwd(function: Any, saved: tuple[Any, ...], dy: Array) -> tuple[Any, Array, None, None]:
-    params, x, group_sizes, stored, kept = saved
+def _bwd(function: Any, saved: tuple[Any, ...], dy: Array) -> tuple[Any, Array, None]:
+    params, x, group_sizes, kept = saved
     function = _keeping_products(function)
     residuals = Residuals.of(function, _slice(params, 0), jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype))
 
@@ -86,9 +84,9 @@ def _bwd(function: Any, saved: tuple[Any, ...], dy: Array) -> tuple[Any, Array, 
 
     sums = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], jnp.float32), params)
     (dx,), _, totals = over_groups(
-        step, params, (x, dy), group_sizes, stored, outputs=((x.shape[1], x.dtype),), sums=sums, kept_rows=kept
+        step, params, (x, dy), group_sizes, outputs=((x.shape[1], x.dtype),), sums=sums, kept_rows=kept
     )
-    return jax.tree.map(lambda t, p: t.astype(p.dtype), totals, params), dx, None, None
+    return jax.tree.map(lambda t, p: t.astype(p.dtype), totals, params), dx, None
 
 
 grouped_map.defvjp(_fwd, _bwd)
@@ -168,7 +166,6 @@ def over_groups(
     params: Any,
     rows: tuple[Array, ...],
     group_sizes: Int[Array, "e"],
-    stored: Int[Array, "e"] | None = None,
     first: Array | int = 0,
     outputs: tuple[tuple[int, Any], ...] = (),
     sums: Any = None,
@@ -181,24 +178,23 @@ def over_groups(
     the next group's turn overwrites them, and rows past the last group are zeroed.
 
     Args:
-      params: pytree with a leading axis of stored groups; `stored` maps groups to it, None if they are the groups.
+      params: pytree with a leading axis of groups; may be empty.
       rows: arrays [m, .], sorted by group; group 0 starts at row `first`.
       outputs: width and dtype of each output [m, .].
       sums: pytree of shapes and dtypes; None for no sums.
 
     Returns:
-      The outputs, zero in rows of no group, and the sums with a leading axis like that of `params` (e without any): each
-      adds up the groups that are stored there, zero if those are empty.
+      The outputs, zero in rows of no group, and the sums with a leading axis of groups, zero for empty ones.
     """
     m, e = rows[0].shape[0], group_sizes.shape[0]
     tiles = tile_sizes(m, e)
     padding = tiles[0]
-    together = stored is None and sums is None and 2 * e <= m <= FEW_ROWS * e
+    together = sums is None and 2 * e <= m <= FEW_ROWS * e
     run = partial(_run, step, tiles, together, (*outputs, *kept), sums)
     run.__name__ = f"grouped_rows_{m}_{tiles[0]}"  # for moejax.train.flops: no jaxpr tells how often such loops turn
     ends = first + jnp.cumsum(group_sizes)
     padded = (*(jnp.pad(a, ((0, padding), (0, 0))) for a in rows), *kept_rows)
-    written, totals = jax.jit(run)(params, padded, ends - group_sizes, group_sizes, stored)
+    written, totals = jax.jit(run)(params, padded, ends - group_sizes, group_sizes)
     row = jnp.arange(m)
     mine = ((row >= first) & (row < ends[-1]))[:, None]
     results = tuple(jnp.where(mine, y[:m], 0) for y in written[: len(outputs)])
@@ -227,14 +223,12 @@ def _power_of_two(n: int) -> int:
 
 def _run(
     step: Step, tiles: tuple[int, ...], together: bool, outputs: tuple[tuple[int, Any], ...], sums: Any, params: Any,
-    rows: tuple[Array, ...], starts: Array, sizes: Array, stored: Array | None,
+    rows: tuple[Array, ...], starts: Array, sizes: Array,
 ) -> tuple[tuple[Array, ...], Any]:  # fmt: skip
     zeros = tuple(jnp.zeros((rows[0].shape[0], width), dtype) for width, dtype in outputs)
-    num_stored = next((p.shape[0] for p in jax.tree.leaves(params)), sizes.shape[0])
-    totals = jax.tree.map(lambda s: jnp.zeros((num_stored, *s.shape), s.dtype), sums)
-    homes = jnp.arange(sizes.shape[0]) if stored is None else stored
+    totals = jax.tree.map(lambda s: jnp.zeros((sizes.shape[0], *s.shape), s.dtype), sums)
     done = jnp.minimum(sizes, tiles[0]) if together else 0
-    written, totals = _loop(step, tiles, params, rows, starts + done, sizes - done, homes, zeros, totals)
+    written, totals = _loop(step, tiles, params, rows, starts + done, sizes - done, zeros, totals)
     return _first_tiles(step, tiles[0], params, rows, starts, sizes, written) if together else written, totals
 
 
@@ -267,7 +261,7 @@ def _first_tiles(
 
 
 def _loop(
-    step: Step, tiles: tuple[int, ...], params: Any, rows: tuple[Array, ...], starts: Array, sizes: Array, stored: Array,
+    step: Step, tiles: tuple[int, ...], params: Any, rows: tuple[Array, ...], starts: Array, sizes: Array,
     outputs: tuple[Array, ...], totals: Any,
 ) -> tuple[tuple[Array, ...], Any]:  # fmt: skip
     busy = jnp.argsort(sizes == 0, stable=True)
@@ -275,8 +269,7 @@ def _loop(
 
     def group(turn: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         i = busy[turn]
-        home = stored[i]
-        mine = _slice(params, home)
+        mine = _slice(params, i)
         at, end = starts[i], starts[i] + sizes[i]
         for j, tile in enumerate(tiles):
 
@@ -293,7 +286,7 @@ def _loop(
                     jax.lax.dynamic_update_slice(y, w.astype(y.dtype), (start, 0))
                     for y, w in zip(outputs, written, strict=True)
                 )
-                return outputs, jax.tree.map(partial(_add_at, home), totals, terms)
+                return outputs, jax.tree.map(partial(_add_at, i), totals, terms)
 
             carry = jax.lax.fori_loop(0, turns[j, i], one, carry)
             at = at + turns[j, i] * tile

@@ -12,7 +12,7 @@ import numpy as np
 
 def draw(layer: nn.Module, *args: Any, seed: int = 0) -> dict[str, Any]:
     """Variables of `layer` with every parameter away from its start: none is zero, so that none can be ignored unnoticed."""
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), *args)["params"]
+    shapes = jax.eval_shape(lambda key: layer.init(key, *args), jax.random.key(0))["params"]
     rng = np.random.default_rng(seed)
 
     def leaf(shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -2,32 +2,39 @@
 
 import ast
 import functools
+import importlib
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import moejax
+from moejax.core import folders
+from moejax.core.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Package -> what it may never import. `moejax.models.registry` holds names only and is open to layers.
-FORBIDDEN = {
-    "pallas_kernels": ["moejax", "experiments", "configs"],
-    "moejax.routing": [f"moejax.{p}" for p in ("dispatch", "experts", "layers", "models", "data", "train", "serve")],
-    "moejax.dispatch": [f"moejax.{p}" for p in ("experts", "layers", "models", "data", "train", "serve")],
-    "moejax.experts": [f"moejax.{p}" for p in ("layers", "models", "data", "train", "serve")],
-    "moejax.layers": [f"moejax.{p}" for p in ("models", "data", "train", "serve")],
-    "moejax.models": [f"moejax.{p}" for p in ("data", "train", "serve")],
-    "moejax.data": [f"moejax.{p}" for p in ("routing", "dispatch", "experts", "layers", "models", "train", "serve")],
-    "moejax.surgery": [f"moejax.{p}" for p in ("data", "tasks", "optim", "train", "serve")],
-    "moejax.optim": [f"moejax.{p}" for p in ("layers", "models", "data", "tasks", "train", "serve", "surgery")],
-    "moejax.tasks": [f"moejax.{p}" for p in ("layers", "models", "data", "optim", "train", "serve")],
-    "moejax": ["experiments", "configs", "tests"],
-}
-ALLOWED = {("moejax.layers", "moejax.models.registry")}
+# The floors of the house, from the ground up: a room imports only what lies below it, never a room of its own floor.
+FLOORS = [
+    ["pallas_kernels", "moejax.core"],
+    ["moejax.parallel"],
+    ["moejax.routing"],
+    ["moejax.dispatch"],
+    ["moejax.experts"],
+    ["moejax.layers"],
+    ["moejax.models"],
+    ["moejax.data", "moejax.optim", "moejax.surgery", "moejax.pretrained"],
+    ["moejax.tasks"],
+    ["moejax.train"],
+    ["moejax.serve", "moejax.analysis", "moejax.adapt"],
+    ["moejax.aot"],
+    ["configs"],
+    ["experiments"],
+]
+ROOMS = [room for floor in FLOORS for room in floor if (ROOT / room.replace(".", "/")).is_dir()]
 
 
 @functools.cache
@@ -57,23 +64,66 @@ def inside(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_dependencies_point_one_way(package: str) -> None:
-    found = modules(package)
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_point_down(room: str) -> None:
+    floor = next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+    above = [other for rooms in FLOORS[floor:] for other in rooms if other != room] + ["tests"]
+    found = modules(room)
     assert found
     wrong = [
         f"{module} imports {name}"
         for module, tree in found.items()
         for name in imported(tree)
-        for banned in FORBIDDEN[package]
-        if inside(name, banned) and not any(package == p and inside(name, allowed) for p, allowed in ALLOWED)
+        for banned in above
+        if inside(name, banned)
     ]
     assert not wrong
 
 
+def test_every_room_has_a_floor() -> None:
+    there = {f"moejax.{path.parent.name}" for path in (ROOT / "moejax").glob("*/__init__.py")}
+    assert there <= set(ROOMS)
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """Whatever is imported inside functions included. A package's own `__init__` imports on demand and is left out."""
+    trees = {name: tree for room in ROOMS for name, tree in modules(room).items()}
+    arrows = {name: {home(target, trees) for target in imported(tree)} - {None, name} for name, tree in trees.items()}
+    assert sum(map(len, arrows.values())) > 500
+    assert circle(arrows) == []
+
+
+def home(name: str, trees: dict[str, ast.Module]) -> str | None:
+    """The module that an imported name lies in; what a package finds on demand, where it finds it."""
+    while name:
+        if name in trees:
+            return name
+        package, _, last = name.rpartition(".")
+        if package in trees and (ROOT / package.replace(".", "/")).is_dir() and package.startswith("moejax"):
+            found = folders.homes(package).get(last, ())
+            return found[0] if len(found) == 1 else package
+        name = package
+    return None
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that lie on a circle of arrows; none if there is no circle."""
+    left = {name: set(targets) for name, targets in arrows.items()}
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    while free := {name for name in left if not any(name in targets for targets in left.values())}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    return sorted(left)
+
+
+def test_the_check_sees_circles() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
 def test_the_check_sees_imports() -> None:
     """A check that finds nothing must be able to find something."""
-    assert "moejax.routing.plan.Plan" in set(imported(modules("moejax.dispatch")["moejax.dispatch"]))
+    assert "moejax.routing.plan.Plan" in set(imported(modules("moejax.dispatch")["moejax.dispatch.entry"]))
     assert inside("moejax.train.fit", "moejax.train")
     assert not inside("moejax.training", "moejax.train")
 
@@ -148,11 +198,31 @@ def test_a_skipped_test_fails_the_suite(tmp_path: Path) -> None:
     assert "1 tests were skipped; a test that cannot run must fail" in done.stdout
 
 
-def test_public_names_resolve_and_the_package_itself_imports_no_jax() -> None:
-    for name in moejax.__all__:
-        assert getattr(moejax, name).__name__ == name
-        assert name in dir(moejax)
-    with pytest.raises(AttributeError, match="module 'moejax' has no attribute 'MoEE'"):
+def test_every_registered_class_and_every_room_is_found_under_its_name() -> None:
+    """`mj.<Name>`; an unknown one names the nearest. Nothing heavy is imported before it is asked for."""
+    for registry in (value for value in vars(registries()).values() if isinstance(value, Registry)):
+        for kind, cls in registry.items():
+            if cls.__module__.startswith("moejax"):
+                assert getattr(moejax, cls.__name__) is cls, (registry.slot, kind)
+                assert cls.__name__ in dir(moejax)
+    for room in ROOMS:
+        if room.startswith("moejax."):
+            assert getattr(moejax, room.removeprefix("moejax.")).__name__ == room
+    with pytest.raises(AttributeError, match=r"module 'moejax' has no attribute 'MoEE'; did you mean 'MoE'\?"):
         _ = moejax.MoEE
     code = "import sys, moejax, moejax.core.errors, moejax.core.registry; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def registries() -> types.SimpleNamespace:
+    """Every registry of the library, found by reading the sources."""
+    found = {
+        name: getattr(importlib.import_module(module), name)
+        for module, tree in modules("moejax").items()
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call)
+        if ast.unparse(node.value.func) == "Registry"
+        for name in [(node.targets[0] if isinstance(node, ast.Assign) else node.target).id]
+    }
+    assert len(found) >= 12
+    return types.SimpleNamespace(**found)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -19,11 +20,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moejax.core.context import Context
+from moejax.core.control import Site, control
 from moejax.train import fit
 
 VOCAB, LENGTH, EXPERTS = 11, 6, 3
 # Uniform and not normal draws everywhere: the compiler takes seconds for each normal one.
 INIT = nn.initializers.uniform(0.6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Follow:
+    """A running mean of the load over sequences."""
+
+    def after_step(self, site: Site) -> Site:
+        load = site.measured["sum"] / site.measured["sequences"]
+        return site.replace(state={**site.state, "load": 0.9 * site.state["load"] + 0.1 * load})
 
 
 class TinyMoE(nn.Module):
@@ -50,9 +61,9 @@ class TinyMoE(nn.Module):
         self.sow("stats", "load", load)
         self.sow("stats", "drop_rate", 1.0 - valid.mean())
         self.sow("routing", "probs", probs)
-        running = self.variable("router_state", "load", jnp.zeros, (EXPERTS,))
-        if ctx.train and self.is_mutable_collection("router_state"):
-            running.value = 0.9 * running.value + 0.1 * load
+        self.variable("router_state", "load", jnp.zeros, (EXPERTS,))
+        if ctx.train:
+            control(self, "load", Follow(), {"sum": per_sequence.sum(0), "sequences": jnp.float32(len(x))})
         return x + y
 
 

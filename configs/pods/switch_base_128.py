@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                         dict(
                             kind="moe",
                             num_experts=128,
-                            router=dict(kind="linear", init_scale=0.1, jitter=0.01),
+                            router=dict(kind="linear", init_w=dict(kind="fan_in", scale=0.1), jitter=0.01),
                             select=dict(kind="top_k", k=1, capacity_factor=1.25, eval_capacity_factor=2.0),
                             bank=dict(kind="ffn", hidden=3072, activation="relu"),
                             losses=dict(balance=dict(coef=0.01)),

@@ -28,7 +28,7 @@ def base():
             "ffn": {
                 "kind": "moe",
                 "num_experts": 8,
-                "router": {"kind": "linear", "start": "orthogonal", "init_scale": 0.1},
+                "router": {"kind": "linear", "init_w": {"kind": "orthogonal", "scale": 0.1}},
                 "select": {"kind": "balanced_assignment"},
                 "eval_select": GREEDY,
                 "bank": {"kind": "residual", "hidden": 128, "sublayers": 2},
@@ -61,6 +61,7 @@ STUDY = Study(
     slug="base_layers",
     title="BASE layers: balanced assignment of sparse experts",
     arxiv="2103.16716",
+    implements=("moejax.BalancedAssignment", "moejax.Sinkhorn", "moejax.Residual", "moejax.FeedForward"),
     base=base(),
     arms=(
         Arm("dense", experts(1), note="one expert: the same compute"),
@@ -92,7 +93,7 @@ STUDY = Study(
             Arm("per_sequence", {f"{BASE}.group_by": "sequence"}, note="each sequence assigns its own tokens"),
             Arm("strict", {f"{BASE}.group_by": "position", f"{BASE}.leaky_training": False}, note="looks at no later token"),
         ),
-        "gate": (Arm("wide_start", {f"{BASE}.router.init_scale": 1.0}, note="centroids ten times longer at the start"),),
+        "gate": (Arm("wide_start", {f"{BASE}.router.init_w.scale": 1.0}, note="centroids ten times longer at the start"),),
     },
     claims=(
         lower(

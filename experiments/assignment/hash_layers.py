@@ -42,6 +42,7 @@ STUDY = Study(
     slug="hash_layers",
     title="Hash layers",
     arxiv="2106.04426",
+    implements=("moejax.Hash", "moejax.MultiHash", "moejax.data.token_frequencies", "moejax.data.token_clusters"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="no experts"),

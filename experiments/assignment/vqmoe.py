@@ -38,6 +38,7 @@ STUDY = Study(
     slug="vqmoe",
     title="VQMoE: discrete representations in sparse mixtures of experts",
     arxiv="2411.19402",
+    implements=("moejax.VQMoE",),
     base=base(),
     arms=(
         Arm("smoe", note="top-1 of 8"),

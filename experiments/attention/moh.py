@@ -54,6 +54,7 @@ STUDY = Study(
     slug="moh",
     title="MoH: multi-head attention as mixture-of-head attention",
     arxiv="2410.11842",
+    implements=("moejax.MixtureOfHeads", "moejax.QueryNormHeads"),
     base=base(),
     arms=(
         Arm("mha8", mha(8, 8), note="8 heads, all on"),

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.dispatch import Layer, Shape
+from experiments.bench.layer import Layer, Shape
 from experiments.bench.timing import backward
 
 BACKENDS = ("dense", "grouped", "capacity", "einsum")

@@ -1,23 +1,21 @@
 """What a user would pick instead, measured the same way. A peer whose package is missing says so; it is never left out in silence."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from experiments.bench.layer import Layer
 from experiments.bench.timing import Foreign
 from moejax.core.errors import ConfigError
 from moejax.routing import TopK
 
-if TYPE_CHECKING:
-    from experiments.bench.dispatch import Layer
-
 PEERS = ("ragged_dot", "huggingface")
 
 
-def ragged_dot(layer: "Layer") -> tuple[Callable[..., Array], tuple[Any, ...]]:
+def ragged_dot(layer: Layer) -> tuple[Callable[..., Array], tuple[Any, ...]]:
     """Rows sorted by expert and `jax.lax.ragged_dot`, as most JAX codebases write it."""
     shape = layer.shape
 
@@ -37,7 +35,7 @@ def ragged_dot(layer: "Layer") -> tuple[Callable[..., Array], tuple[Any, ...]]:
     return routed, (layer.params, layer.x)
 
 
-def huggingface(layer: "Layer") -> Foreign:
+def huggingface(layer: Layer) -> Foreign:
     """Mixtral's sparse block of `transformers`, forward only, on torch's threads. GLU shapes are the like for like."""
     try:
         import torch

@@ -21,7 +21,7 @@ def base():
     dense.ffn.hidden = 192
     config.model.blocks = {
         "dense": dense.to_dict(),
-        "mod": {"kind": "mixture_of_depths", "capacity": 0.25, "block": dense.to_dict()},
+        "mod": {"kind": "mixture_of_depths", "capacity_factor": 0.25, "block": dense.to_dict()},
     }
     config.model.pattern = ("dense", "mod")
     config.data.seq_len, config.data.batch_size = 128, 8
@@ -35,6 +35,7 @@ STUDY = Study(
     slug="mixture_of_depths",
     title="Mixture-of-depths: a block for some of the tokens",
     arxiv="2404.02258",
+    implements=("moejax.MixtureOfDepths",),
     base=base(),
     arms=(
         Arm("dense8", {"model.pattern": ("dense",)}, note="all tokens in all 8 blocks"),
@@ -48,7 +49,7 @@ STUDY = Study(
         Arm("leaky", {f"{MOD}.eval_select": "top_k"}, note="mod25 evaluated by top-k over the sequence: sees the future"),
     ),
     ablations={
-        "capacity": (Arm("mod12", {f"{MOD}.capacity": 0.125}), Arm("mod50", {f"{MOD}.capacity": 0.5})),
+        "capacity": (Arm("mod12", {f"{MOD}.capacity_factor": 0.125}), Arm("mod50", {f"{MOD}.capacity_factor": 0.5})),
         "placement": (Arm("every_block", {"model.pattern": ("mod",)}, note="all blocks routed"),),
         "gate": (Arm("gate_sigmoid", {f"{MOD}.gate": "sigmoid"}),),
         "remedy": (Arm("remedy_router", {f"{MOD}.remedy": "router"}, note="the router's own sigmoid decides"),),
@@ -88,7 +89,7 @@ STUDY = Study(
                 "model.blocks.dense.mixer.num_heads": 16,
                 "model.blocks.dense.mixer.num_kv_heads": 16,
                 "model.blocks.dense.ffn.hidden": 5504,
-                f"{MOD}.capacity": 0.125,
+                f"{MOD}.capacity_factor": 0.125,
                 f"{MOD}.block.mixer.num_heads": 16,
                 f"{MOD}.block.mixer.num_kv_heads": 16,
                 f"{MOD}.block.ffn.hidden": 5504,
@@ -100,8 +101,8 @@ STUDY = Study(
             },
             arms={
                 "dense5": {"model.num_layers": 14},
-                "mod12": {f"{MOD}.capacity": 0.125},
-                "mod50": {f"{MOD}.capacity": 0.5},
+                "mod12": {f"{MOD}.capacity_factor": 0.125},
+                "mod50": {f"{MOD}.capacity_factor": 0.5},
             },
         ),
     },

@@ -19,7 +19,7 @@ def mod(d_heads: int, hidden: int) -> dict:
     """Mixture-of-depths in every block, evaluated as it is trained: images need no causal rule."""
     dense = {"kind": "transformer", "norm": NORM, "mixer": {"kind": "attention", "num_heads": d_heads}}
     dense["ffn"] = {"kind": "ffn", "hidden": hidden}
-    return {"kind": "mixture_of_depths", "capacity": 0.5, "eval_select": "top_k", "remedy": None, "block": dense}
+    return {"kind": "mixture_of_depths", "capacity_factor": 0.5, "eval_select": "top_k", "remedy": None, "block": dense}
 
 
 def base():
@@ -52,6 +52,11 @@ STUDY = Study(
     slug="mone_nested",
     title="Mixture of nested experts: adaptive processing of visual tokens",
     arxiv="2407.19985",
+    implements=(
+        "moejax.Nested",
+        "moejax.layers.depth.nested_budget.budget_capacities",
+        "moejax.layers.depth.nested_budget.expert_preferred",
+    ),
     base=base(),
     arms=(
         Arm("dense", shares(0.0, 0.0, 1.0), note="all patches at full width"),

@@ -35,6 +35,7 @@ STUDY = Study(
     slug="expert_choice",
     title="Mixture-of-experts with expert choice routing",
     arxiv="2202.09368",
+    implements=("moejax.ExpertChoice", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute to top1 and ec1"),

@@ -37,6 +37,7 @@ STUDY = Study(
     slug="peer",
     title="PEER: a million experts of one neuron",
     arxiv="2407.04153",
+    implements=("moejax.ProductKeys",),
     base=small_lm.get_config(),
     arms=(
         Arm("dense", dense(32), note="32 hidden units: equal active width"),

@@ -17,7 +17,7 @@ MIXER = "model.blocks.moe.mixer"
 
 def smear(layer: dict, num_experts: int = 3, hidden: int = 16, **fields) -> dict:
     """Adapters that refine `layer`."""
-    bank = {"kind": "adapter", "hidden": hidden, "same_start": False}
+    bank = {"kind": "bottleneck", "hidden": hidden}
     return {
         "kind": "smear", "layer": layer, "num_experts": num_experts, "bank": bank, "route_by": "previous", "segment": 16,
         "combine": "merge", "expert_dropout": 0.1, "router_scale": 1e-2, **fields,
@@ -32,12 +32,14 @@ def base():
     return config
 
 
+SAME = {"kind": "same", "init": {"kind": "normal", "std": 0.01}}
 ATTENTION = smear({"kind": "attention", "num_heads": 4, "num_kv_heads": 2})
 
 STUDY = Study(
     slug="smear",
     title="SMEAR: soft merging of experts with adaptive routing",
     arxiv="2306.03745",
+    implements=("moejax.SMEAR", "moejax.MergePlan"),
     base=base(),
     arms=(
         Arm("wide", {f"{FFN}.num_experts": 1, f"{FFN}.bank.hidden": 48}, note="one adapter with the parameters of all three"),
@@ -54,7 +56,9 @@ STUDY = Study(
         "experts": tuple(Arm(f"experts_{e}", {f"{FFN}.num_experts": e}) for e in (6, 12)),
         "expert_dropout": tuple(Arm(f"dropout_{r:g}", {f"{FFN}.expert_dropout": r}) for r in (0.0, 0.3)),
         "router": (Arm("router_scale_1", {f"{FFN}.router_scale": 1.0}, note="routers that start peaked"),),
-        "start": (Arm("same_start", {f"{FFN}.bank.same_start": True}, note="all adapters start equal"),),
+        "start": (
+            Arm("same_start", {f"{FFN}.bank.init_in": SAME, f"{FFN}.bank.init_out": SAME}, note="all adapters start equal"),
+        ),
         "segments": (
             Arm("segment_8", {f"{FFN}.segment": 8}),
             Arm("segment_32", {f"{FFN}.segment": 32}),

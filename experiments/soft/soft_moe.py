@@ -33,6 +33,7 @@ STUDY = Study(
     slug="soft_moe",
     title="From sparse to soft mixtures of experts",
     arxiv="2308.00951",
+    implements=("moejax.SoftMoE", "moejax.SoftSlots"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense", "dense", "dense")}, note="equal compute"),

@@ -38,6 +38,7 @@ STUDY = Study(
     slug="adamoe",
     title="AdaMoE: token-adaptive routing with null experts",
     arxiv="2406.13233",
+    implements=("moejax.NullExperts", "moejax.NullBalance", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("top1", top_k(1), note="one expert per token"),

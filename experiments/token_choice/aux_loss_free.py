@@ -37,6 +37,7 @@ STUDY = Study(
     slug="aux_loss_free",
     title="Auxiliary-loss-free load balancing",
     arxiv="2408.15664",
+    implements=("moejax.LossFree", "moejax.TopK", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("none", {f"{MOE}.balancer": None}, note="nothing balances"),
@@ -48,7 +49,7 @@ STUDY = Study(
         "speed": tuple(Arm(f"speed_{s:g}", speed(s)) for s in (1e-4, 1e-3, 1e-1)),
         "rule": (
             Arm("proportional", {f"{MOE}.balancer.rule": "proportional"}, note="b += speed * lack, as a share of the mean"),
-            Arm("multiplied", {f"{MOE}.select.bias": "multiply"}, note="ranked by s (1 + b)"),
+            Arm("multiplied", {f"{MOE}.select.apply_bias": "multiply"}, note="ranked by s (1 + b)"),
         ),
         "gate": (
             Arm("softmax", {f"{MOE}.select.score": "softmax"}, note="normalised softmax scores, same bias"),

@@ -38,6 +38,7 @@ STUDY = Study(
     slug="chain_of_experts",
     title="Chain-of-experts: communication between experts",
     arxiv="2506.18945",
+    implements=("moejax.ChainOfExperts",),
     base=base(),
     arms=(
         Arm("moe", note="4 of 16 experts"),

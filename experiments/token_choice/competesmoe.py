@@ -54,6 +54,7 @@ STUDY = Study(
     slug="competesmoe",
     title="CompeteSMoE: training mixtures by competition",
     arxiv="2402.02526",
+    implements=("moejax.Competition",),
     base=base(),
     arms=(
         Arm("smoe", PLAIN, note="never competes: a softmax top-2 mixture with balance and z losses"),

@@ -55,6 +55,7 @@ STUDY = Study(
     slug="deepseekmoe",
     title="DeepSeekMoE: fine-grained and shared experts",
     arxiv="2401.06066",
+    implements=("moejax.MoE", "moejax.TopK", "moejax.Balance", "moejax.DeviceBalance"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="a dense layer of the same active width (as published, half of it)"),
@@ -102,14 +103,14 @@ STUDY = Study(
         "successors": (
             Arm(
                 "v2",
-                {f"{MOE}.select": {"kind": "top_k", "k": 7, "groups": 5, "groups_kept": 3}},
+                {f"{MOE}.select": {"kind": "top_k", "k": 7, "expert_groups": 5, "groups_kept": 3}},
                 note="DeepSeek-V2: best 3 of 5 devices",
             ),
             Arm("v3_gate", {f"{MOE}.select": V3}, note="DeepSeek-V3: normalised sigmoid gates times 2.5"),
             Arm(
                 "v3",
                 {
-                    f"{MOE}.select": V3 | {"groups": 5, "groups_kept": 3, "group_score": "best_two"},
+                    f"{MOE}.select": V3 | {"expert_groups": 5, "groups_kept": 3, "group_score": "best_two"},
                     f"{MOE}.balancer": {"kind": "loss_free", "speed": 1e-2, "rule": "sign"},
                     f"{MOE}.losses.balance": {"coef": 1e-4, "over": "group"},
                 },
@@ -182,8 +183,8 @@ STUDY = Study(
                 "switch": mixture(16, 1, 5120),
                 "dense_16": {f"{MOE}.hidden": 81920},
                 "per_device": {f"{MOE}.losses.device_balance.devices": 7},
-                "v2": {f"{MOE}.select.groups": 7},
-                "v3": {f"{MOE}.select.groups": 7},
+                "v2": {f"{MOE}.select.expert_groups": 7},
+                "v3": {f"{MOE}.select.expert_groups": 7},
             },
         ),
     },

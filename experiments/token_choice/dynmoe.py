@@ -45,6 +45,7 @@ STUDY = Study(
     slug="dynmoe",
     title="DynMoE: top-any gating and an adaptive pool of experts",
     arxiv="2405.14297",
+    implements=("moejax.ExpertPool", "moejax.TopAny", "moejax.AdaptPool", "moejax.TopAnyLoss", "moejax.core.control.control"),
     base=base(),
     arms=(
         Arm("top1", top_k(1), note="8 experts, one per token"),

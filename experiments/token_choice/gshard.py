@@ -42,6 +42,7 @@ STUDY = Study(
     slug="gshard",
     title="GShard: top-2 with a random second expert",
     arxiv="2006.16668",
+    implements=("moejax.GShard", "moejax.Balance", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("switch", SWITCH, note="one expert per token: half the expert compute"),

@@ -41,6 +41,7 @@ STUDY = Study(
     slug="remoe",
     title="ReMoE: fully differentiable mixtures with ReLU routing",
     arxiv="2412.14711",
+    implements=("moejax.ReLU", "moejax.AdaptiveL1", "moejax.core.control.control", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("top2", top_k(2), note="softmax top-2 with a balance loss: the active compute that `remoe` aims at"),

@@ -33,6 +33,7 @@ STUDY = Study(
     slug="rmoe",
     title="RMoE: a layerwise recurrent router",
     arxiv="2408.06793",
+    implements=("moejax.Recurrent", "moejax.ResidualLogits", "moejax.Witnessed"),
     base=base(),
     arms=(
         Arm("linear", router("linear"), note="the usual router"),

@@ -24,7 +24,13 @@ def base():
     ffn.num_experts = 16
     ffn.router = {"kind": "equal_norm"}
     ffn.select = {"kind": "expert_dropout", "rate": 0.05, "select": {**TOP4, "score": "sigmoid"}}
-    ffn.bank = {"kind": "dense_matched_ffn", "hidden": 16}
+    ffn.bank = {
+        "kind": "ffn",
+        "hidden": 16,
+        "activation": "relu",
+        "init_in": {"kind": "dense_matched"},
+        "init_out": {"kind": "dense_matched", "fan_in": "all"},
+    }
     ffn.losses = {"spread": {"coef": 1e-3}}
     return config
 
@@ -60,6 +66,7 @@ STUDY = Study(
     slug="sigma_moe",
     title="sigma-MoE: approximating two-layer feed-forward networks",
     arxiv="2310.10837",
+    implements=("moejax.ExpertDropout", "moejax.EqualNorm", "moejax.Spread", "moejax.DenseMatched", "moejax.TopK"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="width 256: equal parameters, four times the arithmetic"),
@@ -77,8 +84,12 @@ STUDY = Study(
             ),
         ),
         "init": (
-            Arm("init_expert", {f"{MOE}.bank.fan_in": "expert"}, note="W_out by the fan-in of one expert"),
-            Arm("init_router", {f"{MOE}.router": {"kind": "linear", "init_scale": 1.0}}, note="router vectors of any length"),
+            Arm("init_expert", {f"{MOE}.bank.init_out.fan_in": "expert"}, note="W_out by the fan-in of one expert"),
+            Arm(
+                "init_router",
+                {f"{MOE}.router": {"kind": "linear", "init_w": {"kind": "fan_in", "scale": 1.0}}},
+                note="router vectors of any length",
+            ),
         ),
         "granularity": (
             Arm("k1", grain(4, 1, 64), note="4 experts of 64, one per token"),

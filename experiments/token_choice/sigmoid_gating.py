@@ -42,6 +42,7 @@ STUDY = Study(
     slug="sigmoid_gating",
     title="Shared experts and normalised sigmoid gating",
     arxiv="2505.10860",
+    implements=("moejax.MoE", "moejax.TopK", "moejax.routing.routing_overlap"),
     base=base(),
     arms=(
         Arm("smoe", note="16 experts, top-4, softmax"),

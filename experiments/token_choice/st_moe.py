@@ -48,6 +48,7 @@ STUDY = Study(
     slug="st_moe",
     title="ST-MoE: stable sparse models by router z-loss",
     arxiv="2202.08906",
+    implements=("moejax.GShard", "moejax.ZLoss", "moejax.GLU", "moejax.FeedForward"),
     base=base(),
     arms=(
         Arm("dense", DENSE, note="a dense layer of the same active width in the sparse layer's place"),

@@ -22,7 +22,7 @@ def base():
     config.model.blocks.dense.ffn = {"kind": "ffn", "hidden": 384, "activation": "relu"}
     ffn = config.model.blocks.moe.ffn
     ffn.bank = {"kind": "ffn", "hidden": 384, "activation": "relu"}
-    ffn.router = {"kind": "linear", "init_scale": 0.1, "jitter": 0.01}
+    ffn.router = {"kind": "linear", "init_w": {"kind": "fan_in", "scale": 0.1}, "jitter": 0.01}
     ffn.select = {"kind": "top_k", "k": 1, "capacity_factor": 1.25, "eval_capacity_factor": 2.0}
     ffn.losses = {"balance": {"coef": 0.01}}
     config.data.seq_len = 128
@@ -40,6 +40,7 @@ STUDY = Study(
     slug="switch",
     title="Switch Transformers: one expert per token",
     arxiv="2101.03961",
+    implements=("moejax.TopK", "moejax.Balance", "moejax.MoE"),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute per token"),
@@ -53,7 +54,7 @@ STUDY = Study(
     ),
     ablations={
         "capacity": (Arm("capacity_1.0", capacity(1.0)), Arm("capacity_2.0", capacity(2.0)), Arm("dropless", capacity(None))),
-        "init": (Arm("init_1.0", {f"{MOE}.router.init_scale": 1.0}, note="the usual initialisation, 10 times larger"),),
+        "init": (Arm("init_1.0", {f"{MOE}.router.init_w.scale": 1.0}, note="the usual initialisation, 10 times larger"),),
         "alpha": tuple(Arm(f"alpha_{a:g}", {f"{MOE}.losses.balance.coef": a}) for a in (1e-1, 1e-3, 1e-4)),
         "exploration": (Arm("argmax", {f"{MOE}.router.jitter": 0.0}, note="no input jitter"),),
         "experts": tuple(Arm(f"experts_{e}", {f"{MOE}.num_experts": e}) for e in (2, 4, 16)),

@@ -34,6 +34,7 @@ STUDY = Study(
     slug="top_p_routing",
     title="Top-p routing: harder tokens need more experts",
     arxiv="2403.07652",
+    implements=("moejax.TopP", "moejax.Entropy", "moejax.Balance"),
     base=base(),
     arms=(
         Arm("top1", top_k(1), note="one expert per token"),

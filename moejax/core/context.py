@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Key, Shaped
 
 from moejax.core.memory import Memory
 
-_PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain")
+_PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain", "adapter")
 
 
 @struct.dataclass
@@ -21,7 +22,12 @@ class Context:
       segments: number of the packed document; attention stays inside a segment. None means one document per row.
       token_ids: vocabulary ids, for routers that look at the token itself (hash layers).
       domain: label of the token's source, for domain routers and for specialisation statistics.
+      adapter: of an adapted model, which one of its adapters each token uses, by number; -1 for none. None means all of them, one after
+        another. See `moejax.layers.Adapted`.
       step: the training step, for schedules inside a layer.
+      layer: which layer of the network this is, counted from 0; the stack fills it in. None outside of one.
+      key: for a select rule that draws at random; the layer that asks the rule fills it in.
+      num_layers: layers of the network; the stack fills it in. Static.
       train: training behaviour (noise, training select rule). Static.
       decode: the tokens continue a cached prefix. Static.
       shared: parameters that all layers of a stack share; the stack fills it in. See `moejax.core.memory`.
@@ -33,11 +39,25 @@ class Context:
     segments: Int[Array, "b s"] | None = None
     token_ids: Int[Array, "b s"] | None = None
     domain: Int[Array, "b s"] | None = None
+    adapter: Int[Array, "b s"] | None = None
     step: Int[Array, ""] | None = None
+    layer: Int[Array, ""] | None = None
+    key: Key[Array, ""] | None = None
+    num_layers: int | None = struct.field(pytree_node=False, default=None)
     train: bool = struct.field(pytree_node=False, default=False)
     decode: bool = struct.field(pytree_node=False, default=False)
     shared: Mapping[str, Any] | None = None
     memory: Memory | None = struct.field(pytree_node=False, default=None)
+
+    def real(self, x: Shaped[Array, "b s *d"]) -> Bool[Array, "b s"]:
+        """Which tokens of `x` are no padding."""
+        return jnp.ones(x.shape[:2], bool) if self.valid is None else self.valid
+
+    def clean(self, x: Shaped[Array, "b s *d"]) -> Shaped[Array, "b s *d"]:
+        """`x` with zeros for padding, so that whatever lies there (NaN, say) touches neither values nor gradients."""
+        if self.valid is None:
+            return x
+        return jnp.where(self.valid.reshape(*self.valid.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
     def map_tokens(self, f: Callable[[Array], Array], put: Callable[[Array, Array], Array] | None = None) -> "Context":
         """The context of rearranged tokens.
@@ -47,9 +67,13 @@ class Context:
           put: `put(new, old)` takes a new arrangement back to the whole one, where `old` keeps what it does not cover: for what
             the layers inside remember.
         """
-        given = {name: getattr(self, name) for name in _PER_TOKEN}
-        mapped = {name: f(value) for name, value in given.items() if value is not None}
+        mapped = {name: f(value) for name, value in self.per_token().items()}
         return self.replace(**mapped, memory=None if self.memory is None else self.memory.view(f, put))
+
+    def per_token(self) -> dict[str, Array]:
+        """What is said of each token: arrays `[b, s]` by name."""
+        given = {name: getattr(self, name) for name in _PER_TOKEN}
+        return {name: value for name, value in given.items() if value is not None}
 
     def recall(self, name: str, start: Any) -> Any:
         """What an earlier layer remembered as `name`; outside a stack, `start`."""

@@ -33,6 +33,7 @@ class Declared:
 _recorder: ContextVar[dict[Path, Names] | None] = ContextVar("axes_recorder", default=None)
 _declared: ContextVar[dict[Path, Declared] | None] = ContextVar("declared", default=None)
 _placing: ContextVar[Callable[[Array, Names], Array] | None] = ContextVar("placing", default=None)
+_changing: ContextVar[Callable[[nn.Module, str, Array, Names], Array] | None] = ContextVar("changing", default=None)
 _whole: ContextVar[frozenset[str]] = ContextVar("whole_axes", default=frozenset())
 
 
@@ -52,7 +53,9 @@ def param(
     """
     split = _record(module, name, shape, axes, role)
     value = module.param(name, init, shape, dtype)
-    return value if "expert" in split else for_use(value, split)
+    value = value if "expert" in split else for_use(value, split)
+    change = _changing.get()
+    return value if change is None else change(module, name, value, split)
 
 
 class Dense(nn.Dense):
@@ -87,6 +90,16 @@ def placing(place: Callable[[Array, Names], Array]) -> Iterator[None]:
         yield
     finally:
         _placing.reset(token)
+
+
+@contextlib.contextmanager
+def changing(change: Callable[[nn.Module, str, Array, Names], Array]) -> Iterator[None]:
+    """Parameters that `param` declares inside the `with` block come as `change(module, name, value, axes)`: with an adapter, say."""
+    token = _changing.set(change)
+    try:
+        yield
+    finally:
+        _changing.reset(token)
 
 
 def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[Path, Names]:
@@ -138,8 +151,10 @@ def per_expert(init: Initializer) -> Initializer:
     """An initializer for `[e, ...]` that draws each expert from its own key, folded from the expert's index.
 
     Expert i starts the same however many experts there are and however they are sharded, no two start alike, and fan-in is
-    that of one expert, not of the stack.
+    that of one expert, not of the stack. An initializer with a method `stacked(key, shape, dtype)` says itself how a stack starts.
     """
+    if hasattr(init, "stacked"):
+        return init.stacked
 
     def stacked(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))

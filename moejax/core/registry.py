@@ -20,6 +20,9 @@ from typing import Any, TypeAlias
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.folders import import_all
 
+# What a spec tells its own parts, where they have a field of that name and do not say otherwise. Nothing else is handed down: a
+# block's `dropout` is not its bank's, nor a layer's `coef` its loss's.
+HANDED_DOWN = frozenset({"num_experts", "num_layers", "d_model", "dtype", "backend", "max_length", "causal", "rope_base"})
 # Fields that Flax adds to every module's dataclass; never keys of a config.
 _FLAX_FIELDS = frozenset({"parent", "name"})
 
@@ -64,7 +67,7 @@ class Registry:
           spec: mapping with a `kind` and fields, or a ready object, which is returned unchanged.
           where: the dotted place of the spec in the user's config, for errors.
           **context: values for fields that the class has and the spec leaves out (num_experts, dtype, ...). Passed on to
-            nested slots.
+            nested slots, with what the spec itself says of `HANDED_DOWN`.
 
         Raises:
           ConfigError: unknown kind or key, or a required field left out; names the place and the nearest valid name.
@@ -87,8 +90,7 @@ class Registry:
                 raise ConfigError(f"unknown key '{key}' in {where} ({self.slot} '{kind}'){nearest(key, fields)}")
         # A slot is filled only where it is written: an outer part may use the same name for something else.
         inherited = {k: v for k, v in context.items() if k in fields and k not in given and k not in slots}
-        # What the spec itself says (num_experts, say) is the context of its own parts.
-        inner = {**context, **{k: v for k, v in given.items() if k not in slots}}
+        inner = {**context, **{k: v for k, v in given.items() if k in HANDED_DOWN and k not in slots}}
         built = {}
         for key, value in given.items():
             if key in slots and value is not None:
@@ -140,7 +142,8 @@ class Registry:
 class Many:
     """A slot that holds several items of a registry: a mapping of kind -> fields in a config, a tuple once built.
 
-    A mapping rather than a list, so that a single field can be overridden by name on the command line.
+    A mapping rather than a list, so that a single field can be overridden by name on the command line. Where two items are of
+    one kind, or a name says more, the fields say the 'kind', and what leads to them is any name.
     """
 
     registry: Registry
@@ -164,7 +167,7 @@ class Given:
     Shared experts, say, are not as many as the routed ones beside them unless their own spec says so.
     """
 
-    registry: Registry
+    registry: "Registry | Many"
     values: Mapping[str, Any]
 
     def build(self, spec: Any, where: str, **context: Any) -> Any:

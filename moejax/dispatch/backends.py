@@ -1,4 +1,4 @@
-"""Backends: ways of executing a plan on a bank, on one device or under automatic sharding. All agree with `reference` in value and gradient.
+"""Backends: ways of executing a plan on experts, on one device or under automatic sharding. All agree with `reference` in value and gradient.
 
 | backend   | what it does                                                  | cost beyond the active FLOPs              |
 |-----------|---------------------------------------------------------------|-------------------------------------------|
@@ -10,57 +10,53 @@
 | merged    | averages the experts' parameters per group, then runs one      | builds one expert per group               |
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from moejax.dispatch.layout import Batched, Grouped, Layout, Merged, PerToken
-from moejax.routing.plan import Entries, ExpertPlan, MergePlan, Plan, SlotPlan, TokenPlan, sort_by_expert
+from moejax.dispatch.experts import Experts
+from moejax.dispatch.layout import Batched, Grouped, Merged, PerToken
+from moejax.routing.plan import ExpertPlan, MergePlan, Plan, SlotPlan, TokenPlan, sort_by_expert
 from pallas_kernels.permute import permute, unpermute
 
-Bank: TypeAlias = Callable[[Array, Layout], Array]
 
-
-def reference(plan: Plan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def reference(plan: Plan, experts: Experts, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Every expert on every token (slot, merged expert), then the weighted sum that the plan defines."""
     g, n, d = x.shape
     if isinstance(plan, MergePlan):
-        # The definition: one group at a time, its own merged bank.
-        return jnp.concatenate([bank(x[i : i + 1], Merged(plan.weight[i : i + 1])) for i in range(g)])
+        # The definition: one group at a time, its own merged experts.
+        return jnp.concatenate([experts.run(x[i : i + 1], Merged(plan.weight[i : i + 1])) for i in range(g)])
     if isinstance(plan, SlotPlan):
         rows = jnp.stack([jnp.einsum("gns,gnd->gsd", plan.dispatch[:, :, i], x) for i in range(plan.num_experts)])
         s = rows.shape[2]
-        y = bank(rows.reshape(plan.num_experts, g * s, d), Batched()).reshape(plan.num_experts, g, s, -1)
+        y = experts.run(rows.reshape(plan.num_experts, g * s, d), Batched()).reshape(plan.num_experts, g, s, -1)
         return sum(jnp.einsum("gns,gsf->gnf", plan.combine[:, :, i], y[i]) for i in range(plan.num_experts))
     rows = jnp.broadcast_to(x.reshape(1, g * n, d), (plan.num_experts, g * n, d))
-    y = bank(rows, Batched()).reshape(plan.num_experts, g, n, -1)
+    y = experts.run(rows, Batched()).reshape(plan.num_experts, g, n, -1)
     return jnp.einsum("gne,egnf->gnf", plan.dense().astype(y.dtype), y)
 
 
-def einsum(plan: TokenPlan | ExpertPlan | SlotPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def einsum(plan: TokenPlan | ExpertPlan | SlotPlan, experts: Experts, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Matrices move tokens into slots and back: what SPMD partitioners like best, quadratic in the group size."""
     if isinstance(plan, TokenPlan):
         plan = plan.to_slots()
     soft = plan if isinstance(plan, SlotPlan) else plan.to_soft()
     g, n, e, s = soft.dispatch.shape
     rows = jnp.einsum("gnes,gnd->egsd", soft.dispatch.astype(x.dtype), x)
-    y = bank(rows.reshape(e, g * s, -1), Batched()).reshape(e, g, s, -1)
+    y = experts.run(rows.reshape(e, g * s, -1), Batched()).reshape(e, g, s, -1)
     return jnp.einsum("gnes,egsf->gnf", soft.combine.astype(y.dtype), y)
 
 
-def capacity(plan: TokenPlan | ExpertPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def capacity(plan: TokenPlan | ExpertPlan, experts: Experts, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Indices move tokens into `[e, g * c]` slots and back."""
     slots = plan.to_slots() if isinstance(plan, TokenPlan) else plan
     g, e, c = slots.token.shape
     rows = gather_tokens(slots, x).swapaxes(0, 1).reshape(e, g * c, -1)
-    y = bank(rows, Batched()).reshape(e, g, c, -1).swapaxes(0, 1)
+    y = experts.run(rows, Batched()).reshape(e, g, c, -1).swapaxes(0, 1)
     return scatter_tokens(slots, y)
 
 
-def grouped(plan: TokenPlan | ExpertPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def grouped(plan: TokenPlan | ExpertPlan, experts: Experts, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Rows sorted by expert; unused rows go last and are never multiplied."""
     g, n, d = x.shape
     entries = plan.entries()
@@ -71,29 +67,30 @@ def grouped(plan: TokenPlan | ExpertPlan, bank: Bank, x: Float[Array, "g n d"]) 
     flat = x.reshape(g * n, d)
     if isinstance(plan, TokenPlan):
         k = plan.expert.shape[-1]
-        y = unpermute(bank(permute(flat, order, inverse, k), layout), weight.reshape(g * n, k), order, inverse)
+        y = unpermute(experts.run(permute(flat, order, inverse, k), layout), weight.reshape(g * n, k), order, inverse)
     else:
-        y = _scatter_add(bank(flat[entries.token[order]], layout), entries.token[order], weight[order], g * n)
+        y = _scatter_add(experts.run(flat[entries.token[order]], layout), entries.token[order], weight[order], g * n)
     return y.reshape(g, n, -1)
 
 
-def gather(plan: TokenPlan | ExpertPlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def gather(plan: TokenPlan | ExpertPlan, experts: Experts, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """Each row with its own copy of its expert's parameters: fastest when rows or experts are tiny."""
     g, n, d = x.shape
-    entries: Entries = plan.entries()
-    y = bank(x.reshape(g * n, d)[entries.token], PerToken(entries.expert))
+    entries, flat = plan.entries(), x.reshape(g * n, d)
     weight = jnp.where(entries.used, entries.weight, 0)
     if isinstance(plan, TokenPlan):
         k = plan.expert.shape[-1]
+        y = experts.run(jnp.repeat(flat, k, axis=0), PerToken(entries.expert))
         y = jnp.einsum("tk,tkf->tf", weight.reshape(g * n, k).astype(y.dtype), y.reshape(g * n, k, -1))
     else:
+        y = experts.run(flat[entries.token], PerToken(entries.expert))
         y = _scatter_add(y, entries.token, weight, g * n)
     return y.reshape(g, n, -1)
 
 
-def merged(plan: MergePlan, bank: Bank, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
+def merged(plan: MergePlan, experts: Experts, x: Float[Array, "g n d"]) -> Float[Array, "g n f"]:
     """One expert per group, with averaged parameters."""
-    return bank(x, Merged(plan.weight))
+    return experts.run(x, Merged(plan.weight))
 
 
 def gather_tokens(plan: ExpertPlan, x: Shaped[Array, "g n *d"]) -> Shaped[Array, "g e c *d"]:

@@ -6,10 +6,9 @@ A bank is written once against a few operations and never learns the layout:
     layout.take(b)                    every row's own expert's vector `b[e, f]`, broadcastable against the rows
     layout.glu(x, w_gate, w_up, act)  `act(x w_gate) * (x w_up)`, which some kernels do in one pass
     layout.low_rank(x, a, b)          `(x a) b` through a narrow middle, likewise
-    layout.map(expert, params, x)     the whole expert, `expert(params, x, layout)`, which a layout may run piece by piece, or elsewhere
 
 so that each dispatch backend serves every kind of expert. Parameters are cast to the rows' dtype (bfloat16 compute on float32
-parameters). `layout.tied(slots, num_stored)` maps the plan's experts to stored ones, for banks in which several slots share parameters.
+parameters). `layout.map(function, params, x)` runs whole experts, `function(params, x, layout)`, which a layout may do piece by piece.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +26,7 @@ from pallas_kernels.implementations import resolve
 from pallas_kernels.low_rank import low_rank_grouped_matmul
 
 Activation = Callable[[Array], Array]
-Expert = Callable[..., Array]
+Function = Callable[..., Array]
 
 
 class Layout(ABC):
@@ -39,9 +38,6 @@ class Layout(ABC):
     @abstractmethod
     def take(self, b: Float[Array, "e f"]) -> Float[Array, "*m f"]: ...
 
-    @abstractmethod
-    def tied(self, slots: Int[Array, "e"], num_stored: int) -> "Layout": ...
-
     def glu(
         self, x: Float[Array, "*m d"], w_gate: Float[Array, "e d f"], w_up: Float[Array, "e d f"], activation: Activation
     ) -> Float[Array, "*m f"]:
@@ -50,47 +46,20 @@ class Layout(ABC):
     def low_rank(self, x: Float[Array, "*m d"], a: Float[Array, "e d r"], b: Float[Array, "e r f"]) -> Float[Array, "*m f"]:
         return self.dot(self.dot(x, a), b)
 
-    def map(
-        self,
-        expert: Expert,
-        params: Any,
-        x: Float[Array, "*m d"],
-        axes: Any = None,
-        summed: str | None = None,
-        key: Array | None = None,
-    ) -> Float[Array, "*m f"]:
-        """What a bank returns as it is: across devices, outputs come back already weighted and summed.
-
-        Args:
-          expert: `expert(params, x, layout)`, or `expert(params, x, layout, key)` when a key is given: a pure function of its
-            arguments, row by row; no statistics, no traced value closed over, no randomness but that of `key`.
-          params: pytree whose every leaf has the experts on its first axis.
-          x: the rows.
-          axes: pytree like `params`: the logical axis names that each leaf was declared with.
-          summed: logical axis that outputs are sums over ('mlp' in a feed-forward expert), so that pieces of it can be computed
-            apart and added. Leaves that lack it are terms of that sum of their own, as an output bias is.
-          key: for experts that draw; each row, chunk and device draws its own.
-        """
-        return expert(params, x, self) if key is None else expert(params, x, self, key)
+    def map(self, function: Function, params: Any, x: Float[Array, "*m d"], key: Array | None = None) -> Float[Array, "*m f"]:
+        """Whole experts on rows; `function` and the rest are those of `moejax.Experts`."""
+        return function(params, x, self) if key is None else function(params, x, self, key)
 
 
 @struct.dataclass
 class Batched(Layout):
-    """Rows `x[e, c, d]`: a batch of c rows per expert. `slots[e]` picks stored parameters when some are shared."""
+    """Rows `x[e, c, d]`: a batch of c rows per expert."""
 
-    slots: Int[Array, "e"] | None = None
+    def dot(self, x: Float[Array, "e c d"], w: Float[Array, "e d f"]) -> Float[Array, "e c f"]:
+        return jnp.einsum("ecd,edf->ecf", x, w.astype(x.dtype))
 
-    def dot(self, x: Float[Array, "e c d"], w: Float[Array, "e0 d f"]) -> Float[Array, "e c f"]:
-        return jnp.einsum("ecd,edf->ecf", x, self._pick(w).astype(x.dtype))
-
-    def take(self, b: Float[Array, "e0 f"]) -> Float[Array, "e 1 f"]:
-        return self._pick(b)[:, None]
-
-    def tied(self, slots: Int[Array, "e"], num_stored: int) -> "Batched":
-        return Batched(slots if self.slots is None else slots[self.slots])
-
-    def _pick(self, values: Array) -> Array:
-        return values if self.slots is None else values[self.slots]
+    def take(self, b: Float[Array, "e f"]) -> Float[Array, "e 1 f"]:
+        return b[:, None]
 
 
 @struct.dataclass
@@ -99,53 +68,38 @@ class Grouped(Layout):
 
     group_sizes: Int[Array, "e"]
     num_rows: int = struct.field(pytree_node=False)
-    slots: Int[Array, "e"] | None = None
     implementation: str = struct.field(pytree_node=False, default="auto")
 
-    def dot(self, x: Float[Array, "m d"], w: Float[Array, "e0 d f"]) -> Float[Array, "m f"]:
-        return grouped_matmul(x, self._pick(w).astype(x.dtype), self.group_sizes, self.implementation)
+    def dot(self, x: Float[Array, "m d"], w: Float[Array, "e d f"]) -> Float[Array, "m f"]:
+        return grouped_matmul(x, w.astype(x.dtype), self.group_sizes, self.implementation)
 
-    def take(self, b: Float[Array, "e0 f"]) -> Float[Array, "m f"]:
+    def take(self, b: Float[Array, "e f"]) -> Float[Array, "m f"]:
         # A grouped matmul of width one rather than a gather, whose derivative would be a slow scatter-add of all rows.
         ones = jnp.ones((self.num_rows, 1), b.dtype)
-        return grouped_matmul(ones, self._pick(b)[:, None], self.group_sizes, self.implementation)
+        return grouped_matmul(ones, b[:, None], self.group_sizes, self.implementation)
 
     def glu(
-        self, x: Float[Array, "m d"], w_gate: Float[Array, "e0 d f"], w_up: Float[Array, "e0 d f"], activation: Activation
+        self, x: Float[Array, "m d"], w_gate: Float[Array, "e d f"], w_up: Float[Array, "e d f"], activation: Activation
     ) -> Float[Array, "m f"]:
-        w_gate, w_up = (self._pick(w).astype(x.dtype) for w in (w_gate, w_up))
+        w_gate, w_up = (w.astype(x.dtype) for w in (w_gate, w_up))
         return grouped_glu(x, w_gate, w_up, self.group_sizes, activation, self.implementation)
 
-    def low_rank(self, x: Float[Array, "m d"], a: Float[Array, "e0 d r"], b: Float[Array, "e0 r f"]) -> Float[Array, "m f"]:
-        a, b = (self._pick(w).astype(x.dtype) for w in (a, b))
+    def low_rank(self, x: Float[Array, "m d"], a: Float[Array, "e d r"], b: Float[Array, "e r f"]) -> Float[Array, "m f"]:
+        a, b = (w.astype(x.dtype) for w in (a, b))
         # The operation has every implementation of a grouped matmul but JAX's own, which does it as two of them.
         name = "grouped_matmul" if self.implementation == "ragged_dot" else self.implementation
         return low_rank_grouped_matmul(x, a, b, self.group_sizes, implementation=name)
 
-    def map(
-        self,
-        expert: Expert,
-        params: Any,
-        x: Float[Array, "m d"],
-        axes: Any = None,
-        summed: str | None = None,
-        key: Array | None = None,
-    ) -> Float[Array, "m f"]:
+    def map(self, function: Function, params: Any, x: Float[Array, "m d"], key: Array | None = None) -> Float[Array, "m f"]:
         if key is not None:
-            return expert(params, x, self, key)  # draws for all rows at once
+            return function(params, x, self, key)  # draws for all rows at once
         if resolve("grouped_matmul", self.implementation, tuple(IMPLEMENTATIONS), AUTO) != "xla":
-            return expert(params, x, self)
+            return function(params, x, self)
 
         def one(params: Any, rows: Array) -> Array:
-            return expert(params, rows[None], Batched())[0]
+            return function(params, rows[None], Batched())[0]
 
-        return grouped_map(one, params, x, self.group_sizes, self.slots)
-
-    def tied(self, slots: Int[Array, "e"], num_stored: int) -> "Grouped":
-        return self.replace(slots=slots if self.slots is None else slots[self.slots])
-
-    def _pick(self, values: Array) -> Array:
-        return values if self.slots is None else values[self.slots]
+        return grouped_map(one, params, x, self.group_sizes)
 
 
 @struct.dataclass
@@ -160,9 +114,6 @@ class PerToken(Layout):
     def take(self, b: Float[Array, "e f"]) -> Float[Array, "m f"]:
         return b[self.expert]
 
-    def tied(self, slots: Int[Array, "e"], num_stored: int) -> "PerToken":
-        return PerToken(slots[self.expert])
-
 
 @struct.dataclass
 class Merged(Layout):
@@ -175,6 +126,3 @@ class Merged(Layout):
 
     def take(self, b: Float[Array, "e f"]) -> Float[Array, "g 1 f"]:
         return jnp.einsum("ge,ef->gf", self.weight, b)[:, None]
-
-    def tied(self, slots: Int[Array, "e"], num_stored: int) -> "Merged":
-        return Merged(jnp.zeros((self.weight.shape[0], num_stored), self.weight.dtype).at[:, slots].add(self.weight))

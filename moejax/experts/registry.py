@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.params import Initializer, param
 from moejax.core.registry import Registry
@@ -27,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def declare(
     module: nn.Module, parameters: dict[str, tuple[Initializer, tuple[int, ...], Axes]]
 ) -> tuple[dict[str, Array], dict[str, Axes]]:
-    """Declares a bank's parameters, each by initializer, shape and logical axis names; gives them and their axes, for `Layout.map`."""
+    """Declares a bank's parameters, each by initializer, shape and logical axis names; gives them and their axes, for `Experts`."""
     values = {name: param(module, name, *declared) for name, declared in parameters.items()}
     return values, {name: axes for name, (_, _, axes) in parameters.items()}
 
@@ -35,6 +36,11 @@ def declare(
 def dropout(x: Array, rate: float, key: Array) -> Array:
     """Inverted dropout: zero with probability `rate`, scaled up otherwise."""
     return jax.numpy.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def dropout_key(bank: nn.Module, rate: float, ctx: Context | None) -> Array | None:
+    """A key in training, if there is anything to drop."""
+    return bank.make_rng("dropout") if rate and ctx is not None and ctx.train else None
 
 
 def activation(name: str) -> Callable[[Array], Array]:

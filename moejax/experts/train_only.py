@@ -2,15 +2,15 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from moejax.core.context import Context
-from moejax.dispatch.layout import Layout
+from moejax.dispatch.experts import AnyExperts
+from moejax.experts.base import Bank
 from moejax.experts.registry import banks
 
 
 @banks.register("train_only", slots={"bank": banks})
-class TrainOnly(nn.Module):
+class TrainOnly(Bank):
     """The outputs of `bank` in training, zeros outside it.
 
     As `shared`, it measures whether routed experts can stand in for the shared one (DeepSeekMoE, Dai et al. 2024, section 4.5).
@@ -23,6 +23,6 @@ class TrainOnly(nn.Module):
         return self.bank.num_experts
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*m d"], layout: Layout, ctx: Context | None = None) -> Float[Array, "*m o"]:
-        y = self.bank(x, layout, ctx)
-        return y if ctx is not None and ctx.train else jnp.zeros_like(y)
+    def __call__(self, width: int, ctx: Context | None = None) -> AnyExperts:
+        experts = self.bank(width, ctx)
+        return experts if ctx is not None and ctx.train else experts.wrap(after=jnp.zeros_like)

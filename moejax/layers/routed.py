@@ -1,23 +1,27 @@
 """The path of a token, once for all routed layers: logits -> plan -> dispatch, with losses and statistics sown on the way."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax import dispatch as dispatch_lib
 from moejax.core.context import Context
 from moejax.core.control import control
 from moejax.core.errors import ConfigError
 from moejax.core.sowing import sow
-from moejax.dispatch.backends import Bank
+from moejax.dispatch.experts import AnyExperts
+from moejax.layers.interventions import interventions
 from moejax.parallel.mesh import BATCH_AXES, batch_ways, shard_map
 from moejax.parallel.scope import current
 from moejax.routing.losses.adaptive_l1 import AdaptiveLoss
 from moejax.routing.losses.base import Loss, Routing
-from moejax.routing.losses.base import losses as loss_registry
 from moejax.routing.plan import Plan, TokenPlan
-from moejax.routing.select import Select
+from moejax.routing.select.base import Select, TokenChoice
 from moejax.routing.stats import routing_stats
 
 GROUPINGS = ("sequence", "batch", "position")
@@ -27,47 +31,58 @@ def plan_tokens(
     module: nn.Module,
     logits: Float[Array, "g n o"],
     select: Select,
-    valid: Bool[Array, "g n"] | None,
-    train: bool,
+    num_experts: int,
+    ctx: Context,
     bias: Float[Array, "e"] | None = None,
-) -> tuple[Plan, Float[Array, "g n o"]]:
-    """The plan of `select`, after the interventions in the module's 'overrides' collection.
+) -> Routing:
+    """What `select` decides for the tokens of `ctx`, under the layer's interventions (`moejax.layers.interventions`).
 
-    Overrides, each optional, for analysis and for changing routing at inference:
-      logit_bias [o] or [g, n, o]: added to the logits.
-      expert [g, n, k]: these experts instead of the selected ones; weights stay those of the router's scores for them
-        under the rule's own normalisation when the rule is a `TopK`.
+    In training, a rule that draws gets a key of the module's rng stream 'router'.
 
-    In training, a rule that draws (`needs_key`) gets a key from the module's rng stream 'router'.
-
-    Returns the plan and the logits it was made from.
+    Raises:
+      ConfigError: the router's logits, or an intervention, do not fit the rule.
     """
-    if module.has_variable("overrides", "logit_bias"):
-        logits = logits + module.get_variable("overrides", "logit_bias")
-    if train and select.needs_key:
-        # Drawn for all groups at once, so that no mesh changes what is drawn.
-        plan = select(logits, valid, bias=bias, train=train, key=module.make_rng("router"))
-    else:
-        plan = _select(select, logits, valid, bias, train)
-    if module.has_variable("overrides", "expert"):
-        if not isinstance(plan, TokenPlan):
-            raise ConfigError(f"overrides.expert in {'/'.join(module.path)} needs token choice, not {type(plan).__name__}")
-        plan = select.weigh(logits, module.get_variable("overrides", "expert"), valid, train=train)
-    return plan, logits
+    _check_fit(logits.shape[-1], select, num_experts)
+    forced = interventions(module)
+    logits = ctx.clean(logits + forced.pop("logit_bias", 0))
+    if forced and not isinstance(select, TokenChoice):
+        raise ConfigError(
+            f"interventions.{', '.join(forced)} in {'/'.join(module.path)} needs token choice, not {type(select).__name__}"
+        )
+    draws = ctx.train and "key" in select.needs
+    ctx = ctx.replace(key=module.make_rng("router") if draws else None, shared=None, memory=None)
+
+    def plan(logits: Array, ctx: Context, bias: Array | None, forced: dict[str, Array]) -> Plan:
+        if "expert" in forced:
+            return select.given(logits, forced["expert"], ctx)
+        if "k" in forced:
+            return select.with_k(logits, forced["k"], ctx, bias=bias)
+        return select(logits, ctx, bias=bias)
+
+    # What is drawn is drawn for all groups at once, so that no mesh changes it.
+    made = plan(logits, ctx, bias, forced) if draws else _on_each_device(plan, logits, ctx, bias, forced)
+    return Routing(logits, select.probabilities(select.within_reach(logits, ctx)), made, ctx.real(logits))
 
 
-def _select(select: Select, logits: Array, valid: Array | None, bias: Array | None, train: bool) -> Plan:
-    """The rule's plan. On a mesh each device plans the groups that it holds: XLA cannot cut kernels, nor every top-k, by itself."""
+def _check_fit(outputs: int, select: Select, num_experts: int) -> None:
+    """Refuses logits that are not what the rule and the experts expect; dispatch would clamp indices in silence."""
+    wanted, (each, null) = select.num_outputs(num_experts), select.outputs
+    if outputs != wanted:
+        also = f" and {null} for null experts" if null else ""
+        raise ConfigError(
+            f"the router gives {outputs} logits a token, but {type(select).__name__} needs {each} for each of the {num_experts} "
+            f"experts{also}; give router and bank one num_experts, and have the router give its `num_outputs` logits"
+        )
+
+
+def _on_each_device(plan: Callable[..., Plan], *args: Any) -> Plan:
+    """`plan(*args)`. On a mesh each device plans the groups that it holds: XLA cannot cut kernels, nor every top-k, by itself."""
     parallel = current()
-    if parallel is None or parallel.mesh.size == 1 or logits.shape[0] % batch_ways(parallel.mesh):
-        return select(logits, valid, bias=bias, train=train)
-
-    def plan_own(logits: Array, valid: Array | None, bias: Array | None) -> Plan:
-        return select(logits, valid, bias=bias, train=train)
-
+    if parallel is None or parallel.mesh.size == 1 or args[0].shape[0] % batch_ways(parallel.mesh):
+        return plan(*args)
     groups = PartitionSpec(BATCH_AXES)
-    own = shard_map(plan_own, parallel.mesh, in_specs=(groups, groups, PartitionSpec()), out_specs=groups)
-    return own(logits, valid, bias)
+    specs = jax.tree.map(lambda a: groups if a.ndim > 1 else PartitionSpec(), args)
+    return shard_map(plan, parallel.mesh, in_specs=specs, out_specs=groups)(*args)
 
 
 def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], **extra: Array) -> None:
@@ -81,28 +96,26 @@ def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], *
 
 
 def sow_losses(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], scale: float | Float[Array, ""] = 1.0) -> None:
-    """Sows every loss, times `scale`.
-
-    A loss is named '<kind>_loss': NNX keeps the collections of a bridged layer in one namespace, where 'z' is a statistic. An
-    adaptive one keeps its state in 'router_state'.
-    """
+    """Sows every loss, times `scale`, under its own name. An adaptive one keeps its state in 'router_state'."""
     for loss in losses:
-        kind = loss_registry.kind_of(loss)
         if isinstance(loss, AdaptiveLoss):
-            state = module.variable("router_state", kind, loss.fresh_state).value
-            control(module, kind, loss, loss.measure(routing))
+            state = module.variable("router_state", loss.kind, loss.fresh_state).value
+            control(module, loss.kind, loss, loss.measure(routing))
             value = loss(routing, state)
         else:
             value = loss(routing)
-        sow(module, "losses", f"{kind}_loss", scale * value)
+        sow(module, "losses", loss.name, scale * value)
 
 
 def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float[Array, "g n d"], Context]:
     """Tokens and context in the groups that compete for capacity: one 'sequence', the whole 'batch', or each 'position'.
 
+    Padding becomes zeros, so that whatever lies there touches neither router nor experts.
+
     With 'position', tokens compete only with those of other sequences at the same position, so that rules which select over
     tokens (expert choice) do not see the future of their own sequence.
     """
+    x = ctx.clean(x)
     if by == "batch":
         flat = ctx.map_tokens(lambda a: a.reshape(1, -1, *a.shape[2:]), lambda new, old: new.reshape(old.shape))
         return x.reshape(1, -1, x.shape[-1]), flat
@@ -119,11 +132,9 @@ def ungroup_tokens(y: Float[Array, "g n f"], b: int, s: int, by: str) -> Float[A
 
 
 def run_plan(
-    plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str, by: str = "sequence"
+    plan: Plan, experts: AnyExperts, x: Float[Array, "g n d"], backend: str, by: str = "sequence"
 ) -> tuple[Float[Array, "g n f"], Plan, Int[Array, ""]]:
-    """Dispatch: its output, the plan that was executed, and the index of the backend that ran.
-
-    The executed plan has less in it than the given one where an exchange between devices has a bound (`dispatch.limit`).
+    """Dispatch: its output, the plan that was executed (`dispatch.execute`), and the index of the backend that ran.
 
     Args:
       by: how `group_tokens` grouped the tokens. Groups of one position lie across the devices that a batch is split over, and
@@ -131,12 +142,11 @@ def run_plan(
     """
     name = dispatch_lib.choose(plan, x.shape[-1]) if backend == "auto" else backend
     if name == "expert_parallel" and by == "position" and isinstance(plan, TokenPlan):
-        turned = dispatch_lib.limit(_turned(plan), current())
-        y = dispatch_lib.dispatch(turned, bank, x.swapaxes(0, 1), name).swapaxes(0, 1)
+        y, turned, name = dispatch_lib.execute(_turned(plan), experts, x.swapaxes(0, 1), backend)
+        y = y.swapaxes(0, 1)
         plan = plan.replace(used=turned.used.swapaxes(0, 1), dropped=turned.dropped.swapaxes(0, 1))
     else:
-        plan = dispatch_lib.limit(plan, current()) if name == "expert_parallel" else plan
-        y = dispatch_lib.dispatch(plan, bank, x, name)
+        y, plan, name = dispatch_lib.execute(plan, experts, x, backend)
     return y, plan, jnp.asarray(dispatch_lib.backend_index(name), jnp.int32)
 
 

@@ -12,11 +12,19 @@ class NamedBlock:
     """A block of a config: its name, its place, and the module of which every layer makes its own copy.
 
     Flax does not look into it, so the module gets parameters only through its copies.
+
+    Attributes:
+      layers: where the block's fields vary over depth, the module of each layer of the network; empty where all are alike.
     """
 
     name: str
     where: str
     module: nn.Module
+    layers: tuple[nn.Module, ...] = ()
+
+    def at(self, layer: int) -> "NamedBlock":
+        """The block as it is in one layer."""
+        return NamedBlock(self.name, self.where, self.layers[layer]) if self.layers else self
 
 
 @dataclasses.dataclass(frozen=True)

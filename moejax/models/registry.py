@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from moejax.core.registry import Registry
+from moejax.layers.adapters.adapted import adapt
 
 models = Registry("model", "moejax.models")
 
@@ -19,3 +20,12 @@ def build(spec: Mapping[str, Any] | Any, where: str = "model", **context: Any) -
       ConfigError: an unknown kind or key, a field that does not fit, or a part that the network refuses.
     """
     return models.build(spec, where, **context)
+
+
+def network(config: Mapping[str, Any], **context: Any) -> nn.Module:
+    """The network of a run's config: `config.model`, with `config.adapters` around its layers.
+
+    Raises:
+      ConfigError: as `build`; or an unknown kind of adapter, or one that looks at later tokens in a decoder.
+    """
+    return adapt(build(config["model"], **context), config.get("adapters"))

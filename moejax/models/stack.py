@@ -3,9 +3,10 @@
     pattern=('dense', 'moe'), num_layers=6   ->   dense moe dense moe dense moe
 
 The repeats are one `nn.scan`, so compile time does not grow with depth; parameters, caches, losses, stats, router state and
-overrides of the scanned body carry a leading layers axis (one entry a repeat). What layers pass to later layers, or share, is in
+interventions of the scanned body carry a leading layers axis (one entry a repeat). What layers pass to later layers, or share, is in
 `moejax.core.memory`: values go along with the tokens, and parameters that all layers share lie beside the repeats, in 'shared'. `scan=False` unrolls them under names of
-their own; `to_scanned` and `to_unrolled` move any such tree from one layout to the other.
+their own. A block knows its layer (`ctx.layer`, `ctx.num_layers`), and its fields may vary over depth (`over_depth.py`), which makes one
+repeat of all layers; `to_scanned` and `to_unrolled` move any such tree from one layout to the other.
 """
 
 import dataclasses
@@ -15,13 +16,14 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.memory import Memory, Shared, carried_by, shared_by
 from moejax.core.registry import Many
 from moejax.layers.registry import blocks
+from moejax.models.over_depth import at_layer, varies
 from moejax.models.parts import NamedBlock, walk
 from moejax.parallel import constrain
 
@@ -49,11 +51,17 @@ class BlockTable(Many):
         if isinstance(specs, tuple):
             return specs
         context = {**dict(self.defaults), **context}
-        return tuple(
-            NamedBlock(name, f"{where}.{name}", self.registry.build(spec, f"{where}.{name}", **context))
-            for name, spec in specs.items()
-            if spec is not None
+        return tuple(self._named(name, spec, f"{where}.{name}", context) for name, spec in specs.items() if spec is not None)
+
+    def _named(self, name: str, spec: Any, where: str, context: dict[str, Any]) -> NamedBlock:
+        if not varies(spec):
+            return NamedBlock(name, where, self.registry.build(spec, where, **context))
+        num_layers = context["num_layers"]
+        layers = tuple(
+            self.registry.build(at_layer(spec, i, num_layers, where), f"{where} (layer {i})", **context)
+            for i in range(num_layers)
         )
+        return NamedBlock(name, where, layers[0], layers)
 
 
 def block_table(**defaults: Any) -> BlockTable:
@@ -92,14 +100,16 @@ class Stack(nn.Module):
         if declared:
             ctx = ctx.replace(shared=Shared(name="shared")(declared))
         carry = x, carried_by(inside, *x.shape[:2])
+        ctx = ctx.replace(num_layers=self.num_layers)
+        first = len(parts) * jnp.arange(repeats, dtype=jnp.int32)  # the number of each repeat's first layer
         if not self.scan:
             for i in range(repeats):
-                carry, _ = Repeat(parts, self.remat, prevent_cse=True, name=f"{UNROLLED}{i}")(carry, ctx)
+                carry, _ = Repeat(parts, self.remat, prevent_cse=True, name=f"{UNROLLED}{i}")(carry, first[i], ctx)
             return carry[0]
         # True: whatever collection a block uses, known to this file or not, gets a layers axis; none is lost.
-        scanned = nn.scan(Repeat, variable_axes={True: 0}, split_rngs={True: True}, in_axes=(nn.broadcast,), length=repeats)
+        scanned = nn.scan(Repeat, variable_axes={True: 0}, split_rngs={True: True}, in_axes=(0, nn.broadcast), length=repeats)
         # Inside a scan the compiler cannot merge recomputation with the forward pass, and the guard only costs.
-        (x, _), _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(carry, ctx)
+        (x, _), _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(carry, first, ctx)
         return x
 
 
@@ -115,13 +125,13 @@ class Repeat(nn.Module):
     prevent_cse: bool
 
     @nn.compact
-    def __call__(self, carry: Carry, ctx: Context) -> tuple[Carry, None]:
+    def __call__(self, carry: Carry, first: Int[Array, ""], ctx: Context) -> tuple[Carry, None]:
         x, memory = carry
         call = _call
         if self.remat != "none":
             call = nn.remat(_call, policy=REMAT[self.remat], prevent_cse=self.prevent_cse)
         for i, part in enumerate(self.parts):
-            x, memory = call(part.module.copy(name=block_name(i, part.name)), x, memory, ctx)
+            x, memory = call(part.module.copy(name=block_name(i, part.name)), x, memory, ctx.replace(layer=first + i))
             x = constrain(x, "batch", "seq", "embed")
             memory = jax.tree.map(lambda a: constrain(a, "batch", "seq", *(None,) * (a.ndim - 2)), memory)
         return (x, memory), None
@@ -129,6 +139,8 @@ class Repeat(nn.Module):
 
 def pattern_blocks(net: Any) -> tuple[NamedBlock, ...]:
     """The blocks of one repeat of a network with the fields of a `Stack`; models check theirs with it when they are made.
+
+    Where a block varies over depth nothing repeats: the blocks of all layers.
 
     Raises:
       ConfigError: the pattern is empty, names a block that is not there, or does not divide `num_layers`; unknown `remat`.
@@ -144,7 +156,10 @@ def pattern_blocks(net: Any) -> tuple[NamedBlock, ...]:
         )
     if net.remat not in REMAT:
         raise ConfigError(f"unknown remat='{net.remat}'{nearest(net.remat, REMAT)}")
-    return tuple(by_name[name] for name in pattern)
+    named = tuple(by_name[name] for name in pattern)
+    if any(block.layers for block in named):
+        return tuple(named[i % len(named)].at(i) for i in range(net.num_layers))
+    return named
 
 
 def block_name(index: int, name: str) -> str:

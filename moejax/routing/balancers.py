@@ -1,60 +1,50 @@
-"""Balancing without gradients: a bias on each expert's selection that follows the load of past batches.
+"""Balancing without gradients: a bias on each expert's selection that follows the load.
 
-The bias changes who is selected and never a weight. It looks at past batches only, so it is causal, and it pulls no gradient
-through the router. It lives in the collection `router_state`:
-
-    selection_bias[e]   the bias that the last update left
-    load[e]             choices of each expert per token of the last training batch, not yet answered
-
-An update answers the load of the batch before: the bias in use is `bias + step(load)`. So microbatches of one optimizer step,
-which start from the same state and whose new states are averaged, all use one bias, and together count one batch.
+The bias changes who is selected and never a weight. It moves after an optimizer step, by the choices that were counted in it, so it
+looks at past batches only: it is causal, and pulls no gradient through the router. It lives in the collection 'router_state'. A
+balancer is a controller; see `moejax.core.control`.
 """
 
 import dataclasses
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int
 
+from moejax.core.control import Controller, Site
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.registry import Registry
-from moejax.routing.losses.base import Routing, masked_mean
+from moejax.routing.losses.base import Routing
 
 balancers = Registry("balancer", "moejax.routing.balancers")
 
-
-BalanceState = dict[str, Float[Array, "e"]]
-
-
-def fresh_state(num_experts: int) -> BalanceState:
-    """No bias, and nothing counted yet."""
-    return {"selection_bias": jnp.zeros(num_experts), "load": jnp.zeros(num_experts)}
+STATE = "selection_bias"  # its name in a layer's 'router_state': float32[e], added to the scores for ranking
 
 
-@runtime_checkable
-class Balancer(Protocol):
-    """A frozen dataclass: configuration without state."""
+class Balancer(Controller):
+    """A frozen dataclass: configuration without state. Its `after_step` moves `site.state['selection_bias']`."""
 
-    def bias(self, state: BalanceState) -> Float[Array, "e"]:
-        """What is added to the scores for ranking."""
-        ...
+    def measure(self, routing: Routing) -> dict[str, Array]:
+        """Sums over the valid tokens of a call, for `after_step`: how many choices, before drops, each expert got."""
+        wanted = jax.lax.stop_gradient(routing.plan.wanted())
+        return {"choices": jnp.where(routing.valid[..., None], wanted, 0).sum((0, 1)).astype(jnp.int32)}
 
-    def update(self, state: BalanceState, routing: Routing) -> BalanceState:
-        """The state after a training batch (or microbatch)."""
-        ...
+    def after_step(self, site: Site) -> Site:
+        raise NotImplementedError(f"{type(self).__name__} needs after_step(site), which moves site.state['{STATE}']")
 
 
 @balancers.register("loss_free")
 @dataclasses.dataclass(frozen=True)
-class LossFree:
-    """`b_i += speed * sign(mean load - load_i)` (Wang et al. 2024, algorithm 1; DeepSeek-V3).
+class LossFree(Balancer):
+    """`b_i += speed * sign(mean choices - choices_i)` (Wang et al. 2024, algorithm 1; DeepSeek-V3).
 
-    Loads are choices before drops, of valid tokens. The sign rule never rests: at balance it dithers by `speed`.
+    Choices are counted before drops, of valid tokens, over all microbatches and devices of a step. Whole numbers are compared, so an
+    expert exactly at the mean stays. Elsewhere the sign rule never rests: at balance it dithers by `speed`.
 
     Attributes:
       speed: u, the size of a step: 1e-3 for long training; a few thousand steps need 1e-2.
-      rule: 'sign', or 'proportional' to the load's distance from its mean, as a share of the mean (the paper's variant).
+      rule: 'sign', or 'proportional' to the distance from the mean, as a share of the mean (the paper's variant).
     """
 
     speed: float = 1e-3
@@ -65,13 +55,8 @@ class LossFree:
         if self.speed < 0:
             raise ConfigError(f"speed={self.speed} must not be negative: it would feed the busiest expert")
 
-    def bias(self, state: BalanceState) -> Float[Array, "e"]:
-        mean = state["load"].mean()
-        lack = mean - state["load"]
-        step = jnp.sign(lack) if self.rule == "sign" else lack / jnp.maximum(mean, 1e-9)
-        return jax.lax.stop_gradient(state["selection_bias"] + self.speed * step)
-
-    def update(self, state: BalanceState, routing: Routing) -> BalanceState:
-        # A share and not a count, since the states of microbatches are averaged by their numbers of tokens.
-        load = masked_mean(jax.lax.stop_gradient(routing.plan.wanted()).astype(jnp.float32), routing.valid, (0, 1))
-        return {"selection_bias": self.bias(state), "load": load}
+    def after_step(self, site: Site) -> Site:
+        choices: Int[Array, "e"] = site.measured["choices"]
+        lack = choices.sum() - choices.shape[0] * choices  # e times the distance from the mean, in whole numbers
+        step = jnp.sign(lack) if self.rule == "sign" else lack / jnp.maximum(choices.sum(), 1)
+        return site.replace(state={**site.state, STATE: site.state[STATE] + self.speed * step})

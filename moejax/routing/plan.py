@@ -7,7 +7,7 @@ The letters of the whole library:
     c     slots of an expert (capacity) d f   model width and hidden width
     v     vocabulary                    m     rows: token-expert pairs in one flat list
 
-A select rule makes a plan from logits, dispatch executes it on a bank, and losses and statistics read it. Shapes are static;
+A select rule makes a plan from logits, dispatch executes it on experts, and losses and statistics read it. Shapes are static;
 which entries count is data (`used`). A used entry may have any weight, zero and negative included, so `used` is never inferred
 from a weight.
 """

@@ -40,8 +40,8 @@ class FrozenModel:
 class LearningModel:
     """The model that learns, in one step of training or evaluation.
 
-    A call gives the model's outputs. What its layers sow is collected here, for the step: losses of all calls add up, stats are
-    averaged over the calls, and the state that one call leaves is what the next one finds.
+    A call gives the model's outputs. What its layers sow is collected here, for the step: losses and measurements of all calls add
+    up, stats are averaged over the calls. State without gradients is read, and changed by nobody until the step is over.
 
     Attributes:
       params: its parameters, with gradients: for penalties on them.
@@ -56,22 +56,19 @@ class LearningModel:
         collections: Mapping[str, Tree],
         key: Array | None,
         frozen: Mapping[str, FrozenModel],
-        mutable: tuple[str, ...],
     ):
         self.params, self.frozen = params, frozen
         self.key = None if key is None else jax.random.fold_in(key, len(STREAMS))
-        self.collections = dict(collections)
         self.sown: list[Mapping[str, Tree]] = []
-        self._model, self._draw, self._mutable = model, key, mutable
+        self._model, self._draw, self._collections = model, key, collections
 
     def __call__(self, inputs: Any, ctx: Context, also: tuple[str, ...] = ()) -> Any:
         """The model's outputs; with `also`, the outputs and those collections that layers have sown into."""
-        variables = {"params": self.params, **self.collections}
-        mutable = list(dict.fromkeys((*self._mutable, *also)))
+        variables = {"params": self.params, **self._collections}
+        mutable = list(dict.fromkeys(("losses", "stats", *(() if self._draw is None else ("measured",)), *also)))
         rngs = None if self._draw is None else streams(self._draw, len(self.sown))
         outputs, changed = self._model.apply(variables, inputs, ctx, rngs=rngs, mutable=mutable)
         self.sown.append(changed)
-        self.collections = {name: changed.get(name, tree) for name, tree in self.collections.items()}
         return (outputs, {name: changed.get(name, {}) for name in also}) if also else outputs
 
     def summed(self, pick: Callable[[Mapping[str, Tree]], Tree]) -> Tree:

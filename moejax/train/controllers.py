@@ -14,6 +14,23 @@ from moejax.core.roles import names
 Tree = Any
 
 
+def after_step(
+    controllers: Iterable[Declared], measured: Tree, variables: Mapping[str, Any], step: Int[Array, ""] | int
+) -> dict[str, Any]:
+    """A model's variables after an optimizer step of one's own; `fit` does this by itself.
+
+        with record_controllers() as controllers:                                  # while the step is traced
+            y, sown = model.apply(variables, x, Context(train=True), mutable=["losses", "measured"])
+        variables = after_step(controllers.values(), sown["measured"], variables, step)   # updates done, this one included
+
+    Optimizer memory of parameters that a controller sets anew stays as it was.
+    """
+    params, _, state = apply_controllers(
+        controllers, measured, variables["params"], None, variables.get("router_state", {}), jnp.asarray(step, jnp.int32), None
+    )
+    return {**variables, "params": params, "router_state": state}
+
+
 def apply_controllers(
     declared: Iterable[Declared],
     measured: Tree,
@@ -21,7 +38,7 @@ def apply_controllers(
     opt_state: Tree,
     router_state: Tree,
     step: Int[Array, ""],
-    start: Callable[[Tree], Tree],
+    start: Callable[[Tree], Tree] | None,
 ) -> tuple[Tree, Tree, Tree]:
     """What the controllers make of parameters, optimizer state and router state.
 
@@ -30,7 +47,7 @@ def apply_controllers(
       measured: the collection 'measured', summed over the step's microbatches.
       params, opt_state, router_state: after the step's update.
       step: updates done, this one included.
-      start: parameters -> the optimizer's state before the first update.
+      start: parameters -> the optimizer's state before the first update; None where there is no optimizer.
     """
     groups: dict[Any, list[Declared]] = defaultdict(list)
     for item in declared:
@@ -50,7 +67,7 @@ def apply_controllers(
             params, router_state = _put(params, item.path, site.params), _put(router_state, item.path, site.state)
             if site.restarted:
                 restarted = _put(restarted, item.path, site.restarted)
-    if restarted:
+    if restarted and start is not None:
         opt_state = _restart(opt_state, restarted, params, start)
     return params, opt_state, router_state
 

@@ -69,15 +69,15 @@ def fit(
     """Trains one model, on this process's default device or on the devices of `config.mesh`.
 
     Args:
-      config: sections model, data, task, optimizer, train, and optionally init, trainable, eval, checkpoint, mesh and exchange;
-        see `settings.py`.
+      config: sections model, data, task, optimizer, train, and optionally init, adapters, trainable, eval, checkpoint, mesh and
+        exchange; see `settings.py`.
       seed: of parameters, data order and all noise.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
         end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated.
       progress: called with a `Progress` whenever a phase begins and whenever metrics are logged; of several processes, in the
         first.
       label: name of the run in progress reports.
-      model: takes the place of `config.model`, and of that of runs that this one starts from if theirs is equal.
+      model: takes the place of `config.model` and `config.adapters`, and of those of runs that this one starts from if theirs are equal.
       make_iterator: takes the place of `moejax.data.make_iterator`; given shard_index and shard_count if there are several
         processes.
       info: takes the place of `moejax.data.info(config.data)`.

@@ -18,6 +18,8 @@ from moejax import models
 from moejax.core.params import Path
 from moejax.core.roles import Notes, record
 from moejax.dispatch.expert_parallel import overlap_options
+from moejax.layers.adapters.around import record_adapted
+from moejax.layers.adapters.table import AdaptedLayer, layers_of
 from moejax.optim.base import Optimizer, optimizers
 from moejax.parallel import Parallel, rules, use
 from moejax.tasks.base import Batch, Task, tasks
@@ -197,6 +199,13 @@ class Program:
         return models.active_params(self.model, self.state.params)
 
     @functools.cached_property
+    def adapted_layers(self) -> tuple[AdaptedLayer, ...]:
+        """What the model's adapters sit around; nothing if it has none."""
+        with record_adapted() as found:
+            state = jax.eval_shape(self._fresh, _key_data())
+        return layers_of(found, state.params)
+
+    @functools.cached_property
     def _traced_train(self) -> Any:
         with use(self.parallel):
             step = make_train_step(
@@ -276,11 +285,11 @@ def get_program(
     """The program of a config, from the cache if another run of this process has made it.
 
     Args:
-      config: plain config; its model, task, optimizer and trainable matter here.
+      config: plain config; its model, adapters, task, optimizer and trainable matter here.
       settings: `config.train`.
       batch: a whole batch of training, over all hosts; shapes and dtypes are enough.
       context: what the data knows that the task asks for (`domains`, `bytes_per_token`).
-      model: takes the place of `config.model`; must be hashable, as Flax modules are.
+      model: takes the place of `config.model` and `config.adapters`; must be hashable, as Flax modules are.
       parallel: the mesh that the program is for; None for one device.
 
     Raises:
@@ -289,6 +298,7 @@ def get_program(
     spec = json.dumps(
         {
             "model": None if model is not None else config["model"],
+            "adapters": None if model is not None else config.get("adapters"),
             "task": config["task"],
             "optimizer": config["optimizer"],
             "trainable": config.get("trainable"),
@@ -307,7 +317,7 @@ def get_program(
 def _program(spec: str, shapes: BatchShapes, model: nn.Module | None, parallel: Parallel | None) -> Program:
     config = json.loads(spec)
     return Program(
-        model=models.build(config["model"]) if model is None else model,
+        model=models.network(config) if model is None else model,
         task=build_task(config["task"], config["context"]),
         optimizer=optimizers.build(config["optimizer"], "optimizer", steps=config["steps"]),
         accumulation=config["accumulation"],

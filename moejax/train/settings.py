@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from moejax.core.errors import ConfigError, nearest
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
-OPTIONAL = ("init", "trainable", "eval", "checkpoint", "mesh", "exchange")
+OPTIONAL = ("init", "adapters", "trainable", "eval", "checkpoint", "mesh", "exchange")
 # What defines a run: one list. The other sections say how long it goes on, what is written down, and on which devices it runs.
-IDENTITY = ("model", "data", "task", "optimizer", "init", "trainable")
+IDENTITY = ("model", "adapters", "data", "task", "optimizer", "init", "trainable")
 # What cannot change a number of a finished run.
 COSMETIC = ("checkpoint", "train.log_every", "mesh", "exchange")
 # Where a run computes; a run that another one starts from computes in the same place.

@@ -115,17 +115,15 @@ def make_train_step(
     What is descended is the task's objective plus everything in the collection 'losses'. With `accumulation`, microbatches run one
     after the other and are weighted by their number of valid targets: the update equals that of the whole batch wherever a
     loss is a mean over targets or over equally weighted sequences. What looks at a batch as one (capacity of a group that
-    spans the batch, a balance loss over the batch) sees a microbatch instead. Collections are updated once a step: every
-    microbatch starts from the same state and floating results are averaged, which is exact for running means. Of n
-    microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
+    spans the batch, a balance loss over the batch) sees a microbatch instead. Of n microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
     each microbatch has its share of every device's rows and none has to move.
 
     `place` says where a tree like the parameters that learn lies, for gradients: their identity, with a sharding. `learning` says
     which these are; the others are arguments of the step that nothing is differentiated by. `frozen` are the models of the
     task's sources.
 
-    After the update, controllers that layers have declared change state and parameters by what was measured over the whole
-    batch; see `moejax.core.control`.
+    State without gradients is read while the layers run. After the update, controllers that layers have declared change it, and
+    parameters, by what was measured over the whole batch; see `moejax.core.control`.
 
     Metrics: 'train/loss' (the task's, nats), 'train/objective', 'train/grad_norm' (before clipping), 'train/param_norm',
     'train/learning_rate', 'losses/<name>' (summed over layers), 'stats/<module>/<name>' (see `metrics.flatten`), and
@@ -138,16 +136,14 @@ def make_train_step(
     transform = learning.transform(optimizer)
 
     def objective(learned: Tree, kept: Tree, state: TrainState, batch: Batch, key: Array) -> tuple[Array, tuple[Any, ...]]:
-        collections = state.collections
-        params, mutable = learning.join(learned, kept), ("losses", "stats", "measured", *collections)
-        run = LearningModel(model, params, collections, key, _frozen(frozen, state), mutable)
+        run = LearningModel(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state))
         loss, sums = task.objective(run, batch, state.step)
         losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
         stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
         stats = stats if len(run.sown) == 1 else {name: value / len(run.sown) for name, value in stats.items()}
         total = loss + sum(losses.values())
         means = {"train/loss": loss, "train/objective": total, **losses, **stats}
-        return total, (sums, means, run.collections, run.summed(lambda changed: changed.get("measured", {})))
+        return total, (sums, means, run.summed(lambda changed: changed.get("measured", {})))
 
     def gradients(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, tuple[Any, ...]]:
         grads, aux = jax.grad(objective, has_aux=True)(*learning.split(state.params), state, batch, key)
@@ -158,15 +154,13 @@ def make_train_step(
         learned, kept = learning.split(state.params)
         with record_controllers() as controllers:
             if accumulation == 1:
-                grads, (sums, means, collections, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
+                grads, (sums, means, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
             else:
                 zeros = place(jax.tree.map(jnp.zeros_like, learned))
-                grads, (sums, means, collections, measured) = _accumulate(
-                    gradients, zeros, task, state, batch, key, accumulation
-                )
+                grads, (sums, means, measured) = _accumulate(gradients, zeros, task, state, batch, key, accumulation)
         grads = learning.now(grads, state.step)
         updates, opt_state = transform.update(grads, state.opt_state, learned, step=state.step)
-        params = learning.join(optax.apply_updates(learned, updates), kept)
+        params, collections = learning.join(optax.apply_updates(learned, updates), kept), state.collections
         if controllers:
             params, opt_state, router_state = apply_controllers(
                 controllers.values(),
@@ -208,7 +202,7 @@ def make_eval_step(model: nn.Module, task: Task, jit: bool = True, frozen: Model
     """
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        run = LearningModel(model, state.params, state.collections, None, _frozen(frozen, state), ("losses", "stats"))
+        run = LearningModel(model, state.params, state.collections, None, _frozen(frozen, state))
         sums = task.scores(run, batch, state.step)
         stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
         weight = sums["count"] if len(run.sown) == 1 else sums["count"] / max(len(run.sown), 1)
@@ -238,23 +232,16 @@ def _accumulate(
         grads, aux = gradients(state, part, jax.random.fold_in(key, index))
         return jax.tree.map(lambda t, g: t + weight * g, total, grads), aux
 
-    grads, (sums, means, collections, measured) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
+    grads, (sums, means, measured) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
 
     def mean(stacked: Array) -> Array:
         if not jnp.issubdtype(stacked.dtype, jnp.floating):
             return stacked[-1]
         return jnp.tensordot(weights, stacked, axes=1).astype(stacked.dtype)
 
-    def moved(stacked: Array, old: Array) -> Array:
-        if not jnp.issubdtype(stacked.dtype, jnp.floating):
-            return stacked[-1]
-        # The mean, written so that what no microbatch changes stays as it is to the last bit.
-        return (old + jnp.tensordot(weights, stacked - old, axes=1)).astype(stacked.dtype)
-
     return grads, (
         jax.tree.map(lambda x: x.sum(0), sums),
         jax.tree.map(mean, means),
-        jax.tree.map(moved, collections, state.collections),
         jax.tree.map(lambda x: x.sum(0), measured),
     )
 

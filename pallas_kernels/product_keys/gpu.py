@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.router.selection import LOWEST, columns_of, top_k_by_rounds
+from pallas_kernels.top_k import LOWEST, columns_of, top_k_by_rounds
 
 MAX_HALF_KEYS, MAX_K, MAX_WIDTH = 512, 16, 256  # twice of either compiles for minutes, and spills
 ROWS = 16  # the least that Triton multiplies

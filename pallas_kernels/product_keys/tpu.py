@@ -20,7 +20,7 @@ from jaxtyping import Array
 from pallas_kernels.chips import TPUS
 from pallas_kernels.implementations import current_chip
 from pallas_kernels.product_keys.xla import staircase
-from pallas_kernels.router.selection import LOWEST
+from pallas_kernels.top_k import LOWEST
 
 MAX_K = 256
 # (chip, s, dk, k) -> tokens of a tile that measurements on that chip favour over the rule's.

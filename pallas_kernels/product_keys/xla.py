@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.rank_one.chunks import over_chunks
-from pallas_kernels.router.selection import LOWEST, top_k_by_rounds
-from pallas_kernels.router.xla import top_k as fast_top_k
+from pallas_kernels.top_k import LOWEST, top_k_by_rounds
+from pallas_kernels.top_k import top_k as fast_top_k
 
 # Tokens of a chunk. Measured on two x86-64 cores with 4 heads, k=16 and 64 wide half keys, the derivative takes a third to a tenth of
 # the time that it takes with all 512 tokens at once: what a chunk gathers stays in the cache.

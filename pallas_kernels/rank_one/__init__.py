@@ -7,7 +7,7 @@ in the dtype of what they belong to; rows of u and v that nobody picked get zero
 
 `xla` works on chunks of tokens, forward and backward, so that gathered rows `[tokens, p, d]` exist for a chunk only. The backward pass
 keeps no hidden state: it gathers again what it needs, each row once. The dense gradient `[e, d]` of a bank is one array into which
-picks are added; `rank_one_gradient_rows` makes only the rows that were picked, for optimizers that update rows.
+picks are added.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import resolve
 from pallas_kernels.rank_one import gpu, tpu, xla
-from pallas_kernels.rank_one.xla import RowGradients
 
 AUTO = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
 Activation = Callable[[Array], Array]
@@ -62,29 +61,6 @@ def rank_one_experts(
     return _experts(x, index, weight, u, v, activation, name)
 
 
-def rank_one_gradient_rows(
-    x: Float[Array, "n d"],
-    index: Int[Array, "n p"],
-    weight: Float[Array, "n p"],
-    u: Float[Array, "e d"],
-    v: Float[Array, "e d"],
-    dy: Float[Array, "n d"],
-    activation: Activation,
-) -> RowGradients:
-    """Gradients of `rank_one_experts` with those of the banks as rows: what was picked, summed over picks, and nothing else.
-
-    Memory is that of m = min(n * p, e) rows of each bank, whatever e is, but for a few integers per expert. Typical use, with `dy`
-    from differentiating the loss by the layer's output:
-
-        rows = rank_one_gradient_rows(x, index, weight, u, v, dy, activation)
-        u = u.at[rows.index].add(-learning_rate * rows.u, mode="drop")
-
-    Args:
-      dy: gradient to the output; the others as in `rank_one_experts`.
-    """
-    return xla.gradient_rows(x, index, weight, u, v, dy, activation)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _experts(x: Array, index: Array, weight: Array, u: Array, v: Array, activation: Activation, name: str) -> Array:
     return IMPLEMENTATIONS[name](x, index, weight, u, v, activation).astype(x.dtype)
@@ -98,7 +74,7 @@ def _fwd(
 
 def _bwd(activation: Activation, name: str, residuals: tuple[Array, ...], dy: Array) -> tuple[Array, None, Array, Array, Array]:
     x, index, weight, u, v = residuals
-    dx, dweight, du, dv = xla.gradient(x, index, weight, u, v, dy, activation, index, u.shape[0])
+    dx, dweight, du, dv = xla.gradient(x, index, weight, u, v, dy, activation)
     return dx.astype(x.dtype), None, dweight.astype(weight.dtype), du.astype(u.dtype), dv.astype(v.dtype)
 
 
@@ -120,4 +96,4 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Array, Array, Activati
     "interpret_gpu": partial(gpu.experts, interpret=True),
 }
 
-__all__ = ["AUTO", "IMPLEMENTATIONS", "RowGradients", "rank_one_experts", "rank_one_gradient_rows"]
+__all__ = ["AUTO", "IMPLEMENTATIONS", "rank_one_experts"]

@@ -190,9 +190,13 @@ def test_mistakes_are_found_before_anything_is_started(arguments, message, capsy
     assert message in capsys.readouterr().err
 
 
-def test_the_readmes_jobs_are_right(capsys, monkeypatch):
+def test_the_jobs_of_the_pages_are_right(capsys, monkeypatch):
     monkeypatch.chdir(launch.REPOSITORY)
-    lines = [line for line in (launch.REPOSITORY / "README.md").read_text().splitlines() if "-m experiments.launch" in line]
+    lines = [
+        line
+        for line in (launch.REPOSITORY / "docs/meshes_and_pods.md").read_text().splitlines()
+        if "-m experiments.launch" in line
+    ]
     assert len(lines) == 2
     for line in lines:
         assert launch.main([*shlex.split(line)[3:], "--dry_run"]) == 0

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from experiments import pods, readme, run
+from experiments import docs, pods, run
 from experiments.flags import load_config
 from moejax.aot import ahead, report
 from moejax.aot.cost import Costs
@@ -74,16 +74,16 @@ def test_json_and_picture(tmp_path):
     assert pods.picture([found, found], tmp_path / "memory.png").stat().st_size > 5000
 
 
-def test_the_readme_table_is_made_from_the_record(tmp_path, monkeypatch):
+def test_the_table_of_the_page_is_made_from_the_record(tmp_path, monkeypatch):
     pods.write(made("a"), tmp_path / "pods")
     pods.write(made("b", "v5p:2x2x1"), tmp_path / "pods")
     table = pods.markdown(tmp_path / "pods")
     assert "| a | v5e:2x2 (4) | fsdp=4 | 1B (200M) | 8.01 of 16.00 (5.00) | 1e+12 | 4.0 (37.5 %) | 60 ms | 61 s |" in table
     text = "before\n<!-- ledger:pods -->\nold\n<!-- end -->\nafter"
-    rendered = readme.render(text, tmp_path)
+    rendered = docs.render(text, tmp_path)
     assert table in rendered
     assert rendered.startswith("before")
-    assert readme.render(rendered, tmp_path) == rendered
+    assert docs.render(rendered, tmp_path) == rendered
 
 
 @pytest.mark.slow

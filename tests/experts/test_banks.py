@@ -10,28 +10,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.dispatch import Batched, PerToken
-from moejax.experts import ACTIVATIONS, FFN, GLU, Adapter, DenseMatchedFFN, LoRA, Residual, banks
+from moejax.dispatch import Batched, Experts, PerToken
+from moejax.experts import ACTIVATIONS, FFN, GLU, Bottleneck, Constant, LowRank, Residual, TrainOnly, banks, experts_of
+from moejax.layers import MoE
+from moejax.routing import Linear, TopK
 
 D, F = 6, 5
 BANKS = {
     "ffn": lambda e: FFN(F, num_experts=e, use_bias=True),
     "glu": lambda e: GLU(F, num_experts=e),
-    "lora": lambda e: LoRA(rank=3, features=4, num_experts=e),
-    "adapter": lambda e: Adapter(F, num_experts=e),
-    "dense_matched_ffn": lambda e: DenseMatchedFFN(F, num_experts=e, fan_in="expert"),
+    "low_rank": lambda e: LowRank(rank=3, features=4, num_experts=e),
+    "bottleneck": lambda e: Bottleneck(F, num_experts=e),
     "residual": lambda e: Residual(F, num_experts=e, sublayers=2),
+    "constant": lambda e: Constant(num_experts=e),
 }
-WRAPPERS = {"train_only"}  # which draw nothing themselves
+WITHOUT = {"train_only", "mixed", "null", "copy"}  # which draw nothing themselves
 
 
 @functools.cache
 def start(name: str, e: int) -> dict[str, jax.Array]:
-    return jax.jit(BANKS[name](e).init)(jax.random.key(3), jnp.zeros((e, 1, D)), Batched())["params"]
+    return jax.jit(lambda key: BANKS[name](e).init(key, D))(jax.random.key(3))["params"]
 
 
 def test_every_registered_bank_is_tested_here() -> None:
-    assert set(BANKS) == set(banks.kinds()) - WRAPPERS
+    assert set(BANKS) == set(banks.kinds()) - WITHOUT
 
 
 @pytest.mark.parametrize("name", BANKS)
@@ -52,8 +54,8 @@ def test_parameters_are_the_same_on_one_device_and_on_eight() -> None:
     mesh = Mesh(np.array(jax.devices()), ("expert",))
     assert mesh.size == 8
     bank = BANKS["glu"](8)
-    sharded = jax.jit(bank.init, out_shardings=NamedSharding(mesh, PartitionSpec("expert")))
-    params = sharded(jax.random.key(3), jnp.zeros((8, 1, D)), Batched())["params"]
+    sharded = jax.jit(lambda key: bank.init(key, D), out_shardings=NamedSharding(mesh, PartitionSpec("expert")))
+    params = sharded(jax.random.key(3))["params"]
     for key, value in start("glu", 8).items():
         assert len({shard.device for shard in params[key].addressable_shards}) == 8
         assert params[key].addressable_shards[0].data.shape[0] == 1
@@ -63,24 +65,24 @@ def test_parameters_are_the_same_on_one_device_and_on_eight() -> None:
 def test_fan_in_is_that_of_one_expert() -> None:
     """LeCun: variance 1 / fan_in with the fan-in of one matrix [d, f], neither e * d nor anything else of the stack."""
     d, f, e = 64, 24, 40
-    params = jax.jit(FFN(f, num_experts=e).init)(jax.random.key(0), jnp.zeros((e, 1, d)), Batched())["params"]
+    params = jax.jit(lambda key: FFN(f, num_experts=e).init(key, d))(jax.random.key(0))["params"]
     np.testing.assert_allclose(params["w_in"].std(), 1 / np.sqrt(d), rtol=0.02)
     np.testing.assert_allclose(params["w_out"].std(), 1 / np.sqrt(f), rtol=0.02)
     np.testing.assert_allclose(params["w_in"].std((1, 2)), 1 / np.sqrt(d), rtol=0.15)
 
 
-def test_lora_starts_at_zero_with_uniform_a() -> None:
+def test_low_rank_experts_start_at_zero_with_uniform_a() -> None:
     d, r, e = 64, 16, 32
-    bank = LoRA(rank=r, features=9, num_experts=e, scale=3.0)
-    y, variables = jax.jit(bank.init_with_output)(jax.random.key(0), jnp.ones((e, 2, d)), Batched())
-    np.testing.assert_array_equal(y, np.zeros((e, 2, 9)))
+    bank = LowRank(rank=r, features=9, num_experts=e, scale=3.0)
+    variables = jax.jit(lambda key: bank.init(key, d))(jax.random.key(0))
+    np.testing.assert_array_equal(bank.apply(variables, d).run(jnp.ones((e, 2, d)), Batched()), np.zeros((e, 2, 9)))
     a, b = variables["params"]["a"], variables["params"]["b"]
     assert (a.shape, b.shape) == ((e, d, r), (e, r, 9))
     assert np.abs(a).max() <= 1 / np.sqrt(d)
     np.testing.assert_allclose(a.std(), 1 / np.sqrt(3 * d), rtol=0.02)
     assert not b.any()
     # At the start only B learns: were both zero, nothing would ever learn.
-    grads = jax.grad(lambda p: bank.apply({"params": p}, jnp.ones((e, 2, d)), Batched()).sum())(variables["params"])
+    grads = jax.grad(lambda p: bank.apply({"params": p}, d).run(jnp.ones((e, 2, d)), Batched()).sum())(variables["params"])
     assert not grads["a"].any()
     assert grads["b"].any()
 
@@ -97,11 +99,12 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean(kind: str) -> None:
     x = jnp.ones((1, n, D))
     variables = {"params": params}
     for ctx in (None, Context(), Context(train=False)):
-        np.testing.assert_array_equal(bank.apply(variables, x, Batched(), ctx), x)
-    y = bank.apply(variables, x, Batched(), Context(train=True), rngs={"dropout": jax.random.key(0)})
+        np.testing.assert_array_equal(bank.apply(variables, D, ctx).run(x, Batched()), x)
+    y, other = (
+        bank.apply(variables, D, Context(train=True), rngs={"dropout": jax.random.key(i)}).run(x, Batched()) for i in range(2)
+    )
     np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
     np.testing.assert_allclose(y.mean(), 1, atol=0.05)
-    other = bank.apply(variables, x, Batched(), Context(train=True), rngs={"dropout": jax.random.key(1)})
     assert (other != y).any()
 
 
@@ -113,7 +116,7 @@ def test_biases_belong_to_their_expert() -> None:
         "w_out": jnp.ones((3, F, 2)),
         "b_out": jnp.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]),
     }
-    y = bank.apply({"params": params}, jnp.ones((4, D)), PerToken(jnp.array([2, 0, 1, 0])))
+    y = bank.apply({"params": params}, D).run(jnp.ones((4, D)), PerToken(jnp.array([2, 0, 1, 0])))
     np.testing.assert_allclose(y, [[0.5, 0.6], [F + 0.1, F + 0.2], [2 * F + 0.3, 2 * F + 0.4], [F + 0.1, F + 0.2]], rtol=1e-6)
     assert not any(start("ffn", 4)[name].any() for name in ("b_in", "b_out"))
 
@@ -136,4 +139,42 @@ def test_activations(name: str) -> None:
 
 def test_unknown_activation_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="activation='gellu' is unknown; did you mean 'gelu'"):
-        FFN(F, activation="gellu").init(jax.random.key(0), jnp.ones((1, 1, D)), Batched())
+        FFN(F, activation="gellu").init(jax.random.key(0), D)
+
+
+def test_a_bank_for_training_is_silent_outside_it() -> None:
+    bank = TrainOnly(FFN(F, num_experts=2))
+    variables, x = jax.jit(lambda key: bank.init(key, D))(jax.random.key(0)), jnp.ones((2, 3, D))
+    plain = bank.bank.apply({"params": variables["params"]["bank"]}, D).run(x, Batched())
+    np.testing.assert_array_equal(bank.apply(variables, D, Context(train=True)).run(x, Batched()), plain)
+    for ctx in (None, Context()):
+        np.testing.assert_array_equal(bank.apply(variables, D, ctx).run(x, Batched()), np.zeros((2, 3, D)))
+
+
+class Users:
+    """Neither a module nor derived from anything: the contract is a call and a number."""
+
+    num_experts = 3
+
+    def __init__(self, result: object = None) -> None:
+        self.result = result
+
+    def __call__(self, width: int, ctx: Context | None = None) -> object:
+        return self.result or Experts(lambda p, x, layout: x * layout.take(p), jnp.arange(3.0)[:, None])
+
+
+def test_a_users_bank_is_any_object_of_the_contract() -> None:
+    layer = MoE(Linear(3), TopK(k=1, normalise=True, constant_gate=True), Users())
+    x = jax.random.normal(jax.random.key(0), (1, 8, D))
+    variables = layer.init(jax.random.key(1), x)
+    chosen = np.argmax(x @ variables["params"]["router"]["w"], -1)
+    np.testing.assert_allclose(layer.apply(variables, x), chosen[..., None] * x, rtol=1e-5)
+
+
+def test_what_is_no_bank_is_refused_with_the_fix() -> None:
+    with pytest.raises(ConfigError, match=r"bank=int is no bank: it needs num_experts and a __call__\(width, ctx\)"):
+        experts_of(3, D)
+    with pytest.raises(ConfigError, match="the bank Users returned a float; a bank is called as"):
+        experts_of(Users(1.5), D)
+    with pytest.raises(ConfigError, match="the bank Users says num_experts=3 and returned 2 experts; make them as many"):
+        experts_of(Users(Experts(lambda p, x, layout: x, {}, num_experts=2)), D)

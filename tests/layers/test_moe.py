@@ -149,12 +149,12 @@ class TestBackends:
             jax.eval_shape(layer(backend="groupd").init, jax.random.key(0), x)
 
 
-class TestOverrides:
+class TestInterventions:
     def test_a_logit_bias_is_added_to_the_logits(self, rng: np.random.Generator) -> None:
         moe, x = layer(TopK(k=1), backend="reference"), inputs(rng)
         variables = draw(moe, x)
         bias = jnp.array([0.0, 0.0, 100.0, 0.0])
-        y, state = compiled(moe, "routing")({**variables, "overrides": {"logit_bias": bias}}, x)
+        y, state = compiled(moe, "routing")({**variables, "interventions": {"logit_bias": bias}}, x)
         np.testing.assert_array_equal(state["routing"]["plan"].expert, 2)
         np.testing.assert_allclose(y, glu(variables["params"]["bank"], 2, np.asarray(x, np.float64)), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(
@@ -168,8 +168,8 @@ class TestOverrides:
         moe, x = layer(rule, backend="reference"), inputs(rng)
         variables = draw(moe, x)
         expert = np.stack([np.stack([rng.permutation(E)[:2] for _ in range(S)]) for _ in range(B)])
-        overrides = {"expert": jnp.asarray(expert, jnp.int32)}
-        y, state = compiled(moe, "routing")({**variables, "overrides": overrides}, x, Context(train=train))
+        forced = {"expert": jnp.asarray(expert, jnp.int32)}
+        y, state = compiled(moe, "routing")({**variables, "interventions": forced}, x, Context(train=train))
         logits = np.asarray(x, np.float64) @ np.asarray(variables["params"]["router"]["w"], np.float64)
         for b in range(B):
             scores = np.take_along_axis(np.exp(logits[b]), expert[b], 1)
@@ -184,9 +184,31 @@ class TestOverrides:
 
     def test_experts_are_given_to_token_choice_only(self, rng: np.random.Generator) -> None:
         moe, x = layer(ExpertChoice()), inputs(rng)
-        variables = {**draw(moe, x), "overrides": {"expert": jnp.zeros((B, S, 1), jnp.int32)}}
-        with pytest.raises(ConfigError, match=r"overrides\.expert in .* needs token choice, not ExpertPlan"):
+        variables = {**draw(moe, x), "interventions": {"expert": jnp.zeros((B, S, 1), jnp.int32)}}
+        with pytest.raises(ConfigError, match=r"interventions\.expert in .* needs token choice, not ExpertChoice"):
             jax.eval_shape(moe.apply, variables, x)
+
+    def test_another_k_at_inference(self, rng: np.random.Generator) -> None:
+        """As the layer with that k computes it, from a number that is data: what one scanned program takes for all its layers."""
+        x, ctx = inputs(rng), Context(valid=jnp.asarray(VALID))
+        moe = layer(TopK(k=2, normalise=True), backend="reference")
+        variables = draw(moe, x)
+        forced = compiled(moe, "stats")
+        for k in (1, 3):
+            other = layer(TopK(k=k, normalise=True, constant_gate=True), backend="reference")
+            y, state = forced({**variables, "interventions": {"k": jnp.int32(k)}}, x, ctx)
+            np.testing.assert_allclose(y, compiled(other)(variables, x, ctx), rtol=1e-5, atol=1e-6)
+            assert state["stats"]["experts_per_token"] == k
+
+    def test_what_cannot_be_forced(self, rng: np.random.Generator) -> None:
+        x, moe = inputs(rng), layer()
+        variables = draw(moe, x)
+        for forced, message in (
+            ({"logits_bias": jnp.zeros(E)}, "unknown 'logits_bias' in the interventions of MoE; did you mean 'logit_bias'"),
+            ({"k": jnp.int32(1), "expert": jnp.zeros((B, S, 1), jnp.int32)}, "give both expert and k"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                jax.eval_shape(moe.apply, {**variables, "interventions": forced}, x)
 
 
 class TestErrorsAndQuestions:
@@ -198,16 +220,9 @@ class TestErrorsAndQuestions:
         with pytest.raises(ConfigError, match="group_by='sentence' is unknown; valid names: sequence, batch, position"):
             layer(group_by="sentence")
         x = inputs(rng)
-        for router, rule, message in (
-            (
-                Linear(4, outputs_per_expert=2),
-                TopK(),
-                "gives 8 logits a token, but TopK needs 1 for each of the bank's 4 experts",
-            ),
-            (Linear(4), SoftSlots(2), "gives 4 logits a token, but SoftSlots needs 2 for each of the bank's 4 experts; set"),
-        ):
-            with pytest.raises(ConfigError, match=message):
-                jax.eval_shape(MoE(router, rule, GLU(hidden=3, num_experts=4)).init, jax.random.key(0), x)
+        both = MoE(Linear(4), TopK(), GLU(hidden=3, num_experts=4), eval_select=SoftSlots(2))
+        with pytest.raises(ConfigError, match="gives 4 logits a token, but SoftSlots needs 2 for each of the 4 experts; give"):
+            jax.eval_shape(both.init, jax.random.key(0), x)
 
     def test_causality_is_asked_of_both_rules(self) -> None:
         layer(TopK(k=2, capacity_factor=1.0), eval_select=TopK(k=2)).check_causal("ffn")

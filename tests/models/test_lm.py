@@ -10,6 +10,7 @@ import pytest
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.layer import Layer
 from moejax.core.params import logical_axes
 from moejax.layers.registry import ffns
 from moejax.models import active_params, build, count_params
@@ -30,7 +31,7 @@ MOE = dict(
         losses=dict(balance=dict(coef=0.1)),
     ),
 )
-MOD = dict(kind="mixture_of_depths", capacity=0.5, block=DENSE)
+MOD = dict(kind="mixture_of_depths", capacity_factor=0.5, block=DENSE)
 WINDOW = dict(DENSE, mixer=dict(MIXER, window=2, qk_norm="head"))
 BLOCKS = dict(dense=DENSE, moe=MOE, mod=MOD, window=WINDOW)
 
@@ -158,14 +159,13 @@ def test_dropout_only_in_training():
     assert (abs(run(model, variables, x, Context(train=True), rngs=rngs) - run(model, variables, x)) > 1e-3).any()
 
 
-@ffns.register("bidirectional_for_test")
-class Bidirectional(nn.Module):
-    """A layer that only says that it is not causal."""
+@ffns.register("silent_for_test")
+class Silent(Layer):
+    """A layer that averages over its sequence and says nothing."""
 
-    causal: bool = True
-
+    @nn.compact
     def __call__(self, x, ctx):
-        return x
+        return jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ class Bidirectional(nn.Module):
         (dict(kind="mixture_of_depths", block=dict(DENSE, mixer=dict(MIXER, causal=False))), r"model\.blocks\.b\.block\.mixer"),
         (dict(kind="mixture_of_depths", block=DENSE, remedy=None), r"model\.blocks\.b\.remedy=None"),
         (dict(MOE, ffn=dict(MOE["ffn"], select=dict(kind="expert_choice"))), r"model\.blocks\.b\.ffn\.select.*group_by"),
-        (dict(DENSE, ffn=dict(kind="bidirectional_for_test", causal=False)), r"model\.blocks\.b\.ffn .* is not causal"),
+        (dict(DENSE, ffn=dict(kind="silent_for_test")), r"model\.blocks\.b\.ffn \(Silent\) does not say"),
         (
             dict(DENSE, ffn=dict(kind="soft_moe", num_experts=2, bank=dict(kind="glu", hidden=4))),
             r"model\.blocks\.b\.ffn \(soft_moe\)",

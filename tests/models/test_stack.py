@@ -8,6 +8,7 @@ import pytest
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.layer import RowWise
 from moejax.layers.registry import blocks
 from moejax.models import build, to_scanned, to_unrolled
 from moejax.models.parts import NamedBlock
@@ -146,7 +147,7 @@ class Counter(nn.Module):
         if not self.is_initializing():
             calls.value += 1
         self.sow("stats", "noise", jax.random.normal(self.make_rng("router"), ()))
-        shift = self.get_variable("overrides", "shift") if self.has_variable("overrides", "shift") else 0.0
+        shift = self.get_variable("interventions", "shift") if self.has_variable("interventions", "shift") else 0.0
         return x + shift
 
 
@@ -155,8 +156,8 @@ def test_every_collection_gets_a_layers_axis():
     x, rngs = jnp.zeros((1, 2, 4)), {"router": jax.random.key(1)}
     state = stack.init({"params": jax.random.key(0), **rngs}, x, Context())["router_state"]
     assert state["repeats"]["0_c"]["calls"].tolist() == [0, 0, 0]
-    overrides = {"repeats": {"0_c": {"shift": jnp.array([1.0, 10.0, 100.0])}}}
-    variables = {"router_state": state, "overrides": overrides}
+    interventions = {"repeats": {"0_c": {"shift": jnp.array([1.0, 10.0, 100.0])}}}
+    variables = {"router_state": state, "interventions": interventions}
     y, out = stack.apply(variables, x, Context(), rngs=rngs, mutable=["router_state", "stats"])
     assert (y == 111.0).all()
     assert out["router_state"]["repeats"]["0_c"]["calls"].tolist() == [1, 1, 1]
@@ -183,3 +184,55 @@ def test_errors_name_the_place_in_the_config():
     with pytest.raises(ConfigError, match=r"unknown router kind 'linaer' in model\.blocks\.moe\.ffn\.router.*'linear'"):
         build(wrong)
     assert {"transformer", "mixture_of_depths"} <= set(blocks.kinds())
+
+
+class WhereAmI(RowWise):
+    """Adds ten to the power of its layer."""
+
+    @nn.compact
+    def __call__(self, x, ctx):
+        assert ctx.num_layers == 4
+        return x + 10.0**ctx.layer
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_block_knows_its_layer_under_scan(scan, remat):
+    """Patterns of two in a network of four: layers 0, 1, 2 and 3 add 1, 10, 100 and 1000, also where b sees layer 1 and 3 only."""
+    a, b = (NamedBlock(name, f"blocks.{name}", WhereAmI()) for name in "ab")
+    stack = Stack((a, b), ("a", "b"), num_layers=4, scan=scan, remat=remat)
+    x = jnp.zeros((1, 2, 3))
+    np.testing.assert_allclose(stack.apply(stack.init(jax.random.key(0), x, Context()), x, Context()), 1111.0, rtol=1e-6)
+
+
+def test_fields_vary_over_depth():
+    """k, the number of experts and a width of each layer, in parameters and in statistics; scanned or not it is the same tree."""
+    moe = dict(
+        kind="moe", num_experts={"over_depth": (2, 3, 3, 5)}, router=dict(kind="linear"),
+        select=dict(kind="top_k", k={"over_depth": (2, 1, 1, 2)}), bank=dict(kind="glu", hidden={"over_depth": "linear", "first": 8, "last": 2}),
+    )  # fmt: skip
+    block = dict(kind="feed_forward", ffn=moe)
+    spec = dict(kind="decoder_lm", vocab_size=7, d_model=4, num_layers=4, pattern=("a",), blocks=dict(a=block))
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    model = build(spec)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))
+    layers = variables["params"]["stack"]["repeats"]
+    shapes = [layers[f"{i}_a"]["ffn"]["bank"]["w_gate"].shape for i in range(4)]
+    assert shapes == [(1, 2, 4, 8), (1, 3, 4, 6), (1, 3, 4, 4), (1, 5, 4, 2)]
+    _, sown = model.apply(model.init(jax.random.key(0), tokens), tokens, mutable=["stats"])
+    used = [float(sown["stats"]["stack"]["repeats"][f"{i}_a"]["ffn"]["experts_per_token"][0]) for i in range(4)]
+    assert used == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ((1, 2), r"blocks\.a\.ffn\.hidden\.over_depth has 2 values, and the network num_layers=3"),
+        ("lineal", r"unknown schedule 'lineal' in model\.blocks\.a\.ffn\.hidden\.over_depth; did you mean 'linear'\?"),
+        ("linear", r"model\.blocks\.a\.ffn\.hidden \('linear' over depth\) needs first, last, not nothing"),
+    ],
+)
+def test_wrong_schedules_are_refused(value, message):
+    block = dict(kind="feed_forward", ffn=dict(kind="ffn", hidden={"over_depth": value}))
+    with pytest.raises(ConfigError, match=message):
+        build(dict(kind="decoder_lm", vocab_size=7, d_model=4, num_layers=3, pattern=("a",), blocks=dict(a=block)))

@@ -10,19 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.dispatch import Batched, choose, dispatch, limit
+from moejax.dispatch import Experts, choose, dispatch, execute, limit
 from moejax.dispatch.expert_parallel import count_hosts, exchanges
-from moejax.experts import FFN, GLU, LoRA
+from moejax.experts import FFN, GLU, Bank, Constant, Copy, LowRank, Mixed, Null
 from moejax.parallel import Exchange, Parallel, make_mesh, use
 from moejax.routing import ExpertChoice, MergePlan, Plan, SoftSlots, TokenPlan, TopK
 
 G, N, D, E = 8, 6, 4, 8
 MESHES = ("expert=8", "data=2,expert=4", "fsdp=2,expert=2,tensor=2", "data=8")
+
+
+class Wrapped(Bank):
+    """Functions of rows around another bank's experts: pieces of `tanh(a + b)`, as devices along `tensor` have them, cannot be added up."""
+
+    bank: FFN
+    num_experts: int = E
+
+    def __call__(self, width: int, ctx: Context | None = None) -> Experts:
+        return self.bank(width, ctx).wrap(before=lambda x: jax.nn.standardize(x, epsilon=0.1), after=jnp.tanh)
+
+
 BANKS = {
     "ffn": FFN(hidden=6, num_experts=E, use_bias=True),
     "glu": GLU(hidden=6, num_experts=E),
-    "lora": LoRA(rank=2, features=5, num_experts=E, scale=0.5),
+    "low_rank": LowRank(rank=2, features=5, num_experts=E, scale=0.5),
+    "wrapped": Wrapped(FFN(hidden=6, num_experts=E, use_bias=True)),
+    "mixed": Mixed((FFN(hidden=6, num_experts=3, use_bias=True), GLU(hidden=4, num_experts=2), Null(), Copy(), Constant())),
 }
 
 
@@ -45,15 +60,15 @@ ROUTINGS: dict[str, Callable[[], TokenPlan]] = {
     "empty_experts": lambda: TopK(k=2)(logits(1).at[..., jnp.array([0, 3, 4, 7])].add(-50.0)),
     "one_expert_takes_all": lambda: TopK(k=2)(logits(2).at[..., 5].add(50.0)),
     "one_shard_takes_all": lambda: TopK(k=2)(logits(3).at[..., 6:].add(50.0)),
-    "invalid_tokens": lambda: TopK(k=2, normalise=True)(logits(4), VALID),
+    "invalid_tokens": lambda: TopK(k=2, normalise=True)(logits(4), Context(valid=VALID)),
     "ragged": lambda: ragged(TopK(k=2)(logits(5)), 6),
-    "nobody": lambda: ragged(TopK(k=2)(logits(6), jnp.zeros((G, N), bool)), 7),
+    "nobody": lambda: ragged(TopK(k=2)(logits(6), Context(valid=jnp.zeros((G, N), bool))), 7),
 }
 OTHERS: dict[str, Callable[[], Plan]] = {
-    "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), VALID),
-    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), VALID),
+    "capacity": lambda: TopK(k=2, capacity_factor=1.0)(logits(8), Context(valid=VALID)),
+    "expert_choice": lambda: ExpertChoice(capacity_factor=1.5)(logits(9), Context(valid=VALID)),
     "expert_choice_over_all": lambda: ExpertChoice(capacity_factor=1.0)(logits(10, 1, G * N)),
-    "soft_slots": lambda: SoftSlots(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), VALID),
+    "soft_slots": lambda: SoftSlots(slots=3)(jax.random.normal(jax.random.key(11), (G, N, 3 * E)), Context(valid=VALID)),
     "merge": lambda: MergePlan(jax.nn.softmax(logits(12)[:, 0])),
     "merge_for_few_groups": lambda: MergePlan(jax.nn.softmax(logits(13, 1)[:, 0])),
 }
@@ -61,9 +76,9 @@ OTHERS: dict[str, Callable[[], Plan]] = {
 
 @functools.cache
 def params_of(bank: str) -> Any:
-    shapes = jax.eval_shape(BANKS[bank].init, jax.random.key(0), jnp.zeros((E, 1, D)), Batched())
+    shapes = jax.eval_shape(lambda key: BANKS[bank].init(key, D), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
-    # No zeros, biases and LoRA's B included, so that none can be ignored unnoticed.
+    # No zeros, biases and a zero B included, so that none can be ignored unnoticed.
     return tree.unflatten([jax.random.normal(jax.random.key(30 + i), a.shape) / 2 for i, a in enumerate(leaves)])
 
 
@@ -78,7 +93,7 @@ def compiled(mesh: str | None, exchange: Exchange, bank: str) -> Callable[..., t
 
     def run(params: Any, x: jax.Array, weights: Any, plan: Plan) -> tuple[jax.Array, jax.Array]:
         backend = "reference" if mesh is None else "expert_parallel"
-        y = dispatch(plan.replace(**weights), lambda rows, layout: BANKS[bank].apply(params, rows, layout), x, backend)
+        y = dispatch(plan.replace(**weights), BANKS[bank].apply(params, D), x, backend)
         return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
 
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
@@ -108,7 +123,27 @@ class TestTokens:
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_a_bank_without_pieces_along_tensor(self, routing: str) -> None:
-        check(ROUTINGS[routing](), "fsdp=2,expert=2,tensor=2", Exchange("padded"), "lora")
+        check(ROUTINGS[routing](), "fsdp=2,expert=2,tensor=2", Exchange("padded"), "low_rank")
+
+    @pytest.mark.parametrize("routing", ["uneven", "ragged"])
+    @pytest.mark.parametrize("bank", ["wrapped", "mixed"])
+    @pytest.mark.parametrize("mesh", MESHES)
+    def test_experts_that_are_wrapped_or_of_several_kinds(self, mesh: str, bank: str, routing: str) -> None:
+        check(ROUTINGS[routing](), mesh, Exchange("padded"), bank)
+
+    def test_experts_of_several_kinds_under_auto(self) -> None:
+        """Light ones stay where their tokens are, under automatic sharding, beside others that are exchanged for."""
+        plan, x, bank = ROUTINGS["ragged"](), jax.random.normal(jax.random.key(20), (G, N, D)), BANKS["mixed"]
+
+        def loss(params: Any, x: jax.Array, weight: jax.Array, backend: str) -> tuple[jax.Array, jax.Array]:
+            y = dispatch(plan.replace(weight=weight), bank.apply(params, D), x, backend)
+            return jnp.sin(y).sum(), y
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+        expected = step(params_of("mixed"), x, plan.weight, "reference")
+        with use(Parallel(make_mesh("data=2,expert=4"))):
+            actual = jax.jit(lambda *args: step(*args, "auto"))(params_of("mixed"), x, plan.weight)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_by_way_of_hosts(self, routing: str) -> None:
@@ -131,6 +166,12 @@ class TestOtherPlans:
     @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", "expert=8"])
     def test_every_plan(self, mesh: str, plan: str) -> None:
         check(OTHERS[plan](), mesh, Exchange("capacity", chunks=2 if "tensor" in mesh else 1))
+
+    @pytest.mark.parametrize("plan", ["capacity", "expert_choice", "soft_slots", "merge"])
+    @pytest.mark.parametrize("bank", ["wrapped", "mixed"])
+    def test_experts_that_are_wrapped_or_of_several_kinds(self, bank: str, plan: str) -> None:
+        if (bank, plan) != ("mixed", "merge"):  # which is refused
+            check(OTHERS[plan](), "fsdp=2,expert=2,tensor=2", Exchange("capacity"), bank)
 
 
 class TestBound:
@@ -161,6 +202,19 @@ class TestBound:
         plan = limit(ROUTINGS["uneven"](), parallel)
         assert plan.dropped.any()
         check(plan, mesh, exchange)
+
+    def test_it_holds_for_each_kind_of_experts_and_the_executed_plan_says_so(self) -> None:
+        plan, bank = ROUTINGS["uneven"](), BANKS["mixed"]
+        x = jax.random.normal(jax.random.key(20), (G, N, D))
+        with use(Parallel(make_mesh("expert=8"), Exchange("padded", bound=0.5))):
+            y, executed, name = execute(plan, bank.apply(params_of("mixed"), D), x)
+        assert name == "expert_parallel"
+        assert executed.dropped.any()
+        np.testing.assert_array_equal(executed.used | executed.dropped, plan.used)
+        # Null, copy and constant experts are not exchanged for.
+        assert not (executed.dropped & (plan.expert >= 5)).any()
+        expected = dispatch(executed, bank.apply(params_of("mixed"), D), x, "reference")
+        np.testing.assert_allclose(y, expected, rtol=2e-4, atol=2e-5)
 
     def test_without_a_bound_nothing_is(self) -> None:
         plan = ROUTINGS["one_expert_takes_all"]()
@@ -207,29 +261,25 @@ class TestChoice:
     )
     def test_what_cannot_be_done_is_refused(self, exchange: Exchange, message: str) -> None:
         with use(Parallel(make_mesh("expert=8"), exchange)), pytest.raises(ConfigError, match=message):
-            dispatch(ROUTINGS["uneven"](), lambda x, layout: layout.map(lambda p, x, layout: x, (), x), jnp.ones((G, N, D)))
-
-    def test_a_bank_that_computes_on_its_own_is_refused(self) -> None:
-        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="hand the whole expert to"):
-            dispatch(ROUTINGS["uneven"](), lambda x, layout: layout.dot(x, jnp.ones((E, D, D))), jnp.ones((G, N, D)))
+            dispatch(ROUTINGS["uneven"](), BANKS["ffn"].apply(params_of("ffn"), D), jnp.ones((G, N, D)))
 
     def test_a_named_backend_needs_its_mesh(self) -> None:
         with pytest.raises(ConfigError, match="backend='expert_parallel' needs a mesh"):
-            dispatch(ROUTINGS["uneven"](), lambda x, layout: x, jnp.ones((G, N, D)), "expert_parallel")
+            dispatch(ROUTINGS["uneven"](), BANKS["ffn"].apply(params_of("ffn"), D), jnp.ones((G, N, D)), "expert_parallel")
 
-    def test_tied_experts(self) -> None:
-        """Eight experts of the plan share the parameters of four."""
-        plan, slots, w = ROUTINGS["uneven"](), jnp.array([0, 1, 2, 3, 3, 2, 1, 0]), jnp.arange(4.0)[:, None, None] * jnp.eye(D)
-
-        def bank(x: jax.Array, layout: Any) -> jax.Array:
-            return layout.tied(slots, 4).map(lambda p, x, layout: layout.dot(x, p), w, x)
-
+    def test_experts_that_share_parameters(self) -> None:
+        """Eight experts of the plan are four: one may be taken several times."""
+        plan, slots = ROUTINGS["uneven"](), [0, 1, 2, 3, 3, 2, 1, 0]
+        w = jnp.arange(4.0)[:, None, None] * jnp.eye(D)
         x = jax.random.normal(jax.random.key(0), (G, N, D))
+
+        def run(plan: TokenPlan, x: jax.Array, w: jax.Array) -> jax.Array:
+            return dispatch(plan, Experts(lambda p, x, layout: layout.dot(x, p), w)[slots], x)
+
         with use(Parallel(make_mesh("data=2,expert=4"))):
-            y = jax.jit(lambda plan, x: dispatch(plan, bank, x))(plan, x)
-        np.testing.assert_allclose(y, dispatch(plan, bank, x, "grouped"), rtol=1e-5, atol=1e-5)
-        with use(Parallel(make_mesh("expert=8"))), pytest.raises(ConfigError, match="cannot execute a ExpertPlan plan"):
-            dispatch(OTHERS["expert_choice"](), bank, x)
+            y = jax.jit(run)(plan, x, w)
+        factor = np.where(plan.used, plan.weight * np.array(slots)[np.asarray(plan.expert)], 0).sum(-1, keepdims=True)
+        np.testing.assert_allclose(y, factor * x, rtol=1e-5, atol=1e-5)
 
     def test_hosts_are_blocks_of_the_expert_axis(self) -> None:
         for processes, hosts in (([0] * 8, 1), ([0] * 4 + [1] * 4, 2), ([0, 1] * 4, 1), ([0] * 3 + [1] * 5, 1)):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.aot.hlo import Collective, collectives
 from moejax.core.params import record_axes
-from moejax.dispatch import Batched, dispatch
+from moejax.dispatch import dispatch
 from moejax.dispatch.expert_parallel import Sizes, exchanged_bytes, overlap_options
 from moejax.dispatch.expert_parallel.hops import Ragged
 from moejax.experts import FFN
@@ -42,11 +42,11 @@ class Program:
 
         def loss(params: Any, x: jax.Array, logits: jax.Array) -> jax.Array:
             plan = shard_map(select, self.mesh, in_specs=(GROUPS,), out_specs=GROUPS)(logits) if parallel else select(logits)
-            y = dispatch(plan, lambda rows, layout: bank.apply(params, rows, layout), x, backend)
+            y = dispatch(plan, bank.apply(params, d), x, backend)
             return (y.astype(jnp.float32) ** 2).sum()
 
         with record_axes() as axes:
-            shapes = jax.eval_shape(bank.init, jax.random.key(0), jnp.zeros((E, 1, d)), Batched())
+            shapes = jax.eval_shape(lambda key: bank.init(key, d), jax.random.key(0))
         specs = {"params": param_specs(shapes["params"], axes, self.mesh)}
         self.params = jax.tree.map(self._placed, shapes, specs)
         outputs = E * getattr(select, "slots", 1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_routing import admit, capacity, combine, service_order, softmax, top_k
 
+from moejax.core.context import Context
 from moejax.routing import Routing, TopK, compute_capacity, routing_stats
 
 G, N, E = 2, 9, 4
@@ -44,7 +45,7 @@ def test_drops_equal_the_simulation(priority: str, k: int, factor: float, skew: 
     logits = rng.normal(size=(G, N, E)).astype(np.float32) + np.float32(skew) * np.eye(E, dtype=np.float32)[0]
     valid = rng.random((G, N)) >= padding
     rule = TopK(k=k, capacity_factor=factor, priority=priority)
-    plan = rule(jnp.asarray(logits), jnp.asarray(valid))
+    plan = rule(jnp.asarray(logits), Context(valid=jnp.asarray(valid)))
     for i in range(G):
         expert, weight = top_k(logits[i], k)
         wanted = np.repeat(valid[i][:, None], k, 1)
@@ -58,7 +59,7 @@ def test_drops_equal_the_simulation(priority: str, k: int, factor: float, skew: 
 
 
 def test_the_first_of_equal_scores_is_served_first() -> None:
-    plan = TopK(k=1, capacity_factor=2.0, priority="score")(jnp.zeros((G, N, E)), jnp.ones((G, N), bool))
+    plan = TopK(k=1, capacity_factor=2.0, priority="score")(jnp.zeros((G, N, E)), Context(valid=jnp.ones((G, N), bool)))
     np.testing.assert_array_equal(plan.used[..., 0], [[True] * 5 + [False] * 4] * G)
 
 
@@ -73,16 +74,16 @@ def test_a_lost_choice_never_rescales_the_other(rng: np.random.Generator) -> Non
 def test_the_drop_rule_is_the_same_in_training_and_evaluation_unless_configured(rng: np.random.Generator) -> None:
     logits = jnp.asarray(rng.normal(size=(G, N, E)), jnp.float32)
     same = TopK(k=2, capacity_factor=0.5)
-    jax.tree.map(np.testing.assert_array_equal, same(logits, train=True), same(logits, train=False))
+    jax.tree.map(np.testing.assert_array_equal, same(logits, Context(train=True)), same(logits, Context(train=False)))
     assert same(logits).dropped.any()
 
     other = TopK(k=2, capacity_factor=0.5, eval_capacity_factor=None)
-    assert other(logits, train=True).dropped.any()
+    assert other(logits, Context(train=True)).dropped.any()
     assert not other(logits).dropped.any()
     assert (other.per_token, same.per_token) == (True, False)
 
     wider = TopK(k=1, capacity_factor=None, eval_capacity_factor=1.0)
-    assert (wider(logits, train=True).capacity, wider(logits).capacity) == (None, 3)
+    assert (wider(logits, Context(train=True)).capacity, wider(logits).capacity) == (None, 3)
 
 
 @pytest.mark.parametrize("priority", ["token", "choice", "score"])
@@ -101,7 +102,7 @@ def test_padding_neither_buys_room_nor_takes_it(rng: np.random.Generator) -> Non
     valid = np.isin(np.arange(N), where)[None].repeat(G, 0)
     for priority in ("token", "choice", "score"):
         rule = TopK(k=2, capacity_factor=0.8, priority=priority)
-        inside, alone = rule(jnp.asarray(padded), jnp.asarray(valid)), rule(jnp.asarray(compact))
+        inside, alone = rule(jnp.asarray(padded), Context(valid=jnp.asarray(valid))), rule(jnp.asarray(compact))
         assert alone.dropped.any()
         np.testing.assert_array_equal(inside.used[:, where], alone.used)
         np.testing.assert_array_equal(inside.dropped[:, where], alone.dropped)
@@ -114,7 +115,7 @@ def test_statistics_say_the_realised_capacity_and_the_drop_rate(tokens: int, slo
     """By hand: all tokens want expert 0 of 4, which holds ceil(tokens / 4) of them; the rest of the 9 are padding."""
     logits = jnp.zeros((G, N, E)).at[..., 0].set(5.0)
     valid = jnp.broadcast_to(jnp.arange(N) < tokens, (G, N))
-    plan = TopK(k=1, capacity_factor=1.0)(logits, valid)
+    plan = TopK(k=1, capacity_factor=1.0)(logits, Context(valid=valid))
     stats = routing_stats(Routing(logits, jax.nn.softmax(logits), plan, valid))
     assert stats["capacity"] == slots
     np.testing.assert_allclose(stats["drop_rate"], dropped / tokens, rtol=1e-6)

@@ -60,7 +60,7 @@ def test_previous_bigram_and_position_look_where_they_say(rng: np.random.Generat
 
 def test_a_layer_without_router_parameters(rng: np.random.Generator) -> None:
     """Equal to calling each token's expert by hand, and in no need of a gradient."""
-    moe, x = MoE(Hash(E), TopK(k=1), FFN(8, E)), jnp.asarray(rng.normal(size=(2, 6, 5)), jnp.float32)
+    moe, x = MoE(Hash(E), TopK(k=1), FFN(8, num_experts=E)), jnp.asarray(rng.normal(size=(2, 6, 5)), jnp.float32)
     ids = rng.integers(0, 30, size=(2, 6))
     ctx = Context(token_ids=jnp.asarray(ids))
     variables = moe.init(jax.random.key(0), x, ctx)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing import SoftSlots
 
@@ -33,7 +34,7 @@ def expected(logits: np.ndarray, valid: np.ndarray, dispatch: str, combine: str)
 )
 def test_plan_is_numpys(rng: np.random.Generator, dispatch: str, combine: str) -> None:
     logits = rng.normal(size=(G, N, E * S))
-    plan = SoftSlots(S, dispatch, combine)(jnp.asarray(logits, jnp.float32), jnp.asarray(VALID))
+    plan = SoftSlots(S, dispatch, combine)(jnp.asarray(logits, jnp.float32), Context(valid=jnp.asarray(VALID)))
     for g in range(G):
         into, out = expected(logits[g], VALID[g], dispatch, combine)
         np.testing.assert_allclose(plan.dispatch[g], into, rtol=1e-5)
@@ -42,7 +43,7 @@ def test_plan_is_numpys(rng: np.random.Generator, dispatch: str, combine: str) -
 
 def test_sums_are_over_tokens_and_over_slots(rng: np.random.Generator) -> None:
     """The classic bug is to swap the two softmax axes."""
-    plan = SoftSlots(S)(jnp.asarray(rng.normal(size=(G, N, E * S)), jnp.float32), jnp.ones((G, N), bool))
+    plan = SoftSlots(S)(jnp.asarray(rng.normal(size=(G, N, E * S)), jnp.float32), Context(valid=jnp.ones((G, N), bool)))
     np.testing.assert_allclose(plan.dispatch.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(plan.combine.sum((2, 3)), 1, rtol=1e-5)
     assert np.ptp(np.asarray(plan.dispatch.sum((2, 3)))) > 0.1
@@ -50,7 +51,7 @@ def test_sums_are_over_tokens_and_over_slots(rng: np.random.Generator) -> None:
 
 def test_a_group_of_padding_gives_zeros_and_large_logits_no_infinities() -> None:
     for mask in (jnp.zeros((G, N), bool), jnp.asarray(VALID)):
-        plan = SoftSlots(S)(jnp.full((G, N, E * S), 1e4), mask)
+        plan = SoftSlots(S)(jnp.full((G, N, E * S), 1e4), Context(valid=mask))
         assert np.isfinite(plan.dispatch).all()
         np.testing.assert_array_equal(plan.dispatch[~np.asarray(mask)], 0)
         np.testing.assert_array_equal(plan.combine[~np.asarray(mask)], 0)
@@ -59,7 +60,7 @@ def test_a_group_of_padding_gives_zeros_and_large_logits_no_infinities() -> None
 def test_a_bias_shifts_both_softmaxes_and_probabilities_are_per_expert(rng: np.random.Generator) -> None:
     logits, bias = rng.normal(size=(G, N, E * S)), rng.normal(size=E * S)
     valid = jnp.ones((G, N), bool)
-    biased = SoftSlots(S)(jnp.asarray(logits, jnp.float32), valid, bias=jnp.asarray(bias, jnp.float32))
+    biased = SoftSlots(S)(jnp.asarray(logits, jnp.float32), Context(valid=valid), bias=jnp.asarray(bias, jnp.float32))
     into, out = expected(logits[0] + bias, np.ones(N, bool), "soft", "soft")
     np.testing.assert_allclose(biased.dispatch[0], into, rtol=1e-5)
     np.testing.assert_allclose(biased.combine[0], out, rtol=1e-5)
@@ -74,4 +75,4 @@ def test_errors_and_mean_experts() -> None:
     with pytest.raises(ConfigError, match="combine='hard' is unknown; valid names: soft, uniform"):
         SoftSlots(combine="hard")
     assert SoftSlots(slots=3).mean_experts(8) == 8.0
-    assert SoftSlots(slots=3).num_outputs_per_expert == 3
+    assert SoftSlots(slots=3).outputs_per_expert == 3

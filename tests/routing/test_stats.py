@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy_routing import admit, capacity, expert_choice, service_order, softmax, top_k
 
+from moejax.core.context import Context
 from moejax.routing import ExpertChoice, Routing, SoftSlots, TopK, routing_overlap, routing_stats
 
 G, N, E = 2, 9, 4
@@ -49,9 +50,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_statistics_are_numpys(rng: np.random.Generator, name: str) -> None:
     rule, count = CASES[name]
-    logits = (2 * rng.normal(size=(G, N, E * rule.num_outputs_per_expert))).astype(np.float32)
+    logits = (2 * rng.normal(size=(G, N, E * rule.outputs_per_expert))).astype(np.float32)
     x, valid = jnp.asarray(logits), jnp.asarray(VALID)
-    stats = routing_stats(Routing(x, rule.probabilities(x), rule(x, valid), valid))
+    stats = routing_stats(Routing(x, rule.probabilities(x), rule(x, Context(valid=valid)), valid))
     used, wanted, slots = count(logits)
     probs = softmax(logits).reshape(G, N, E, -1).sum(-1)[VALID]
     load = used.sum((0, 1)) / used.sum()
@@ -81,7 +82,10 @@ def test_statistics_pass_no_gradient_and_padding_alone_gives_finite_numbers(rng:
 
     def total(x: jax.Array, mask: jax.Array) -> jax.Array:
         rule = TopK(k=2, capacity_factor=0.6)
-        return sum(value.sum() for value in routing_stats(Routing(x, rule.probabilities(x), rule(x, mask), mask)).values())
+        return sum(
+            value.sum()
+            for value in routing_stats(Routing(x, rule.probabilities(x), rule(x, Context(valid=mask)), mask)).values()
+        )
 
     x = jnp.asarray(rng.normal(size=(G, N, E)), jnp.float32)
     assert not np.any(jax.grad(total)(x, jnp.asarray(VALID)))
@@ -92,7 +96,7 @@ def test_overlap_is_numpys(rng: np.random.Generator) -> None:
     """Router saturation and change rate: counted token by token, padding and tokens without experts left out."""
     first, second = (rng.normal(size=(G, N, E)).astype(np.float32) for _ in range(2))
     rule = TopK(k=2)
-    plans = [rule(jnp.asarray(x), jnp.asarray(VALID)) for x in (first, second)]
+    plans = [rule(jnp.asarray(x), Context(valid=jnp.asarray(VALID))) for x in (first, second)]
     chosen = [[set(row) for g in range(G) for row in top_k(x[g], 2)[0]] for x in (first, second)]
     shares = [len(a & b) / 2 for a, b, valid in zip(*chosen, VALID.ravel(), strict=True) if valid]
     np.testing.assert_allclose(routing_overlap(*plans, jnp.asarray(VALID)), np.mean(shares), rtol=1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy_routing import softmax, top_k
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing import TopK
 
@@ -70,7 +71,7 @@ def test_saturated_scores_do_not_hide_the_order_of_the_logits() -> None:
 
 def test_padding_uses_nothing_and_changes_nobody(rng: np.random.Generator) -> None:
     logits = jnp.asarray(make_logits(rng))
-    plan, free = TopK(k=2)(logits, jnp.asarray(VALID)), TopK(k=2)(logits)
+    plan, free = TopK(k=2)(logits, Context(valid=jnp.asarray(VALID))), TopK(k=2)(logits)
     np.testing.assert_array_equal(plan.used, np.broadcast_to(VALID[..., None], (G, N, 2)))
     np.testing.assert_array_equal(plan.dense(), np.where(VALID[..., None], free.dense(), 0))
 

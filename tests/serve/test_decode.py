@@ -25,7 +25,7 @@ MOE = dict(
         bank=dict(kind="glu", hidden=8),
     ),
 )
-MOD = dict(kind="mixture_of_depths", capacity=0.5, block=DENSE)
+MOD = dict(kind="mixture_of_depths", capacity_factor=0.5, block=DENSE)
 BLOCKS = dict(dense=DENSE, window=WINDOW, moe=MOE, mod=MOD)
 
 

@@ -32,11 +32,11 @@ DESCENT = {"kind": "sgd", "learning_rate": 1.0, "schedule": "constant", "clip_no
 @dataclasses.dataclass(frozen=True)
 class AddOne:
     def after_step(self, site: Site) -> Site:
-        return site.replace(state={"steps": site.state["steps"] + 1, "calls": site.state["calls"]})
+        return site.replace(state={"steps": site.state["steps"] + 1, "tokens": site.measured["tokens"]})
 
 
 class Table(nn.Module):
-    """Logits are a row of a table for each token; noisy in training, with a loss, a stat, a controller and a count of calls."""
+    """Logits are a row of a table for each token; noisy in training, with a loss, a stat and a controller."""
 
     noise: float = 0.0
     sown: float = 0.0
@@ -45,12 +45,10 @@ class Table(nn.Module):
     def __call__(self, tokens: jax.Array, ctx: Context) -> jax.Array:
         logits = self.param("table", INIT, (VOCAB, VOCAB))[tokens]
         self.variable("router_state", "steps", jnp.zeros, ())
-        calls = self.variable("router_state", "calls", jnp.zeros, ())
+        self.variable("router_state", "tokens", jnp.zeros, ())
         control(self, "add", AddOne(), {"tokens": jnp.float32(tokens.size)})
         if ctx.train:
             logits += self.noise * jax.random.uniform(self.make_rng("router"), logits.shape)
-            if self.is_mutable_collection("router_state"):
-                calls.value += 1
         self.sow("losses", "size", self.sown * jnp.square(logits).mean())
         self.sow("stats", "first", tokens[0, 0].astype(jnp.float32))
         self.sow("shown", "logits", logits)
@@ -158,8 +156,8 @@ def test_an_objective_may_call_the_model_as_often_as_it_likes():
     np.testing.assert_allclose(table - np.asarray(after.params["table"]), gradient, rtol=1e-4, atol=1e-6)
     assert metrics["losses/size"] == pytest.approx(0.3 * ((z**2).mean() + (back**2).mean()), rel=1e-5)
     assert metrics["stats/first"] == pytest.approx((tokens[0, 0] + tokens[0, -1]) / 2)
-    # The second call found the state that the first one left; controllers ran once.
-    assert after.collections["router_state"] == {"calls": 2, "steps": 1}
+    # Controllers ran once, by what both calls measured.
+    assert after.collections["router_state"] == {"tokens": 2 * tokens.size, "steps": 1}
     assert metrics["sums"]["draw"] != step(state.replace(step=jnp.int32(1)), BATCH)[1]["sums"]["draw"]
 
 

@@ -1,4 +1,4 @@
-"""A bank's parameters on entry to `shard_map`: split as they are stored, gathered where the device needs more than it stores."""
+"""Experts' parameters on entry to `shard_map`: split as they are stored, gathered where the device needs more than it stores."""
 
 import dataclasses
 import math
@@ -17,12 +17,12 @@ from moejax.parallel.rules import RULES
 
 @dataclasses.dataclass(frozen=True)
 class Entering:
-    """How one bank's parameters enter.
+    """How the parameters of experts enter.
 
     Attributes:
       mesh: where to.
       axes: pytree like the parameters: logical axis names of each, experts first. None: nothing but the experts is split.
-      summed: the axis that the experts' outputs are sums over, piece by piece; None if there is none. See `Layout.map`.
+      summed: the axis that the experts' outputs are sums over, piece by piece; None if there is none. See `Experts`.
     """
 
     mesh: Mesh

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from moejax.dispatch.backends import gather_tokens, scatter_tokens
 from moejax.dispatch.expert_parallel.hops import AXIS
 from moejax.dispatch.expert_parallel.parameters import Entering
-from moejax.dispatch.expert_parallel.tokens import Call, Split, pad_axis
+from moejax.dispatch.expert_parallel.tokens import Split, pad_axis
+from moejax.dispatch.experts import Experts
 from moejax.dispatch.layout import Batched
 from moejax.parallel.mesh import BATCH_AXES, MESH_AXES, shard_map
 from moejax.parallel.scope import Parallel
@@ -21,7 +22,7 @@ Slots = TypeVar("Slots", ExpertPlan, SlotPlan)
 
 
 def run_slots(
-    plan: TokenPlan | ExpertPlan | SlotPlan, x: Float[Array, "g n d"], call: Call, experts: int, parallel: Parallel
+    plan: TokenPlan | ExpertPlan | SlotPlan, x: Float[Array, "g n d"], experts: Experts, parallel: Parallel
 ) -> Float[Array, "g n f"]:
     """Executes a plan by an exchange of slots.
 
@@ -30,13 +31,13 @@ def run_slots(
     their groups are padded to a multiple of the devices. Devices along `tensor` hold the same tokens: each takes some of the slots.
 
     Args:
-      experts: e, a multiple of the devices along `expert`.
+      experts: a multiple of the devices along `expert`.
     """
     g, n, d = x.shape
     mesh, split = parallel.mesh, Split.of(g * n, parallel)
     shards, tensor, chunks = mesh.shape[AXIS], mesh.shape["tensor"], parallel.exchange.chunks
-    entering = Entering(mesh, call.axes, call.summed)
-    specs, pieces = entering.specs(call.params), entering.split(call.params)
+    entering = Entering(mesh, experts.axes, experts.summed)
+    specs, pieces = entering.specs(experts.params), entering.split(experts.params)
     across = g % split.parts != 0 and not isinstance(plan, SlotPlan)
     if across and isinstance(plan, TokenPlan):
         plan = plan.to_slots()
@@ -48,11 +49,16 @@ def run_slots(
         slots = _own(plan, split, x.shape[1]) if across else plan.to_slots() if isinstance(plan, TokenPlan) else plan
         y = 0
         for i, part in enumerate(_cut(slots, tensor, chunks)):
-            rows = pad_axis(_fill(part, x), 0, experts)
+            rows = pad_axis(_fill(part, x), 0, experts.num_experts)
             rows = checkpoint_name(_to_experts(rows, shards), "exchanged")
             if pieces:
                 rows = jax.lax.all_gather(rows, "tensor", axis=1, tiled=True)
-            ys = Batched().map(call.expert, params, rows, key=None if key is None else jax.random.fold_in(key, i))
+            own = experts.replace(
+                params=params,
+                key=None if key is None else jax.random.fold_in(key, i),
+                num_experts=experts.num_experts // shards,
+            )
+            ys = own.run(rows, Batched())
             if pieces:
                 ys = jax.lax.psum_scatter(ys, "tensor", scatter_dimension=1, tiled=True)
             ys = checkpoint_name(_to_tokens(ys, shards), "exchanged")
@@ -66,7 +72,7 @@ def run_slots(
         padding = -g % split.parts
         plan, x = jax.tree.map(lambda a: pad_axis(a, 0, g + padding), (plan, x))
     in_specs = (batch, PartitionSpec() if across else batch, specs, PartitionSpec())
-    y = shard_map(device, mesh, in_specs=in_specs, out_specs=batch)(x, plan, call.params, call.key)
+    y = shard_map(device, mesh, in_specs=in_specs, out_specs=batch)(x, plan, experts.params, experts.key)
     return split.together(y).reshape(g, n, -1) if across else y[:g]
 
 

@@ -13,22 +13,12 @@ from jaxtyping import Array, Float
 from moejax.dispatch.expert_parallel.exchanges import TOKEN_EXCHANGES, Sizes
 from moejax.dispatch.expert_parallel.hops import AXIS, Hop, collect, send
 from moejax.dispatch.expert_parallel.parameters import Entering
-from moejax.dispatch.layout import Expert, Grouped, Layout, PerToken
+from moejax.dispatch.experts import Experts
+from moejax.dispatch.layout import Grouped, PerToken
 from moejax.parallel.mesh import BATCH_AXES, MESH_AXES, shard_map
 from moejax.parallel.scope import Parallel
 from moejax.routing.plan import TokenPlan, sort_by_expert
 from pallas_kernels.permute import permute, unpermute
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What a bank handed to `Layout.map`."""
-
-    expert: Expert
-    params: Any
-    axes: Any
-    summed: str | None
-    key: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Split:
 
 
 def run_tokens(
-    plan: TokenPlan, x: Float[Array, "g n d"], call: Call, kind: str, sizes: Sizes, parallel: Parallel
+    plan: TokenPlan, x: Float[Array, "g n d"], experts: Experts, kind: str, sizes: Sizes, parallel: Parallel
 ) -> Float[Array, "g n f"]:
     """Executes a plan by an exchange of tokens.
 
@@ -79,8 +69,8 @@ def run_tokens(
     """
     g, n, d = x.shape
     mesh, split = parallel.mesh, Split.of(g * n, parallel)
-    entering = Entering(mesh, call.axes, call.summed)
-    specs, pieces = entering.specs(call.params), entering.split(call.params)
+    entering = Entering(mesh, experts.axes, experts.summed)
+    specs, pieces = entering.specs(experts.params), entering.split(experts.params)
     steps = TOKEN_EXCHANGES[kind].steps(sizes) if sizes.shards > 1 else ()
 
     def device(x: Array, choice: Array, weight: Array, params: Any, key: Array | None) -> Array:
@@ -91,7 +81,8 @@ def run_tokens(
         ys = []
         for i in range(split.chunks):
             chunk_key = None if key is None else jax.random.fold_in(key, i)
-            compute = _compute(call.expert, params, chunk_key, sizes, pieces)
+            own = experts.replace(params=params, key=chunk_key, num_experts=sizes.experts_per_shard)
+            compute = _compute(own, sizes, pieces)
             ys.append(_exchanged(*(a[i] for a in chunks), steps, sizes, compute))
         return jnp.concatenate(ys)[None]
 
@@ -101,7 +92,7 @@ def run_tokens(
     flat = [split.apart(a.reshape(g * n, -1)) for a in (x, choice, weight)]
     rows = PartitionSpec(BATCH_AXES, "tensor")
     spread = shard_map(device, mesh, in_specs=(rows, rows, rows, specs, PartitionSpec()), out_specs=rows)
-    return split.together(spread(*flat, call.params, call.key)).reshape(g, n, -1)
+    return split.together(spread(*flat, experts.params, experts.key)).reshape(g, n, -1)
 
 
 def _exchanged(
@@ -132,11 +123,8 @@ def _choice(beside: Float[Array, "n k2"]) -> Array:
     return jax.lax.stop_gradient(beside[:, beside.shape[1] // 2 :]).astype(jnp.int32)
 
 
-def _compute(expert: Expert, params: Any, key: Array | None, sizes: Sizes, pieces: bool) -> Callable[[Array, Array], Array]:
-    """The experts of this device on the tokens that came here: `y[r] = sum of weight * expert(x[r])` over those that it chose."""
-
-    def bank(rows: Array, layout: Layout) -> Array:
-        return layout.map(expert, params, rows, key=key)
+def _compute(own: Experts, sizes: Sizes, pieces: bool) -> Callable[[Array, Array], Array]:
+    """This device's `own` experts on the tokens that came here: `y[r] = sum of weight * expert(x[r])` over those that it chose."""
 
     def compute(x: Array, beside: Array) -> Array:
         arrived = x.shape[0]
@@ -153,26 +141,24 @@ def _compute(expert: Expert, params: Any, key: Array | None, sizes: Sizes, piece
         key, weight = jnp.where(mine, local, experts), jnp.where(mine, weight, 0)
         if 4 * key.size <= experts:
             # A handful of rows, as in decoding: nobody to share the reading of an expert with.
-            each = bank(jnp.repeat(x, key.shape[1], 0), PerToken(jnp.minimum(key, experts - 1).reshape(-1)))
+            each = own.run(jnp.repeat(x, key.shape[1], 0), PerToken(jnp.minimum(key, experts - 1).reshape(-1)))
             y = jnp.einsum("rj,rjf->rf", weight.astype(each.dtype), each.reshape(*key.shape, -1))
         else:
             most = sizes.shards * sizes.most_rows * (x.shape[0] // arrived)
-            y = _grouped(bank, x, key, weight, experts, most)
+            y = _grouped(own, x, key, weight, experts, most)
         return jax.lax.psum_scatter(y, "tensor", tiled=True) if pieces else y
 
     return compute
 
 
-def _grouped(
-    bank: Callable[[Array, Layout], Array], x: Float[Array, "n d"], key: Array, weight: Array, experts: int, most: int
-) -> Float[Array, "n f"]:
+def _grouped(own: Experts, x: Float[Array, "n d"], key: Array, weight: Array, experts: int, most: int) -> Float[Array, "n f"]:
     """Rows sorted by expert, of which at most `most` are anybody's."""
     order, inverse, group_sizes = sort_by_expert(key.reshape(-1), experts)
     if most < order.shape[0]:
         # One row more than there can be, nobody's, stands for all of nobody's.
         order, inverse = order[: most + 1], jnp.minimum(inverse, most)
     rows = permute(x, order, inverse, key.shape[1])
-    return unpermute(bank(rows, Grouped(group_sizes, num_rows=order.shape[0])), weight, order, inverse)
+    return unpermute(own.run(rows, Grouped(group_sizes, num_rows=order.shape[0])), weight, order, inverse)
 
 
 def _shard(sizes: Sizes) -> Array | int:

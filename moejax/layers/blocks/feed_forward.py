@@ -4,11 +4,12 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.layer import RowWise
 from moejax.layers.registry import blocks, ffns, norms
 
 
 @blocks.register("feed_forward", slots={"ffn": ffns, "norm": norms})
-class FeedForward(nn.Module):
+class FeedForward(RowWise):
     """A block without a mixer, for between two that have one: x + ffn(norm(x)) (ST-MoE's dense layers beside sparse ones).
 
     Attributes:

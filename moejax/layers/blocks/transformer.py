@@ -4,11 +4,12 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.layer import RowWise
 from moejax.layers.registry import blocks, ffns, mixers, norms
 
 
 @blocks.register("transformer", slots={"mixer": mixers, "ffn": ffns, "norm": norms})
-class Transformer(nn.Module):
+class Transformer(RowWise):
     """The pre-norm block: x + mixer(norm(x)), then x + ffn(norm(x)) (Xiong et al. 2020).
 
     Attributes:

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.initializers.usual import FanIn
+from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.dispatch.backends import gather_tokens, scatter_tokens
@@ -16,6 +18,7 @@ from moejax.layers.registry import blocks
 from moejax.layers.routed import sow_routing
 from moejax.routing.losses.base import Routing, masked_mean
 from moejax.routing.plan import ExpertPlan
+from moejax.routing.routers.base import ask
 from moejax.routing.routers.linear import Linear
 from moejax.routing.routers.random import Random
 from moejax.routing.select import ExpertChoice
@@ -24,7 +27,7 @@ GATES = {"raw": lambda r: r, "sigmoid": jax.nn.sigmoid, "one": jnp.ones_like}
 
 
 @blocks.register("mixture_of_depths", slots={"block": blocks})
-class MixtureOfDepths(nn.Module):
+class MixtureOfDepths(Layer):
     """`y_t = x_t + gate(r_t) f(x_R)_t` for the tokens R with the largest router weights r, `y_t = x_t` for the others.
 
     f is the residual branch of `block`, which sees only the chosen tokens, in order, at their original positions. Choosing over the
@@ -33,7 +36,8 @@ class MixtureOfDepths(nn.Module):
 
     Attributes:
       block: any block `x[b, s, d] -> [b, s, d]` with its residual inside.
-      capacity: share of a sequence's tokens that the block processes (the paper's best: 0.125, every other block).
+      capacity_factor: share of a sequence's tokens that the block processes, as in `ExpertChoice` with one expert (the paper's best:
+        0.125, every other block).
       remedy: 'predictor' trains a small network on the token alone to predict whether it is chosen; 'router' trains the router's
         own sigmoid to say so (and so touches the language loss); None has no causal rule and is refused in a decoder.
       remedy_coef: weight of the remedy's binary cross-entropy.
@@ -45,7 +49,7 @@ class MixtureOfDepths(nn.Module):
     """
 
     block: nn.Module
-    capacity: float = 0.125
+    capacity_factor: float = 0.125
     remedy: Literal["predictor", "router"] | None = "predictor"
     remedy_coef: float = 0.01
     gate: Literal["raw", "sigmoid", "one"] = "raw"
@@ -54,8 +58,10 @@ class MixtureOfDepths(nn.Module):
     predictor_hidden: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 < self.capacity <= 1:
-            raise ConfigError(f"capacity={self.capacity} must lie in (0, 1]: the share of tokens that the block processes")
+        if not 0 < self.capacity_factor <= 1:
+            raise ConfigError(
+                f"capacity_factor={self.capacity_factor} must lie in (0, 1]: the share of tokens that the block processes"
+            )
         for name, options in (
             ("gate", (*GATES,)), ("remedy", ("predictor", "router", None)),
             ("router", ("learned", "random")), ("eval_select", ("causal", "top_k")),
@@ -69,13 +75,13 @@ class MixtureOfDepths(nn.Module):
         b, s, _ = x.shape
         if ctx.positions is None:
             ctx = ctx.replace(positions=jnp.broadcast_to(jnp.arange(s), (b, s)))
-        valid = jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
-        router = Linear(1, init_scale=1.0, name="router") if self.router == "learned" else Random(1, name="router")
-        r = router(x, ctx)
+        valid = ctx.real(x)
+        router = Linear(1, init_w=FanIn(), name="router") if self.router == "learned" else Random(1, name="router")
+        r = ask(router, x, ctx)
         causal = self.eval_select == "causal" and self.remedy is not None and not ctx.train
-        top_k = ExpertChoice(self.capacity, score="logit", in_order=True)(r, valid)
+        top_k = ExpertChoice(self.capacity_factor, score="logit", in_order=True)(r, ctx)
         chosen = top_k.assigned()[..., 0] > 0
-        predicted = self._predict(x, r) if self.remedy is not None else None
+        predicted = self._predict(ctx.clean(x), r) if self.remedy is not None else None
         if predicted is not None:
             self._sow_remedy(predicted, chosen, valid)
         if causal or ctx.decode:
@@ -88,7 +94,7 @@ class MixtureOfDepths(nn.Module):
         return y
 
     def _chosen(self, x: Float[Array, "b s d"], plan: ExpertPlan, ctx: Context) -> Float[Array, "b s d"]:
-        """The block on the plan's tokens alone: costs `capacity` of the block (less in attention)."""
+        """The block on the plan's tokens alone: costs `capacity_factor` of the block (less in attention)."""
         rows = gather_tokens(plan, x)[:, 0]
         inner = ctx.map_tokens(lambda a: gather_tokens(plan, a)[:, 0], lambda new, old: _put_back(plan, new, old))
         inner = inner.replace(valid=plan.used[:, 0])
@@ -125,19 +131,17 @@ class MixtureOfDepths(nn.Module):
         sow(self, "stats", "predictor_accuracy", masked_mean(right, valid, (0, 1)))
 
     def check_causal(self, where: str) -> None:
-        """Raises ConfigError without a remedy, or if the inner block is not causal."""
+        """Raises ConfigError without a remedy."""
         if self.remedy is None:
             raise ConfigError(
                 f"{where}.remedy=None: mixture-of-depths selects over later tokens; set remedy='predictor' or 'router'"
             )
-        if hasattr(self.block, "check_causal"):
-            self.block.check_causal(f"{where}.block")
 
     def decodable(self) -> str | None:
         """None if decoding one token at a time gives the plan of a whole forward pass; else the reason why not."""
         if self.eval_select == "top_k":
             return "eval_select='top_k' selects over the whole sequence; set eval_select='causal'"
-        return self.block.decodable() if hasattr(self.block, "decodable") else None
+        return None
 
 
 def _put_back(plan: ExpertPlan, new: Shaped[Array, "b c *d"], old: Shaped[Array, "b s *d"]) -> Shaped[Array, "b s *d"]:

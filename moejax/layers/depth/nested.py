@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.layer import Layer
 from moejax.core.memory import Declared, shared
 from moejax.core.params import param
 from moejax.core.sowing import sow
@@ -28,7 +29,7 @@ Counts = tuple[int, ...]
 
 
 @blocks.register("nested", slots={"norm": norms})
-class Nested(nn.Module):
+class Nested(Layer):
     """A pre-norm block in which a token of expert m reads and writes the first `d_m = d / 2^(E - m)` features only.
 
         q, k, v = x[:d_m] W[:d_m]     (full heads, so tokens of all widths attend to each other)

@@ -10,17 +10,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.layer import RowWise
 from moejax.core.registry import Many
 from moejax.core.sowing import sow
 from moejax.dispatch import backend_index
 from moejax.dispatch.layout import Batched
+from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_losses, sow_routing
 from moejax.parallel import constrain
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, check_losses, losses, masked_mean
 from moejax.routing.plan import TokenPlan
-from moejax.routing.routers.base import check_num_experts, routers
+from moejax.routing.routers.base import ask, check_num_experts, routers, told
 from moejax.routing.select import TopK
 
 # How strongly an expert's output [..., o] answers a token.
@@ -46,7 +48,7 @@ class Outcome:
 
 
 @ffns.register("competition", slots={"router": routers, "bank": banks, "losses": Many(losses)})
-class Competition(nn.Module):
+class Competition(RowWise):
     """A mixture whose training steps are of two kinds; inference uses the router alone.
 
     Router steps: softmax, top-k, weights divided by their sum, and `losses`, as in any mixture. Competition steps: all e experts g_i
@@ -99,6 +101,7 @@ class Competition(nn.Module):
     num_experts: int | None = None
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         if not 0 <= self.rate <= 1:
             raise ConfigError(f"rate={self.rate} must lie between 0 and 1: the share of steps in which experts compete")
         check_choice("schedule", self.schedule, ("constant", "decaying"))
@@ -106,13 +109,14 @@ class Competition(nn.Module):
             check_choice(name, getattr(self, name), options)
         check_num_experts(self.router, self.bank)
         self._rule.check_num_experts(self.bank.num_experts)
+        object.__setattr__(self, "router", told(self.router, self._rule.outputs))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
         ctx = ctx or Context()
-        valid = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
-        logits = self.router(x, ctx).astype(jnp.float32)
+        x, valid = ctx.clean(x), ctx.real(x)
+        logits = ask(self.router, x, ctx)
         seed = self.variable("router_state", "seed", lambda: jax.random.bits(self.make_rng("params"))).value
 
         def route(layer: Competition, x: Array, logits: Array) -> Outcome:
@@ -148,8 +152,8 @@ class Competition(nn.Module):
         return drawn & (ctx.step >= self.warmup)
 
     def _route(self, x: Array, logits: Array, valid: Array, ctx: Context) -> Outcome:
-        plan = self._rule(logits, valid)
-        y, plan, backend = run_plan(plan, lambda rows, layout: self.bank(rows, layout, ctx), x, self.backend)
+        plan = self._rule(logits, Context(valid=valid))
+        y, plan, backend = run_plan(plan, experts_of(self.bank, x.shape[-1], ctx), x, self.backend)
         return Outcome(y, plan, backend, *(jnp.zeros(()),) * 3)
 
     def _compete(self, x: Array, logits: Array, valid: Array, ctx: Context) -> Outcome:
@@ -176,14 +180,14 @@ class Competition(nn.Module):
         b, s, d = x.shape
         rows = jnp.broadcast_to(x.reshape(1, b * s, d), (self.bank.num_experts, b * s, d))
         # On a mesh every device runs all experts on its own rows: said here, or the compiler moves rows about.
-        outputs = self.bank(constrain(rows, None, "batch", None), Batched(), ctx)
+        outputs = experts_of(self.bank, d, ctx).run(constrain(rows, None, "batch", None), Batched())
         outputs = constrain(outputs, None, "batch", None).swapaxes(0, 1).reshape(b, s, self.bank.num_experts, -1)
         return outputs, AFFINITIES[self.affinity](outputs.astype(jnp.float32))
 
     def _winners(self, affinity: Float[Array, "b s e"], valid: Bool[Array, "b s"]) -> TokenPlan:
         share = self.gate == "share"
         rule = TopK(self.k, score="logit" if share else "softmax_selected", normalise=share, constant_gate=True)
-        return rule(affinity, valid)
+        return rule(affinity, Context(valid=valid))
 
     def _watch(self, x: Array, plan: TokenPlan, valid: Array, ctx: Context) -> None:
         outputs, affinity = self._all(x, ctx)

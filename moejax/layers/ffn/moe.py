@@ -1,22 +1,25 @@
 """The sparse mixture-of-experts layer: any router, any select rule, any bank."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.control import control
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.layer import Layer
 from moejax.core.registry import Given, Many
+from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
 from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
-from moejax.routing.balancers import Balancer, balancers, fresh_state
-from moejax.routing.losses.base import Loss, Routing, losses
-from moejax.routing.routers.base import check_num_experts, routers, with_null_outputs
-from moejax.routing.select import Select, num_outputs, selects
+from moejax.routing.balancers import STATE, Balancer, balancers
+from moejax.routing.losses.base import Loss, check_losses, losses
+from moejax.routing.routers.base import ask, check_num_experts, routers, told
+from moejax.routing.select.base import Select, selects
 
 SLOTS = {
     "router": routers,
@@ -30,7 +33,7 @@ SLOTS = {
 
 
 @ffns.register("moe", slots=SLOTS)
-class MoE(nn.Module):
+class MoE(Layer):
     """`y = sum of weight * expert(x)` over each token's plan, plus the shared experts.
 
         layer = MoE(Linear(8), TopK(k=2), GLU(hidden=512, num_experts=8), losses=(Balance(0.01), ZLoss(1e-3)))
@@ -51,14 +54,14 @@ class MoE(nn.Module):
       num_experts: only for configs, where it fills the router's and the bank's field of the same name (not the shared bank's,
         which is one expert unless its own spec says otherwise).
 
-    Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'overrides'; keeps
-    a balancer's state in 'router_state', which training updates.
+    Collections: sows 'losses' and 'stats' always, and 'routing' (logits and plan) when mutable; reads 'interventions' (see
+    `moejax.layers.interventions`); keeps a balancer's bias in 'router_state', which it moves after every optimizer step.
     """
 
     router: nn.Module
-    select: Any
+    select: Select
     bank: nn.Module
-    eval_select: Any = None
+    eval_select: Select | None = None
     shared: nn.Module | None = None
     losses: tuple[Loss, ...] = ()
     balancer: Balancer | None = None
@@ -68,12 +71,12 @@ class MoE(nn.Module):
     num_experts: int | None = None
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         check_choice("group_by", self.group_by, GROUPINGS)
         check_num_experts(self.router, self.bank)
-        for rule in (self.select, self.eval_select):
-            if hasattr(rule, "check_num_experts"):
-                rule.check_num_experts(self.bank.num_experts)
-        object.__setattr__(self, "router", with_null_outputs(self.router, getattr(self.select, "num_null", 0)))
+        for rule in (self.select, self.eval_select or self.select):
+            rule.check_num_experts(self.bank.num_experts)
+        object.__setattr__(self, "router", told(self.router, self.select.outputs))
         super().__post_init__()
 
     @nn.compact
@@ -86,40 +89,24 @@ class MoE(nn.Module):
         ctx = ctx or Context()
         b, s, _ = x.shape
         tokens, grouped_ctx = group_tokens(x, ctx, self.group_by)
-        select: Select = self.select if ctx.train or self.eval_select is None else self.eval_select
-        logits = self.router(tokens, grouped_ctx).astype(jnp.float32)
-        self._check_fit(logits.shape[-1], select)
-        state = self._balance_state()
-        bias = None if state is None else self.balancer.bias(state.value)
-        plan, logits = plan_tokens(self, logits, select, grouped_ctx.valid, ctx.train, bias)
-        valid = jnp.ones(tokens.shape[:2], bool) if grouped_ctx.valid is None else grouped_ctx.valid
-        y, plan, backend = run_plan(
-            plan, lambda rows, layout: self.bank(rows, layout, ctx), tokens, self.backend, self.group_by
-        )
-        routing = Routing(logits, select.probabilities(logits), plan, valid)
+        select = self.select if ctx.train or self.eval_select is None else self.eval_select
+        logits = ask(self.router, tokens, grouped_ctx)
+        routing = plan_tokens(self, logits, select, self.bank.num_experts, grouped_ctx, self._selection_bias())
+        experts = experts_of(self.bank, tokens.shape[-1], ctx)
+        y, plan, backend = run_plan(routing.plan, experts, tokens, self.backend, self.group_by)
+        routing = routing.replace(plan=plan)
         sow_routing(self, routing, self.losses, backend=backend)
-        if state is not None and ctx.train and self.is_mutable_collection("router_state"):
-            state.value = self.balancer.update(state.value, routing)
+        if self.balancer is not None and ctx.train:
+            control(self, "balancer", self.balancer, self.balancer.measure(routing))
         y = ungroup_tokens(y, b, s, self.group_by).astype(x.dtype)
         if self.shared is not None:
             y = y + sum_shared(self.shared, x, ctx)
         return y
 
-    def _balance_state(self) -> nn.Variable | None:
+    def _selection_bias(self) -> Float[Array, "e"] | None:
         if self.balancer is None:
             return None
-        return self.variable("router_state", "balance", lambda: fresh_state(self.bank.num_experts))
-
-    def _check_fit(self, outputs: int, select: Select) -> None:
-        """Refuses a router whose logits are not what the rule and the bank expect; dispatch would clamp indices in silence."""
-        each, wanted = select.num_outputs_per_expert, num_outputs(select, self.bank.num_experts)
-        if outputs != wanted:
-            null = wanted - each * self.bank.num_experts
-            also = f" and {null} for null experts" if null else ""
-            raise ConfigError(
-                f"the router gives {outputs} logits a token, but {type(select).__name__} needs {each} for each of the bank's "
-                f"{self.bank.num_experts} experts{also}; set the router's outputs_per_expert={each} and equal num_experts"
-            )
+        return self.variable("router_state", STATE, jnp.zeros, (self.bank.num_experts,)).value
 
     def active_fraction(self) -> float:
         """Share of the routed experts' parameters that a token uses, on average at most; for counting active parameters."""

@@ -1,7 +1,5 @@
 """MultiHash layers (Roller et al. 2021, section 3.3): several hashes, each of which picks a piece of the feed-forward network."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,9 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.layer import RowWise
 from moejax.core.params import param, per_expert
+from moejax.dispatch.experts import Experts
 from moejax.dispatch.layout import Layout
 from moejax.experts.registry import activation
 from moejax.layers.registry import ffns
@@ -23,7 +23,7 @@ _AXES = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
 
 
 @ffns.register("multi_hash")
-class MultiHash(nn.Module):
+class MultiHash(RowWise):
     """`v = act([A_1 h, ..., A_N h])`, `y = [B_1 v, ..., B_N v]`, in which hash i of the token picks `A_i[d, f/N]` and `B_i[f, d/N]`
     among `num_experts`: the parameters and the compute of a hash layer, and `num_experts ** N` different networks.
 
@@ -54,26 +54,24 @@ class MultiHash(nn.Module):
         expert = jnp.stack(
             [Hash(self.num_experts, seed=self.seed + i, parent=None).expert(ctx) for i in range(self.hashes)], -1
         )
-        valid = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
+        x, valid = ctx.clean(x), ctx.real(x)
         used = jnp.broadcast_to(valid[..., None], expert.shape)
         plan = dropless(expert, jnp.ones(expert.shape), used, self.num_experts)
         pieces = Pieces(x.shape[-1], self.hidden, self.num_experts, self.hashes, name="bank")
-        v, executed, backend = self._run(plan, pieces.into, x)
-        y, _, _ = self._run(plan, pieces.out_of, activation(self.activation)(v))
+        v, executed, backend = self._run(plan, pieces.into(), x)
+        y, _, _ = self._run(plan, pieces.out_of(), activation(self.activation)(v))
         logits = as_logits(expert, self.num_experts)
         sow_routing(self, Routing(logits, jax.nn.softmax(logits), executed, valid), (), backend=backend)
         return y.astype(x.dtype)
 
-    def _run(
-        self, plan: TokenPlan, piece: Callable[[int, Array, Layout], Array], x: Float[Array, "b s d"]
-    ) -> tuple[Array, TokenPlan, Array]:
+    def _run(self, plan: TokenPlan, pieces: list[Experts], x: Float[Array, "b s d"]) -> tuple[Array, TokenPlan, Array]:
         """The hashes' pieces side by side, the plan that was executed, and the backend."""
         outputs, used, dropped = [], [], []
         for i in range(self.hashes):
             own = plan.replace(
                 **{leaf: getattr(plan, leaf)[..., i : i + 1] for leaf in ("expert", "weight", "used", "dropped")}
             )
-            y, ran, backend = run_plan(own, lambda rows, layout, i=i: piece(i, rows, layout), x, self.backend)
+            y, ran, backend = run_plan(own, pieces[i], x, self.backend)
             outputs.append(y)
             used.append(ran.used)
             dropped.append(ran.dropped)
@@ -83,12 +81,6 @@ class MultiHash(nn.Module):
     def active_fraction(self) -> float:
         """Share of the pieces that a token uses."""
         return 1 / self.num_experts
-
-    def check_causal(self, where: str) -> None:
-        """Ids decide: causal."""
-
-    def decodable(self) -> str | None:
-        return None
 
 
 class Pieces(nn.Module):
@@ -106,11 +98,11 @@ class Pieces(nn.Module):
             for name, shape, axes in zip(("w_in", "w_out"), shapes, _AXES, strict=True)
         )
 
-    def into(self, i: int, rows: Float[Array, "*m d"], layout: Layout) -> Float[Array, "*m f"]:
-        return layout.map(_linear, self.a[i], rows, _AXES[0])
+    def into(self) -> list[Experts]:
+        return [Experts(_linear, w, _AXES[0]) for w in self.a]
 
-    def out_of(self, i: int, rows: Float[Array, "*m f"], layout: Layout) -> Float[Array, "*m o"]:
-        return layout.map(_linear, self.b[i], rows, _AXES[1])
+    def out_of(self) -> list[Experts]:
+        return [Experts(_linear, w, _AXES[1]) for w in self.b]
 
 
 def _linear(w: Array, x: Array, layout: Layout) -> Array:

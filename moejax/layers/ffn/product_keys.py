@@ -1,5 +1,6 @@
 """Product-key layers: each token retrieves a few of n * n tiny experts (PEER, He 2024) or memory values (PKM, Lample et al. 2019)."""
 
+import dataclasses
 from typing import Literal
 
 import flax.linen as nn
@@ -9,7 +10,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.dispatch.expert_parallel.rows import by_device
@@ -21,8 +24,22 @@ SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.r
 QUERY_NORMS = ("batch", "layer", "none")
 
 
+@dataclasses.dataclass(frozen=True)
+class Follow:
+    """State `name` follows a step's means, `sum / count` of what was measured, at a rate of 1 - `momentum`."""
+
+    name: str
+    momentum: float
+
+    def after_step(self, site: Site) -> Site:
+        count = jnp.maximum(site.measured["count"], 1e-9)
+        now = {key: value / count for key, value in site.measured.items() if key != "count"}
+        moved = jax.tree.map(lambda old, new: self.momentum * old + (1 - self.momentum) * new, site.state[self.name], now)
+        return site.replace(state={**site.state, self.name: moved})
+
+
 @ffns.register("product_keys")
-class ProductKeys(nn.Module):
+class ProductKeys(RowWise):
     """`y = sum over heads and their k best experts of g act(<x, u>) v`, found among n * n in O(n) time.
 
     A head's query has two halves; expert `a * n + b` scores `<q_1, c_1[a]> + <q_2, c_2[b]>`, so the best experts are among
@@ -30,7 +47,7 @@ class ProductKeys(nn.Module):
     hidden units that is put together anew. No balance loss: normalised queries keep the usage even.
 
     Normalising over the batch lets tokens of a training batch see each other, later ones too; outside training it uses running
-    statistics and a token depends on itself alone. 'layer' is the strict substitute.
+    statistics and a token depends on itself alone (so it counts as `RowWise`). 'layer' is the strict substitute.
 
     Attributes:
       num_keys: n, sub-keys of each half; there are n * n experts.
@@ -48,7 +65,7 @@ class ProductKeys(nn.Module):
 
     Collections: sows 'stats' usage (share of experts that were picked in the last few hundred training batches), unevenness
     (Kullback-Leibler divergence of their summed weights from uniform, nats) and entropy (of a head's weights, nats). Keeps running
-    statistics and usage in 'router_state', which training updates.
+    statistics and usage in 'router_state', which controllers move after every optimizer step.
 
     Raises:
       ConfigError: sizes that do not fit, unknown options.
@@ -80,8 +97,7 @@ class ProductKeys(nn.Module):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         """Padding gets zeros."""
         ctx = ctx or Context()
-        rows = x.reshape(-1, x.shape[-1])
-        valid = jnp.ones(rows.shape[0], bool) if ctx.valid is None else ctx.valid.reshape(-1)
+        rows, valid = ctx.clean(x).reshape(-1, x.shape[-1]), ctx.real(x).reshape(-1)
         score, index = self._retrieve(self._query(rows, valid, ctx.train))
         weight = SCORES[self.score](score)
         self._count(index, weight, valid, ctx.train)
@@ -106,14 +122,13 @@ class ProductKeys(nn.Module):
         width = query.shape[-1]
         scale = param(self, "scale", nn.initializers.ones, (width,), (None,))
         shift = param(self, "shift", nn.initializers.zeros, (width,), (None,))
-        running = self.variable("router_state", "query", lambda: {"mean": jnp.zeros(width), "var": jnp.ones(width)})
-        now = running.value
+        now = self.variable("router_state", "query", lambda: {"mean": jnp.zeros(width), "var": jnp.ones(width)}).value
         if train:
             share = valid[:, None] / jnp.maximum(valid.sum(), 1)
             mean = (share * query).sum(0)
             now = {"mean": mean, "var": (share * jnp.square(query - mean)).sum(0)}
-            if self.is_mutable_collection("router_state"):
-                running.value = jax.tree.map(self._follow, running.value, now)
+            seen = jax.tree.map(lambda value: value * valid.sum(), now)
+            control(self, "query", Follow("query", self.momentum), {"count": valid.sum().astype(jnp.float32), **seen})
         return (query - now["mean"]) * jax.lax.rsqrt(now["var"] + 1e-5) * scale + shift
 
     def _retrieve(self, query: Float[Array, "n h q"]) -> tuple[Float[Array, "n h k"], Int[Array, "n h k"]]:
@@ -133,29 +148,18 @@ class ProductKeys(nn.Module):
     def _count(self, index: Int[Array, "n h k"], weight: Float[Array, "n h k"], valid: Bool[Array, "n"], train: bool) -> None:
         """Follows each expert's share of the weights, and sows what the shares look like."""
         e, weight = self.num_keys**2, jax.lax.stop_gradient(weight)
-        usage = self.variable("router_state", "usage", lambda: jnp.zeros(e))
-        if train and self.is_mutable_collection("router_state"):
+        usage = self.variable("router_state", "usage", lambda: {"weight": jnp.zeros(e)}).value["weight"]
+        if train:
             spent = jnp.where(valid[:, None, None], weight, 0)
-            share = jnp.zeros(e).at[index].add(spent) / jnp.maximum(spent.sum(), 1e-9)
-            usage.value = self._follow(usage.value, share)
-        share = usage.value / jnp.maximum(usage.value.sum(), 1e-9)
+            seen = {"count": spent.sum(), "weight": jnp.zeros(e).at[index].add(spent)}
+            control(self, "usage", Follow("usage", self.momentum), seen)
+        share = usage / jnp.maximum(usage.sum(), 1e-9)
         sow(self, "stats", "usage", (share > 0).mean())
         sow(self, "stats", "unevenness", jax.scipy.special.xlogy(share, share * e).sum())
         own = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
         entropy = -jax.scipy.special.xlogy(own, own).sum(-1).mean(-1)
         sow(self, "stats", "entropy", (entropy * valid).sum() / jnp.maximum(valid.sum(), 1))
 
-    def _follow(self, old: Array, new: Array) -> Array:
-        """The running mean. Microbatches start from one state and their results are averaged, which is exact."""
-        return self.momentum * old + (1 - self.momentum) * jax.lax.stop_gradient(new)
-
     def active_fraction(self) -> float:
         """Share of the experts that a token uses."""
         return min(1.0, self.heads * self.k / self.num_keys**2)
-
-    def check_causal(self, where: str) -> None:
-        """Outside training a token depends on itself alone; see the class about batch statistics in training."""
-
-    def decodable(self) -> str | None:
-        """None: every token by itself."""
-        return None

@@ -9,13 +9,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.registry import Many
+from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns, mixers
 from moejax.layers.routed import run_plan, sow_routing
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, check_losses, losses, masked_mean
 from moejax.routing.plan import MergePlan, Plan, dropless
+from moejax.routing.scores import shares
 
 COMBINES = ("merge", "ensemble", "st_gumbel", "top1", "tag")
 ROUTE_BY = ("sequence", "previous", "prefix")
@@ -24,7 +27,7 @@ SLOTS = {"bank": banks, "losses": Many(losses)}
 
 @mixers.register("smear", slots={**SLOTS, "layer": mixers})
 @ffns.register("smear", slots={**SLOTS, "layer": ffns})
-class SMEAR(nn.Module):
+class SMEAR(Layer):
     """`u + LN(E(u))` with u the output of `layer` and E one expert whose parameters are averaged for each sequence: `sum_i p_i theta_i`.
 
     `p = softmax(LN(mean of u) . LN(router_i))`. The router's vectors are normalised to a small scale, so that p starts near uniform.
@@ -65,6 +68,7 @@ class SMEAR(nn.Module):
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         for name, options in (("combine", COMBINES), ("route_by", ROUTE_BY)):
             check_choice(name, getattr(self, name), options)
         if self.segment < 1:
@@ -76,16 +80,14 @@ class SMEAR(nn.Module):
         ctx = ctx or Context()
         u = x if self.layer is None else self.layer(x, ctx)
         b, s, d = u.shape
-        valid = jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
-        groups, valid = self._grouped(u, valid)
+        groups, valid = self._grouped(ctx.clean(u), ctx.real(u))
         logits = self._logits(self._summaries(groups, valid))
         domain = None if ctx.domain is None else self._grouped(ctx.domain[..., None], ctx.domain > 0)[0][:, :, 0, 0].reshape(-1)
         flat, valid = groups.reshape(-1, *groups.shape[2:]), valid.reshape(-1, groups.shape[2])
         probs = jax.nn.softmax(logits, axis=-1)
         plan = self._plan(logits, probs, domain, valid, ctx.train)
-        y, _, backend = run_plan(
-            _for_tokens(plan, valid), lambda rows, layout: self.bank(rows, layout, ctx), flat, self.backend
-        )
+        experts = experts_of(self.bank, flat.shape[-1], ctx)
+        y, _, backend = run_plan(_for_tokens(plan, valid), experts, flat, self.backend)
         y = jnp.where(valid[..., None], y, 0).reshape(b, -1, y.shape[-1])[:, :s].astype(x.dtype)
         # What is routed is a group: losses and statistics see one token in each.
         sow_routing(
@@ -166,8 +168,8 @@ class SMEAR(nn.Module):
 
 def drop_experts(probs: Float[Array, "g e"], rate: float, key: Key[Array, ""]) -> Float[Array, "g e"]:
     """Zeroes each entry with probability `rate` and normalises again; uniform where none is left."""
-    kept = jnp.where(jax.random.bernoulli(key, 1 - rate, probs.shape), probs, 0) + 1e-10
-    return kept / kept.sum(-1, keepdims=True)
+    kept = jnp.where(jax.random.bernoulli(key, 1 - rate, probs.shape), probs, 0)
+    return shares(jnp.where(kept.any(-1, keepdims=True), kept, 1.0))
 
 
 def _for_tokens(plan: Plan, valid: Bool[Array, "g n"]) -> Plan:

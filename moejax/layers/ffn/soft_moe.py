@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.layer import Layer
 from moejax.experts.registry import banks
 from moejax.layers.ffn.moe import MoE
 from moejax.layers.registry import ffns
@@ -13,7 +14,7 @@ from moejax.routing.select import SoftSlots
 
 
 @ffns.register("soft_moe", slots={"bank": banks})
-class SoftMoE(nn.Module):
+class SoftMoE(Layer):
     """Slots are averages of all tokens of a sequence, outputs averages of all slots. Never causal.
 
     The paper sets `num_experts * slots` to about the number of tokens, which costs what the dense layer costs.
@@ -35,8 +36,8 @@ class SoftMoE(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
-        router = Cosine(self.num_experts, self.slots, normalise=self.normalise)
         select = SoftSlots(self.slots, self.dispatch, self.combine)
+        router = Cosine(self.num_experts, outputs=select.outputs, normalise=self.normalise)
         return MoE(router=router, select=select, bank=self.bank, name="moe")(x, ctx)
 
     def active_fraction(self) -> float:

@@ -1,5 +1,6 @@
 """VQMoE (Do et al. 2024): beside the routed path, a path whose expert is named by a learned code, over the same experts."""
 
+import dataclasses
 from typing import Literal
 
 import flax.linen as nn
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.core.context import Context
+from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.params import param
 from moejax.core.sowing import sow
+from moejax.experts.base import experts_of
 from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_routing
@@ -25,6 +28,34 @@ OPTIONS = {
     "codebook": ("learned", "averaged"),
 }
 MEMORY = 0.99  # of running means: codes' use and, where they are averages, their tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageCodes:
+    """Codes as running averages of their tokens (van den Oord et al. 2017, appendix A.1): of each code's use and of its tokens' sum."""
+
+    def after_step(self, site: Site) -> Site:
+        tokens = jnp.maximum(site.measured["tokens"], 1)
+        follow = {name: MEMORY * site.state[name] + (1 - MEMORY) * site.measured[name] / tokens for name in ("total", "use")}
+        return site.replace(state={**site.state, **follow})
+
+
+@dataclasses.dataclass(frozen=True)
+class ReviveCodes:
+    """Moves a code whose running use is below `below` / K to a token of the step, with fresh optimizer memory."""
+
+    below: float
+
+    def after_step(self, site: Site) -> Site:
+        use, measured = site.state["use"], site.measured
+        dead = use < self.below / use.shape[0]
+        followed = MEMORY * use + (1 - MEMORY) * measured["use"] / jnp.maximum(measured["tokens"], 1)
+        codes = jnp.where(dead[:, None], measured["drawn"] / measured["calls"], site.params["codebook"])
+        return site.replace(
+            params={**site.params, "codebook": codes.astype(site.params["codebook"].dtype)},
+            state={**site.state, "use": jnp.where(dead, 1 / use.shape[0], followed)},
+            restarted={"codebook": dead[:, None]},
+        )
 
 
 @ffns.register("vq_moe", slots=SLOTS)
@@ -47,10 +78,10 @@ class VQMoE(MoE):
       paths: 'both', or 'discrete' alone, which needs no router (the paper's fine-tuning).
       combine: 'gate' learns a; 'mean' takes halves.
       revive_below: in training, a code whose running use falls below this share of 1 / K is moved to a random token of the batch;
-        0 never. Microbatches move it to the mean of one token of each.
+        0 never. Of several microbatches, it is moved to the mean of one token of each.
 
-    Collections: sows the loss as 'vq_loss' and the stat code_perplexity; keeps running use, and the moves of revived codes or the
-    averages of averaged ones, in 'router_state'.
+    Collections: sows the loss as 'vq_loss' and the stat code_perplexity; keeps running use, and the sums of averaged codes, in
+    'router_state', which controllers move after every optimizer step.
     """
 
     num_codes: int | None = None
@@ -77,6 +108,7 @@ class VQMoE(MoE):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         """See the class; padding gets zeros."""
         ctx = ctx or Context()
+        x = ctx.clean(x)
         discrete = self._discrete(x, ctx)
         if self.paths == "discrete":
             return discrete
@@ -88,13 +120,13 @@ class VQMoE(MoE):
         return a[..., :1] * routed + a[..., 1:] * discrete
 
     def _discrete(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
-        e, valid = self.bank.num_experts, jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
+        e, valid = self.bank.num_experts, ctx.real(x)
         quantised, scores, code = self._quantise(x.astype(jnp.float32), valid, ctx.train)
         used = valid[..., None]
         expert = (code % e)[..., None]
         plan = dropless(expert, jnp.ones(expert.shape), used, e)
         rows = nn.LayerNorm(name="code_norm")(quantised).astype(x.dtype)
-        y, plan, backend = run_plan(plan, lambda rows, layout: self.bank(rows, layout, ctx), rows, self.backend)
+        y, plan, backend = run_plan(plan, experts_of(self.bank, rows.shape[-1], ctx), rows, self.backend)
         if self.paths == "discrete":
             own = jax.nn.one_hot(jnp.arange(scores.shape[-1]) % e, e)
             probs = jax.nn.softmax(scores, axis=-1) @ own
@@ -105,7 +137,7 @@ class VQMoE(MoE):
         self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], train: bool
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s k"], Array]:
         """The quantised tokens, how near each code is (0 at best, or 1 for cosines), and the nearest code."""
-        codes, state = self._codes(x.shape[-1])
+        codes = self._codes(x.shape[-1])
         k = codes.shape[0]
         scores = _nearness(jax.lax.stop_gradient(x), jax.lax.stop_gradient(codes), self.distance)
         code = jnp.argmax(scores, axis=-1)
@@ -118,61 +150,35 @@ class VQMoE(MoE):
         sow(self, "losses", "vq_loss", self.coef * masked_mean(error, valid, (0, 1)).mean())
         use = masked_mean(one_hot, valid, (0, 1))
         sow(self, "stats", "code_perplexity", jnp.exp(-jax.scipy.special.xlogy(use, use).sum()))
-        if state is not None and train and self.is_mutable_collection("router_state"):
-            update = self._revived if self.revive_below else self._averaged
-            state.value = stop(update(state.value, codes, x, valid, use, one_hot))
+        if train and (self.codebook == "averaged" or self.revive_below):
+            rule = AverageCodes() if self.codebook == "averaged" else ReviveCodes(self.revive_below)
+            control(self, "codes", rule, self._measured(x, valid, one_hot))
         if self.quantise == "blend":
             return (1 - self.rho) * x + self.rho * stop(nearest - x), scores, code
         return x + stop(nearest - x), scores, code
 
-    def _codes(self, width: int) -> tuple[Float[Array, "k d"], nn.Variable | None]:
-        """The codebook, and the state that it rests on if there is one."""
+    def _codes(self, width: int) -> Float[Array, "k d"]:
+        """The codebook; declares the state that moves it, if any does."""
         k = self.num_codes or self.bank.num_experts
+        if self.codebook == "averaged" or self.revive_below:
+            use = self.variable("router_state", "use", lambda: jnp.full(k, 1 / k)).value
         if self.codebook == "averaged":
             start = _uniform(1 / k)
-            state = self.variable(
-                "router_state",
-                "codes",
-                lambda: {"total": start(self.make_rng("params"), (k, width)) / k, "use": jnp.full(k, 1 / k)},
-            )
-            return state.value["total"] / jnp.maximum(state.value["use"], 1e-9)[:, None], state
-        codes = param(self, "codebook", _uniform(1 / k), (k, width), (None, "embed"))
-        if not self.revive_below:
-            return codes, None
-        # A parameter cannot be set in a forward pass: where a code was moved to is kept beside it.
-        state = self.variable("router_state", "codes", lambda: {"move": jnp.zeros(codes.shape), "use": jnp.full(k, 1 / k)})
-        return codes + state.value["move"], state
+            total = self.variable("router_state", "total", lambda: start(self.make_rng("params"), (k, width)) / k).value
+            return total / jnp.maximum(use, 1e-9)[:, None]
+        return param(self, "codebook", _uniform(1 / k), (k, width), (None, "embed"))
 
-    def _averaged(
-        self,
-        state: dict[str, Array],
-        codes: Float[Array, "k d"],
-        x: Float[Array, "b s d"],
-        valid: Bool[Array, "b s"],
-        use: Float[Array, "k"],
-        one_hot: Float[Array, "b s k"],
+    def _measured(
+        self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], one_hot: Float[Array, "b s k"]
     ) -> dict[str, Array]:
-        """Running means over tokens of each code's use and of its tokens' sum. Linear, so microbatches' states can be averaged."""
-        tokens = jnp.einsum("bsk,bsd->kd", one_hot * valid[..., None], x) / jnp.maximum(valid.sum(), 1)
-        new = {"total": tokens, "use": use}
-        return {name: MEMORY * state[name] + (1 - MEMORY) * new[name] for name in new}
-
-    def _revived(
-        self,
-        state: dict[str, Array],
-        codes: Float[Array, "k d"],
-        x: Float[Array, "b s d"],
-        valid: Bool[Array, "b s"],
-        use: Float[Array, "k"],
-        one_hot: Float[Array, "b s k"],
-    ) -> dict[str, Array]:
-        k, valid = codes.shape[0], valid.reshape(-1)
-        dead = state["use"] < self.revive_below / k
+        """Sums over the call's tokens that the codes are moved by."""
+        found = {"use": (one_hot * valid[..., None]).sum((0, 1)), "tokens": valid.sum().astype(jnp.float32)}
+        if self.codebook == "averaged":
+            return {**found, "total": jnp.einsum("bsk,bsd->kd", one_hot * valid[..., None], x)}
         # All valid tokens alike, by the largest of random numbers.
-        draw = jax.random.uniform(self.make_rng("router"), (k, valid.shape[0])) * valid
-        token = x.reshape(-1, x.shape[-1])[jnp.argmax(draw, axis=-1)]
-        move = jnp.where(dead[:, None], state["move"] + token - codes, state["move"])
-        return {"move": move, "use": jnp.where(dead, 1 / k, MEMORY * state["use"] + (1 - MEMORY) * use)}
+        flat = valid.reshape(-1)
+        draw = jax.random.uniform(self.make_rng("router"), (one_hot.shape[-1], flat.shape[0])) * flat
+        return {**found, "drawn": x.reshape(-1, x.shape[-1])[jnp.argmax(draw, axis=-1)], "calls": jnp.ones(())}
 
     def active_fraction(self) -> float:
         """Share of the experts' parameters that a token uses: those that the rule selects, and the code's."""

@@ -12,16 +12,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
-from moejax.core.params import Dense, param
+from moejax.core.initializers.registry import initializers
+from moejax.core.initializers.usual import FanIn
+from moejax.core.layer import Layer
+from moejax.core.params import Dense, Initializer, param
 from moejax.layers.registry import mixers
 from moejax.parallel import constrain, current
 
 QK_NORMS = ("none", "head", "projection")
 CHUNK = 512  # queries of a long sequence whose scores are in memory at a time
+INITS = {"init_qkv": initializers, "init_out": initializers}
 
 
-@mixers.register("attention")
-class Attention(nn.Module):
+@mixers.register("attention", slots=INITS)
+class Attention(Layer):
     """Multi-head attention with `num_kv_heads` shared key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
     Masks follow the context: a token attends to valid tokens of its own segment, when causal only to positions up to its
@@ -41,7 +45,7 @@ class Attention(nn.Module):
       use_bias: biases on all four projections.
       qk_norm: RMS norm of queries and keys: 'none', per 'head' (Dehghani et al. 2023, Qwen3) or over the whole
         'projection' (OLMoE).
-      init_scale: variance of the projections at the start, in units of 1 / fan-in.
+      init_qkv, init_out: how the projections to queries, keys and values, and that of the output, start.
       max_length: tokens that the cache holds.
       dtype: computation type; parameters stay float32.
     """
@@ -54,7 +58,8 @@ class Attention(nn.Module):
     window: int | None = None
     use_bias: bool = False
     qk_norm: str = "none"
-    init_scale: float = 1.0
+    init_qkv: Initializer = FanIn()
+    init_out: Initializer = FanIn()
     max_length: int = 2048
     dtype: Any = "float32"
 
@@ -87,12 +92,16 @@ class Attention(nn.Module):
             mask = visible(positions, positions, self.causal, self.window, ctx.valid, ctx.segments, ctx.segments)
         q, k, v = self._split_heads(q, k, v)
         y = self._weigh(attend(q, k, v, mask), x, plain, ctx)
-        return self._dense(d, ("heads", "embed"), "o")(y.reshape(b, s, -1))
+        return self._dense(d, ("heads", "embed"), "o", self.init_out)(y.reshape(b, s, -1))
 
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if this layer lets a token see later ones; a decoder calls it with the layer's place."""
         if not self.causal:
             raise ConfigError(f"{where}.causal=False lets tokens see the future in a decoder; remove it")
+
+    def decodable(self) -> str | None:
+        """None: keys and values are cached; bidirectional attention has no cache to fill."""
+        return None if self.causal else "bidirectional attention sees later tokens"
 
     def _weigh(
         self, y: Float[Array, "b s h c"], x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context
@@ -122,15 +131,14 @@ class Attention(nn.Module):
 
     def _project(self, x: Float[Array, "b s d"], name: str, heads: int, axis: str) -> Float[Array, "b s h c"]:
         b, s, d = x.shape
-        y = self._dense(heads * self._head_dim(d), ("embed", axis), name)(x)
+        y = self._dense(heads * self._head_dim(d), ("embed", axis), name, self.init_qkv)(x)
         normed = self.qk_norm if name in ("q", "k") else "none"
         if normed == "projection":
             y = _rms_norm(self, f"{name}_norm", y)
         y = y.reshape(b, s, heads, -1)
         return _rms_norm(self, f"{name}_norm", y) if normed == "head" else y
 
-    def _dense(self, features: int, axes: tuple[str, str], name: str) -> Dense:
-        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+    def _dense(self, features: int, axes: tuple[str, str], name: str, init: Initializer) -> Dense:
         return Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)
 
     def _head_dim(self, d: int) -> int:

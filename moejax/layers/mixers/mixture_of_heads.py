@@ -8,11 +8,11 @@ from jaxtyping import Array, Float
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.registry import Many
-from moejax.layers.mixers.attention import Attention
+from moejax.layers.mixers.attention import INITS, Attention
 from moejax.layers.registry import mixers
 from moejax.layers.routed import plan_tokens, sow_routing
-from moejax.routing.losses.base import Loss, Routing, losses
-from moejax.routing.routers.base import routers
+from moejax.routing.losses.base import Loss, Routing, check_losses, losses
+from moejax.routing.routers.base import ask, routers, told
 from moejax.routing.routers.linear import Linear
 from moejax.routing.select import Select, TopK, selects
 
@@ -36,10 +36,10 @@ class RoutedHeads(Attention):
     losses: tuple[Loss, ...] = ()
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         if not 0 <= self.shared_heads < self.num_heads:
             raise ConfigError(f"shared_heads={self.shared_heads} must be at least 0 and less than num_heads={self.num_heads}")
-        if hasattr(self.select, "check_num_experts"):
-            self.select.check_num_experts(self.num_heads - self.shared_heads)
+        self.select.check_num_experts(self.num_heads - self.shared_heads)
         super().__post_init__()
 
     def _weigh(
@@ -50,11 +50,9 @@ class RoutedHeads(Attention):
 
     def _route(self, logits: Float[Array, "b s e"], ctx: Context) -> tuple[Float[Array, "b s e"], Routing]:
         """The combine matrix of the routed heads; sows its losses and statistics."""
-        plan, logits = plan_tokens(self, logits.astype(jnp.float32), self.select, ctx.valid, ctx.train)
-        valid = jnp.ones(logits.shape[:2], bool) if ctx.valid is None else ctx.valid
-        routing = Routing(logits, self.select.probabilities(logits), plan, valid)
+        routing = plan_tokens(self, logits, self.select, self.num_heads - self.shared_heads, ctx)
         sow_routing(self, routing, self.losses)
-        return plan.dense(), routing
+        return routing.plan.dense(), routing
 
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if the attention, or the choice of heads, looks at later tokens."""
@@ -67,10 +65,14 @@ class RoutedHeads(Attention):
 
     def decodable(self) -> str | None:
         """None if decoding one token at a time gives the plan of a whole forward pass; else the reason why not."""
-        return None if self.select.per_token else f"{type(self.select).__name__} plans several tokens together at inference"
+        return (
+            super().decodable()
+            if self.select.per_token
+            else f"{type(self.select).__name__} plans several tokens together at inference"
+        )
 
 
-@mixers.register("mixture_of_heads", slots={"router": routers, "select": selects, "losses": Many(losses)})
+@mixers.register("mixture_of_heads", slots={**INITS, "router": routers, "select": selects, "losses": Many(losses)})
 class MixtureOfHeads(RoutedHeads):
     """Gates from the attention's input: `g = concat(a_1 s, a_2 r)`.
 
@@ -96,12 +98,13 @@ class MixtureOfHeads(RoutedHeads):
                 f"router.num_experts={given}, but num_heads={self.num_heads} - shared_heads={self.shared_heads} leaves {routed} "
                 "heads to route; set it to that"
             )
+        object.__setattr__(self, "router", told(self.router, self.select.outputs))
         super().__post_init__()
 
     def _gates(self, x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context) -> Float[Array, "b s h"]:
         routed = self.num_heads - self.shared_heads
-        router = Linear(routed, name="router") if self.router is None else self.router
-        r, _ = self._route(router(x, ctx), ctx)
+        router = Linear(routed, outputs=self.select.outputs, name="router") if self.router is None else self.router
+        r, _ = self._route(ask(router, x, ctx), ctx)
         if not self.shared_heads:
             return r
         s = self.shared_heads * jax.nn.softmax(Linear(self.shared_heads, name="shared_router")(x, ctx), axis=-1)
@@ -111,18 +114,19 @@ class MixtureOfHeads(RoutedHeads):
         return jnp.concatenate([s, r], axis=-1)
 
 
-@mixers.register("query_norm_heads", slots={"select": selects, "losses": Many(losses)})
+@mixers.register("query_norm_heads", slots={**INITS, "select": selects, "losses": Many(losses)})
 class QueryNormHeads(RoutedHeads):
     """Gates without parameters, for continued training of a model that has none: a token takes the heads with the longest queries.
 
     The logits are the norms of the routed heads' queries before rotary positions, divided by their standard deviation over these
-    heads. Gates are binary, shared heads 1, so that outputs keep the scale that the model was trained with; the gradient passes
+    heads (the unbiased one, as in the release). Gates are binary, shared heads 1, so that outputs keep the scale that the model was trained with; the gradient passes
     as if each gate were its weight in the plan (straight-through).
     """
 
     def _gates(self, x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context) -> Float[Array, "b s h"]:
         squared = jnp.square(q[:, :, self.shared_heads :].astype(jnp.float32)).sum(-1)
         norms = jnp.sqrt(squared + 1e-12)  # whose derivative is finite at 0
-        weight, routing = self._route(norms / jnp.sqrt(norms.var(-1, keepdims=True) + 1e-12), ctx)
+        variance = norms.var(-1, ddof=min(1, norms.shape[-1] - 1), keepdims=True)
+        weight, routing = self._route(norms / jnp.sqrt(variance + 1e-12), ctx)
         taken = jax.lax.stop_gradient(routing.plan.assigned() - weight) + weight
         return jnp.concatenate([jnp.ones((*taken.shape[:2], self.shared_heads)), taken], axis=-1)

@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.core.layer import RowWise
 from moejax.layers.registry import norms
 
 
 @norms.register("layer_norm")
-class LayerNorm(nn.Module):
+class LayerNorm(RowWise):
     """Layer norm with learned scale and bias (Ba et al. 2016); Flax's, in the model's dtype."""
 
     epsilon: float = 1e-6

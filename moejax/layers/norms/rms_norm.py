@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.core.layer import RowWise
 from moejax.layers.registry import norms
 
 
 @norms.register("rms_norm")
-class RMSNorm(nn.Module):
+class RMSNorm(RowWise):
     """Root-mean-square norm with a learned scale (Zhang and Sennrich 2019); Flax's, in the model's dtype."""
 
     epsilon: float = 1e-6

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float
 
 from moejax.core.control import Site
 from moejax.core.errors import ConfigError
-from moejax.routing.losses.base import Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
 
 
 @runtime_checkable
 class AdaptiveLoss(Protocol):
-    """A loss with one number of state, kept in the layer's 'router_state', and a controller that changes it once per step.
+    """A `Loss` with one number of state, kept in the layer's 'router_state', and a controller that changes it once per step.
 
     Its `coef` is that of the start.
     """
@@ -38,7 +38,7 @@ class AdaptiveLoss(Protocol):
 
 @losses.register("adaptive_l1")
 @dataclasses.dataclass(frozen=True)
-class AdaptiveL1:
+class AdaptiveL1(Loss):
     """`lambda * sum_e f_e mean_t R_te` of ReLU gates R, with a lambda that drives the mean number of active experts to `k`.
 
     `f_e = e / k * mean_t 1[R_te > 0]`, without gradient, presses more on experts that are busier than `k / e`; f = 1 is plain L1.
@@ -54,7 +54,7 @@ class AdaptiveL1:
     """
 
     k: float = 1.0
-    coef: float = 1e-8
+    coef: float = dataclasses.field(default=1e-8, kw_only=True)
     rate: float = 1.2
     balanced: bool = True
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import ConfigError, check_choice
-from moejax.routing.losses.base import Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, losses, masked_mean, mean_of_groups
 from moejax.routing.plan import Plan, TokenPlan
 
 
 @losses.register("balance")
 @dataclasses.dataclass(frozen=True)
-class Balance:
+class Balance(Loss):
     """`coef * e * sum_i f_i P_i`: f is the share of choices that want expert i, P its mean probability (Fedus et al. 2021, eq. 4).
 
     f counts what tokens want before capacity, sums to 1, and passes no gradient.
@@ -38,23 +38,20 @@ class Balance:
         check_choice("share", self.share, ("choices", "tokens"))
         check_choice("over", self.over, ("group", "batch"))
 
-    def __call__(self, routing: Routing) -> Float[Array, ""]:
+    def cost(self, routing: Routing) -> Float[Array, ""]:
         wanted = _first(routing.plan) if self.count == "first" else routing.plan.wanted()
-        wanted = jax.lax.stop_gradient(wanted) * routing.valid[..., None]
+        wanted = jax.lax.stop_gradient(wanted)
+        wanted = jnp.where(routing.valid[..., None], wanted, 0)
         axes = (0, 1) if self.over == "batch" else (1,)
         if self.share == "tokens":
             share = masked_mean(wanted, routing.valid, axes)
         else:
             share = wanted.sum(axes) / jnp.maximum(wanted.sum(axes).sum(-1, keepdims=True), 1e-9)
         mean_prob = masked_mean(routing.probs, routing.valid, axes)
-        per_group = self._cost(share, mean_prob)
-        if self.over == "batch":
-            return self.coef * per_group
-        # Groups count by their number of valid tokens, so that an empty group counts nothing.
-        tokens = routing.valid.sum(1)
-        return self.coef * (per_group * tokens).sum() / jnp.maximum(tokens.sum(), 1)
+        unevenness = self._unevenness(share, mean_prob)
+        return unevenness if self.over == "batch" else mean_of_groups(unevenness, routing.valid)
 
-    def _cost(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
+    def _unevenness(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
         return share.shape[-1] * (share * mean_prob).sum(-1)
 
 

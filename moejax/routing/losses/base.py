@@ -1,15 +1,25 @@
 """Losses on routing: pure functions of a layer's `Routing`, weighted by their own `coef` and sown once by the layer.
 
+    @dataclasses.dataclass(frozen=True)
+    class LogitSize(Loss):                                  # sown as 'logit_size_loss', registered or not
+        def cost(self, routing):
+            return masked_mean(jnp.abs(routing.logits).mean(-1), routing.valid, (0, 1))
+
+    layer = MoE(..., losses=(LogitSize(1e-3),))
+
 Published balance losses differ by a factor of k and in what they average over. Here both are explicit, and the scale is fixed:
 the balance loss is `coef` times 1 under uniform routing and `coef` times e when one expert takes everything, for every k.
 """
 
-from typing import Protocol, runtime_checkable
+import dataclasses
+import re
+from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from moejax.core.errors import ConfigError
 from moejax.core.registry import Registry
 from moejax.routing.plan import Plan
 
@@ -32,17 +42,60 @@ class Routing:
     plan: Plan
     valid: Bool[Array, "g n"]
 
+    def clean(self) -> "Routing":
+        """The same with zeros for the logits and probabilities of padding."""
+        logits, probs = (jnp.where(self.valid[..., None], values, 0) for values in (self.logits, self.probs))
+        return self.replace(logits=logits, probs=probs)
 
-@runtime_checkable
-class Loss(Protocol):
-    """A frozen dataclass with a `coef`; calling it gives the weighted scalar."""
 
-    coef: float
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a layer adds to the objective about its routing. A loss writes `cost`; here it is weighted.
 
-    def __call__(self, routing: Routing) -> Float[Array, ""]: ...
+    Attributes:
+      coef: weight; may be negative.
+    """
+
+    coef: float = 1.0
+
+    def __call__(self, routing: Routing) -> Float[Array, ""]:
+        """The weighted scalar. What lies in padding, NaN included, touches neither it nor its gradient."""
+        return self.coef * self.cost(routing.clean())
+
+    def cost(self, routing: Routing) -> Float[Array, ""]:
+        """The scalar before it is weighted. Logits and probabilities of padding are zeros; means are over valid tokens."""
+        raise NotImplementedError(f"{type(self).__name__}.cost")
+
+    @property
+    def kind(self) -> str:
+        """The name under which its class is registered, or else the class's own in snake case."""
+        try:
+            return losses.kind_of(self)
+        except ConfigError:
+            return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is sown: '<kind>_loss'. NNX keeps losses and statistics in one namespace, and there 'z' is one."""
+        return self.kind if self.kind.endswith("_loss") else f"{self.kind}_loss"
+
+
+def check_losses(given: Any) -> None:
+    """Raises ConfigError if a layer's `losses` are not a tuple of losses."""
+    if not isinstance(given, tuple):
+        raise ConfigError(f"losses={given!r} must be a tuple, as in losses=(Balance(0.01),)")
+    for loss in given:
+        if not isinstance(loss, Loss):
+            raise ConfigError(f"losses has a {type(loss).__name__}, which is no routing loss; derive it from moejax.Loss")
 
 
 def masked_mean(values: Float[Array, "g n *e"], valid: Bool[Array, "g n"], axes: tuple[int, ...]) -> Array:
     """Mean over the valid tokens along `axes` (group and token axes only); 0 where there are none."""
-    mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2)).astype(values.dtype)
-    return (values * mask).sum(axes) / jnp.maximum(mask.sum(axes), 1)
+    mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
+    return jnp.where(mask, values, 0).sum(axes) / jnp.maximum(mask.sum(axes), 1)
+
+
+def mean_of_groups(values: Float[Array, "g"], valid: Bool[Array, "g n"]) -> Float[Array, ""]:
+    """Mean over groups, which count by their number of valid tokens: an empty group counts nothing."""
+    tokens = valid.sum(1)
+    return (values * tokens).sum() / jnp.maximum(tokens.sum(), 1)

@@ -24,8 +24,8 @@ class DeviceBalance(Balance):
     coef: float = 0.05
     devices: int = 1
 
-    def _cost(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
+    def _unevenness(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
         if share.shape[-1] % self.devices:
             raise ConfigError(f"losses.device_balance.devices={self.devices} must divide num_experts={share.shape[-1]}")
         share, mean_prob = (x.reshape(*x.shape[:-1], self.devices, -1).sum(-1) for x in (share, mean_prob))
-        return super()._cost(share, mean_prob)
+        return super()._unevenness(share, mean_prob)

@@ -3,16 +3,17 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import check_choice
-from moejax.routing.losses.base import Routing, losses
+from moejax.routing.losses.base import Loss, Routing, losses
 
 
 @losses.register("importance")
 @dataclasses.dataclass(frozen=True)
-class Importance:
+class Importance(Loss):
     """`coef * CV(importance)^2`, importance being each expert's summed gate over the batch (Shazeer et al. 2017, eq. 6-7).
 
     Attributes:
@@ -26,7 +27,11 @@ class Importance:
     def __post_init__(self) -> None:
         check_choice("gates", self.gates, ("weights", "probs"))
 
-    def __call__(self, routing: Routing) -> Float[Array, ""]:
+    def cost(self, routing: Routing) -> Float[Array, ""]:
         gates = routing.probs if self.gates == "probs" or not hasattr(routing.plan, "dense") else routing.plan.dense()
-        importance = (gates * routing.valid[..., None]).sum((0, 1))
-        return self.coef * importance.var() / (jnp.square(importance.mean()) + 1e-10)
+        importance = jnp.where(routing.valid[..., None], gates, 0).sum((0, 1))
+        # The coefficient of variation does not depend on the scale, so gates of any size are brought to one.
+        size = jax.lax.stop_gradient(jnp.abs(importance).max())
+        importance = importance / jnp.where(size > 0, size, 1)
+        squared = jnp.square(importance.mean())
+        return importance.var() / jnp.where(squared > 0, squared, 1)

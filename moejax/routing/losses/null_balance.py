@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import check_choice
-from moejax.routing.losses.base import Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.scores import best
 
 
 @losses.register("null_balance")
 @dataclasses.dataclass(frozen=True)
-class NullBalance:
+class NullBalance(Loss):
     """`coef * (e + m) * sum_i f_i P_i` over e true and m null experts, each null one with the mean f of all m.
 
     f is the share of choices and P the mean probability, over the batch; f passes no gradient. Null experts are
@@ -31,12 +32,12 @@ class NullBalance:
     def __post_init__(self) -> None:
         check_choice("null", self.null, ("mean", "each"))
 
-    def __call__(self, routing: Routing) -> Float[Array, ""]:
+    def cost(self, routing: Routing) -> Float[Array, ""]:
         e, o, k = routing.plan.num_experts, routing.logits.shape[-1], routing.plan.expert.shape[-1]
         # A plan does not say which null experts were chosen; the logits do.
-        chosen = jax.nn.one_hot(jax.lax.top_k(routing.logits, k)[1], o).sum(-2)
+        chosen = jax.nn.one_hot(best(routing.logits, k), o).sum(-2)
         share = masked_mean(chosen, routing.valid, (0, 1)) / k
         if self.null == "mean":
             share = jnp.where(jnp.arange(o) < e, share, share[e:].mean())
         mean_prob = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1))
-        return self.coef * o * (jax.lax.stop_gradient(share) * mean_prob).sum()
+        return o * (jax.lax.stop_gradient(share) * mean_prob).sum()

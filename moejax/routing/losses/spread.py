@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import check_choice
-from moejax.routing.losses.base import Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, losses, masked_mean, mean_of_groups
 
 
 @losses.register("spread")
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class Spread(Loss):
     """`coef * sum_e p_e log p_e` with p the mean of softmax(logits) over tokens: the entropy of average use, maximised (Csordas et al.
     2023). Minus `coef * log e` at best, and no number of choices in it. The softmax is of the raw logits whatever rule selects.
 
@@ -28,10 +28,7 @@ class Spread:
     def __post_init__(self) -> None:
         check_choice("over", self.over, ("batch", "group"))
 
-    def __call__(self, routing: Routing) -> Float[Array, ""]:
+    def cost(self, routing: Routing) -> Float[Array, ""]:
         p = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1) if self.over == "batch" else (1,))
         negative = (p * jnp.log(jnp.where(p > 0, p, 1))).sum(-1)
-        if self.over == "batch":
-            return self.coef * negative
-        tokens = routing.valid.sum(1)
-        return self.coef * (negative * tokens).sum() / jnp.maximum(tokens.sum(), 1)
+        return negative if self.over == "batch" else mean_of_groups(negative, routing.valid)

@@ -3,19 +3,22 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import ConfigError
-from moejax.routing.losses.base import Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
 
 
 @losses.register("top_any")
 @dataclasses.dataclass(frozen=True)
-class TopAnyLoss:
-    """`coef * (balance * e^2 mean_e(mean_t(g_te / k_t) mean_t g_te) + efficiency * mean g)` over the tokens that take an expert.
+class TopAnyLoss(Loss):
+    """`coef * (balance * e^2 mean_e(mean_t(g_te / sum_e g_te) mean_t[g_te]) + efficiency * mean_te g_te)` with gates g of 0 and 1.
 
-    Of the released vision-language models, not of the paper: presses on busy experts and on the number of experts. The gradient
-    goes through both factors by the straight-through estimator.
+    The form of the released vision-language models (DeepSpeed); the paper itself has no such loss, only the one on embeddings that
+    the router `expert_pool` sows. It presses on busy experts and on the number of experts. The means of the first term are over the
+    tokens that take an expert, that of the second over all tokens. [g] passes no gradient; the other gates pass it
+    straight through, the first ones through their sum too.
     """
 
     coef: float = 0.01
@@ -26,11 +29,12 @@ class TopAnyLoss:
         if self.balance < 0 or self.efficiency < 0:
             raise ConfigError(f"balance={self.balance} and efficiency={self.efficiency} must not be negative")
 
-    def __call__(self, routing: Routing) -> Float[Array, ""]:
+    def cost(self, routing: Routing) -> Float[Array, ""]:
         e = routing.plan.num_experts
-        share = routing.plan.dense()
         k = jax.lax.stop_gradient(routing.plan.assigned()).sum(-1, keepdims=True)
+        gates = routing.plan.dense() * k  # weights are g / k, in which k passes no gradient
         some = routing.valid & (k[..., 0] > 0)
-        gate = masked_mean(share * k, some, (0, 1))
-        balance = e**2 * (masked_mean(share, some, (0, 1)) * gate).mean()
-        return self.coef * (self.balance * balance + self.efficiency * gate.mean())
+        share = gates / jnp.where(some[..., None], gates.sum(-1, keepdims=True), 1)
+        busy = jax.lax.stop_gradient(masked_mean(gates, some, (0, 1)))
+        balance = e**2 * (masked_mean(share, some, (0, 1)) * busy).mean()
+        return self.balance * balance + self.efficiency * masked_mean(gates, routing.valid, (0, 1)).mean()

@@ -4,7 +4,8 @@ Router precision changes who is chosen: with 64 experts, bfloat16 logits change 
 weights and products are float32 at the highest matmul precision whatever the model computes in.
 """
 
-from typing import Any, Protocol, runtime_checkable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +13,51 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.layer import Layer
 from moejax.core.registry import Registry
 
 routers = Registry("router", "moejax.routing.routers", role="routers")
 
 
-@runtime_checkable
-class Router(Protocol):
-    """`router(x[g, n, d], ctx) -> logits[g, n, o]` with o = num_experts * outputs_per_expert; ctx is regrouped like x.
+class Router(Layer):
+    """`router(x[g, n, d], ctx) -> logits[g, n, o]` with `o = self.num_outputs`; ctx is regrouped like x.
 
-    A router with a field `null_outputs` gives that many logits more, after those of the experts.
+    How many logits a token gets is the select rule's business: one for each expert, or several, and some more for null experts. The
+    layer tells the router, and a router that gives as many serves every rule. One that looks at each token alone also derives
+    from `RowWise`; any other one answers for itself whether it is causal and decodable (see `moejax.core.layer`).
+
+        class Tempered(Router, RowWise):
+            temperature: float = 2.0
+
+            @nn.compact
+            def __call__(self, x, ctx):
+                return nn.Dense(self.num_outputs)(x.astype(jnp.float32)) / self.temperature
+
+    Attributes:
+      num_experts: e.
+      outputs: logits of each expert, and those of null experts after them; the layer fills in what its select rule asks for.
     """
 
     num_experts: int
-    outputs_per_expert: int
+    outputs: tuple[int, int] = dataclasses.field(default=(1, 0), kw_only=True)
 
-    def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]: ...
+    @property
+    def num_outputs(self) -> int:
+        """o: logits of a token, those of one expert side by side, those of null experts last."""
+        each, null = self.outputs
+        return self.num_experts * each + null
+
+
+def told(router: Any, outputs: tuple[int, int]) -> Any:
+    """The router that gives what a select rule's `outputs` say. What is no `Router` stays as it is."""
+    if not isinstance(router, Router) or router.outputs == outputs:
+        return router
+    return router.clone(outputs=outputs)
+
+
+def ask(router: Any, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
+    """The router's logits in float32. Padding is zeros to it, whatever lies there."""
+    return router(ctx.clean(x), ctx).astype(jnp.float32)
 
 
 def check_num_experts(router: Any, bank: Any) -> None:
@@ -35,13 +65,6 @@ def check_num_experts(router: Any, bank: Any) -> None:
     ours, theirs = getattr(router, "num_experts", None), getattr(bank, "num_experts", None)
     if ours is not None and theirs is not None and ours != theirs:
         raise ConfigError(f"router.num_experts={ours} but bank.num_experts={theirs}; give both the same number")
-
-
-def with_null_outputs(router: Any, num_null: int) -> Any:
-    """The router with a logit for each null expert of a select rule; as it is where it has no such field, or enough."""
-    if not num_null or getattr(router, "null_outputs", None) != 0:
-        return router
-    return router.clone(null_outputs=num_null)
 
 
 def float32_dot(x: Float[Array, "g n d"], w: Float[Array, "d o"]) -> Float[Array, "g n o"]:

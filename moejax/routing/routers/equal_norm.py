@@ -9,24 +9,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.layer import RowWise
 from moejax.core.params import param
-from moejax.routing.routers.base import routers
+from moejax.routing.routers.base import Router, float32_dot, routers
 
 
 @routers.register("equal_norm")
-class EqualNorm(nn.Module):
+class EqualNorm(Router, RowWise):
     """`logits = x W`, where the columns `W[:, e]` start with one length and the whole with standard deviation sqrt(2 / (d L)).
 
     So at the start the angle between a token and an expert's vector alone decides, and no expert is favoured.
 
     Attributes:
       num_experts: e.
-      outputs_per_expert: logits of each expert.
       num_layers: L; a config fills in the model's.
     """
 
-    num_experts: int
-    outputs_per_expert: int = 1
     num_layers: int = 1
 
     @nn.compact
@@ -36,5 +34,5 @@ class EqualNorm(nn.Module):
             w = w / jnp.linalg.norm(w, axis=0, keepdims=True)
             return w * math.sqrt(2 / (shape[0] * self.num_layers)) / w.std()
 
-        w = param(self, "w", init, (x.shape[-1], self.num_experts * self.outputs_per_expert), ("embed", None))
-        return jnp.einsum("gnd,do->gno", x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
+        w = param(self, "w", init, (x.shape[-1], self.num_outputs), ("embed", None))
+        return float32_dot(x.astype(jnp.float32), w)

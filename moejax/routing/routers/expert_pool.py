@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float
 from moejax.core.context import Context
 from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError
+from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
-from moejax.routing.routers.base import routers
+from moejax.routing.routers.base import Router, routers
 
 _MAX_SCALE = math.log(100.0)
+_OUTSIDE = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +65,16 @@ class AdaptPool:
 
 
 @routers.register("expert_pool")
-class ExpertPool(nn.Module):
+class ExpertPool(Router, RowWise):
     """`score_e = sigmoid(c cos(x, w_e))` and `threshold_e = sigmoid(c G_e)` for the experts of the pool; for select rule `top_any`.
 
-    An expert outside the pool has the score -1, which no token takes. Sows `diversity * (|| M * (W^T W - I) ||_F + mean_e ||w_e||)`,
+    An expert outside the pool has the score -1, which no token takes. For rules that read other than two logits of each expert,
+    these are `c (cos(x, w_e) - G_e)`, above 0 where the score passes its threshold, or -1e9, and null experts have 0. Sows `diversity * (|| M * (W^T W - I) ||_F + mean_e ||w_e||)`,
     with unit columns in `W^T W` and M the pairs inside the pool: unlike embeddings, of small length (the paper's auxiliary loss).
     Sows the statistic `pool_size`.
 
     Attributes:
       num_experts: slots e, the largest pool.
-      outputs_per_expert: two, score and threshold.
       initial: experts of the pool at the start; None for all.
       scale_init: c at the start; the learned temperature log(c) is clamped at log(100).
       learn_scale: False keeps c as it starts (the release for vision-language models: 1).
@@ -81,8 +83,7 @@ class ExpertPool(nn.Module):
         of a cycle and the update comes after two thirds, as in the release.
     """
 
-    num_experts: int
-    outputs_per_expert: int = 2
+    outputs: tuple[int, int] = dataclasses.field(default=(2, 0), kw_only=True)
     initial: int | None = None
     scale_init: float = 10.0
     learn_scale: bool = True
@@ -92,8 +93,6 @@ class ExpertPool(nn.Module):
     update: int | None = None
 
     def __post_init__(self) -> None:
-        if self.outputs_per_expert != 2:
-            raise ConfigError(f"outputs_per_expert={self.outputs_per_expert} of an expert pool must be 2: score and threshold")
         if self.initial is not None and not 1 <= self.initial <= self.num_experts:
             raise ConfigError(f"initial={self.initial} must lie between 1 and num_experts={self.num_experts}")
         if self.cycle < 0 or (self.cycle and not 0 <= self._adapt.record < self._adapt.update <= self.cycle):
@@ -124,10 +123,15 @@ class ExpertPool(nn.Module):
             sow(self, "losses", "diversity_loss", self.diversity * _likeness(unit, active) + self.diversity * _length(w))
         if self.cycle:
             self._record(x, score > limit, ctx)
-        return jnp.stack([score, limit], axis=-1).reshape(*x.shape[:2], 2 * e)
+        each, null = self.outputs
+        if each == 2:
+            logits = jnp.stack([score, limit], axis=-1).reshape(*x.shape[:2], 2 * e)
+        else:
+            logits = jnp.repeat(jnp.where(active, scale * (cosine - threshold), _OUTSIDE), each, axis=-1)
+        return jnp.pad(logits, ((0, 0), (0, 0), (0, null)))
 
     def _record(self, x: Float[Array, "g n d"], taken: Bool[Array, "g n e"], ctx: Context) -> None:
-        valid = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid
+        x, valid = ctx.clean(x), ctx.real(x)
         alone = (valid & ~taken.any(-1)).astype(jnp.float32)
         measured = {
             "chosen": (taken & valid[..., None]).sum((0, 1)).astype(jnp.float32),

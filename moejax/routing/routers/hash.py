@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
-from moejax.routing.routers.base import routers
+from moejax.routing.routers.base import Router, routers
 
 # Hash -> the field of the table that it is made from.
 HASHES = {
@@ -30,10 +30,10 @@ _NEVER = -1e9
 
 
 @routers.register("hash")
-class Hash(nn.Module):
+class Hash(Router):
     """Logits that are 0 for the expert of the token's hash and -1e9 for all others; with `top_k` and k=1 its weight is 1.
 
-    Without parameters. The same token goes to the same expert in training and inference. Blocks that are to hash differently
+    Where a rule wants several logits of each expert they are all alike, and null experts get -1e9. Without parameters. The same token goes to the same expert in training and inference. Blocks that are to hash differently
     take different seeds. Padding is not routed, as everywhere; a batch can be unbalanced even where the corpus is not, so route
     dropless or with room.
 
@@ -57,8 +57,6 @@ class Hash(nn.Module):
       ConfigError: unknown hash, a table missing or not wanted, no token ids in the context, decoding where it cannot.
     """
 
-    num_experts: int
-    outputs_per_expert: int = 1
     hash: Literal["random", "balanced", "clustered", "dispersed", "predicted", "position", "previous", "bigram", "next"] = (
         "random"
     )
@@ -86,7 +84,9 @@ class Hash(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n e"]:
-        return as_logits(self.expert(ctx)[..., None], self.num_experts)
+        logits = as_logits(self.expert(ctx)[..., None], self.num_experts)
+        each, null = self.outputs
+        return jnp.pad(jnp.repeat(logits, each, axis=-1), ((0, 0), (0, 0), (0, null)), constant_values=_NEVER)
 
     def expert(self, ctx: Context) -> Int[Array, "g n"]:
         """Each token's expert."""

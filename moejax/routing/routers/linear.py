@@ -9,53 +9,45 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import check_choice
-from moejax.core.params import param
-from moejax.routing.routers.base import float32_dot, routers
+from moejax.core.initializers.registry import initializers
+from moejax.core.initializers.usual import FanIn
+from moejax.core.layer import RowWise
+from moejax.core.params import Initializer, param
+from moejax.routing.routers.base import Router, float32_dot, routers
 
 
-@routers.register("linear")
-class Linear(nn.Module):
+@routers.register("linear", slots={"init_w": initializers})
+class Linear(Router, RowWise):
     """`logits = x W`, the router of nearly every paper.
 
     Attributes:
       num_experts: e.
-      outputs_per_expert: logits per expert, more than one only for soft slots.
-      null_outputs: logits of null experts, after those of the experts; a `MoE` sets it to what its select rule asks for.
-      init_scale: scale of the truncated-normal, fan-in initialisation; 0.1 as in Switch (Fedus et al. 2021, table 3).
       jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, 1e-2).
       noise_std: in training, Gaussian noise of this standard deviation is added to the logits (V-MoE: 1 / num_experts).
       use_bias: adds a learned bias to the logits.
-      start: 'fan_in', or 'orthogonal': expert embeddings orthogonal to each other, of length `init_scale` (BASE layers: 0.1).
+      init_w: how W starts: by fan-in with scale 0.1 as in Switch (Fedus et al. 2021, table 3). BASE layers start with expert
+        embeddings orthogonal to each other, of length 0.1.
       null_start: null experts' columns are 'drawn' like the others, or 'copied' from the experts in turn, so that a trained router
         keeps its order when null experts join it (AdaMoE in Mixtral; ties go to the experts).
       precision: of inputs, weights and logits; 'bfloat16' is for measuring what it costs (ST-MoE, Zoph et al. 2022).
     """
 
-    num_experts: int
-    outputs_per_expert: int = 1
-    null_outputs: int = 0
-    init_scale: float = 0.1
     jitter: float = 0.0
     noise_std: float = 0.0
     use_bias: bool = False
-    start: Literal["fan_in", "orthogonal"] = "fan_in"
+    init_w: Initializer = FanIn(0.1)
     null_start: Literal["drawn", "copied"] = "drawn"
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        check_choice("start", self.start, ("fan_in", "orthogonal"))
         check_choice("null_start", self.null_start, ("drawn", "copied"))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
-        o = self.num_experts * self.outputs_per_expert + self.null_outputs
-        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
-        if self.start == "orthogonal":
-            init = nn.initializers.orthogonal(self.init_scale)
-        if self.null_start == "copied":
-            init = _repeated(init, o - self.null_outputs)
+        o = self.num_outputs
+        init = _repeated(self.init_w, o - self.outputs[1]) if self.null_start == "copied" else self.init_w
         w = param(self, "w", init, (x.shape[-1], o), ("embed", None))
         x = x.astype(jnp.float32)
         if ctx.train and self.jitter:

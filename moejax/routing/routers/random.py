@@ -2,27 +2,33 @@
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.routing.routers.base import routers
+from moejax.core.layer import RowWise
+from moejax.routing.routers.base import Router, routers
 
 
 @routers.register("random")
-class Random(nn.Module):
+class Random(Router, RowWise):
     """Gaussian logits that do not look at the token: the control of what learning to route is worth.
 
-    Outside training the draw is fixed by `eval_seed`, so that evaluation is repeatable.
+    Outside training the draw follows from `eval_seed`, the layer and the token's position alone: evaluation is repeatable, layers
+    differ, and decoding token by token gives what a whole forward pass gives.
     """
 
-    num_experts: int
-    outputs_per_expert: int = 1
-    null_outputs: int = 0
     std: float = 1.0
     eval_seed: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
-        key = self.make_rng("router") if ctx.train else jax.random.key(self.eval_seed)
-        o = self.num_experts * self.outputs_per_expert + self.null_outputs
-        return self.std * jax.random.normal(key, (*x.shape[:2], o))
+        if ctx.train:
+            return self.std * jax.random.normal(self.make_rng("router"), (*x.shape[:2], self.num_outputs))
+        layer = jax.random.fold_in(jax.random.key(self.eval_seed), 0 if ctx.layer is None else ctx.layer)
+
+        def draw(position: Int[Array, ""]) -> Float[Array, "o"]:
+            return jax.random.normal(jax.random.fold_in(layer, position), (self.num_outputs,))
+
+        everywhere = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return self.std * jax.vmap(jax.vmap(draw))(everywhere if ctx.positions is None else ctx.positions)

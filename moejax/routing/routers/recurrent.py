@@ -14,9 +14,11 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.layer import RowWise
 from moejax.core.memory import Declared, shared
 from moejax.core.params import param
-from moejax.routing.routers.base import float32_dot, routers
+from moejax.core.sowing import sow
+from moejax.routing.routers.base import Router, float32_dot, routers, told
 
 Weights = Mapping[str, Array]
 
@@ -53,7 +55,7 @@ PASSING = {"through": lambda h: h, "detached": jax.lax.stop_gradient, "none": jn
 
 
 @routers.register("recurrent")
-class Recurrent(nn.Module):
+class Recurrent(Router, RowWise):
     """`h_i = GRU(P_i x_i, h_(i-1)); logits_i = G_i h_i`, for the i-th routed layer of the stack; h_0 = 0.
 
     P_i and G_i belong to the layer, the cell's weights to all layers. Gradients flow back through the states of all layers
@@ -61,7 +63,6 @@ class Recurrent(nn.Module):
 
     Attributes:
       num_experts: e.
-      outputs_per_expert: logits per expert.
       width: p, of the state; the same in all layers.
       cell: 'gru', or the paper's ablations 'lstm' and 'rnn'. An 'rnn' without passing is a router of two layers.
       passing: the state comes 'through'; 'detached' from the gradient, or 'none' comes, both the paper's ablations.
@@ -69,8 +70,6 @@ class Recurrent(nn.Module):
       init_scale: of G, truncated normal with variance init_scale / p. The state is bounded, so G alone sets the logits' size.
     """
 
-    num_experts: int
-    outputs_per_expert: int = 1
     width: int = 128
     cell: Literal["gru", "lstm", "rnn"] = "gru"
     passing: Literal["through", "detached", "none"] = "through"
@@ -95,7 +94,7 @@ class Recurrent(nn.Module):
         state = CELLS[self.cell].step(float32_dot(x.astype(jnp.float32), projector), PASSING[self.passing](before), weights)
         ctx.remember("recurrent_router", state)
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
-        out = param(self, "w", init, (self.width, self.num_experts * self.outputs_per_expert), (None, None))
+        out = param(self, "w", init, (self.width, self.num_outputs), (None, None))
         return float32_dot(state[..., : self.width], out)
 
     def carries(self, b: int, s: int) -> dict[str, Array]:
@@ -125,19 +124,20 @@ class Recurrent(nn.Module):
 
 
 @routers.register("residual_logits", slots={"router": routers})
-class ResidualLogits(nn.Module):
+class ResidualLogits(Router, RowWise):
     """The logits of `router` plus those of the routed layer below: memory without a cell of its own (RMoE's ablation).
 
     Attributes:
       router: any router.
-      num_experts, outputs_per_expert: those of `router`.
       detached: no gradient flows into the layers below.
     """
 
     router: nn.Module
-    num_experts: int
-    outputs_per_expert: int = 1
     detached: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "router", told(self.router, self.outputs))
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
@@ -148,24 +148,25 @@ class ResidualLogits(nn.Module):
 
     def carries(self, b: int, s: int) -> dict[str, Array]:
         """No preference before the first layer."""
-        return {"residual_logits": jnp.zeros((b, s, self.num_experts * self.outputs_per_expert), jnp.float32)}
+        return {"residual_logits": jnp.zeros((b, s, self.num_outputs), jnp.float32)}
 
 
 @routers.register("witnessed", slots={"router": routers})
-class Witnessed(nn.Module):
+class Witnessed(Router, RowWise):
     """The logits of `router`, unchanged; reports how much its choices tell about those of the routed layer below.
 
     Sows into 'stats', over the batch's valid tokens: `mutual_information` of the two layers' first choices, in nats, and
     `same_choice`, the share of tokens that go to the expert of the same number. The first layer has nothing below: 0.
 
     Attributes:
-      router: any router with one output per expert.
-      num_experts: e.
+      router: any router; where it gives more than one logit for each expert, its first choice is the largest of all.
     """
 
     router: nn.Module
-    num_experts: int
-    outputs_per_expert: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "router", told(self.router, self.outputs))
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:
@@ -173,15 +174,15 @@ class Witnessed(nn.Module):
         choice = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
         before = ctx.recall("witnessed_choice", self.carries(*x.shape[:2])["witnessed_choice"])
         ctx.remember("witnessed_choice", choice)
-        counted = jnp.ones(x.shape[:2]) if ctx.valid is None else ctx.valid.astype(jnp.float32)
+        counted = ctx.real(x).astype(jnp.float32)
         joint = jnp.einsum("gni,gnj,gn->ij", before, choice, counted) / jnp.maximum(counted.sum(), 1)
         for name, value in (("mutual_information", _mutual_information(joint)), ("same_choice", jnp.trace(joint))):
-            self.sow("stats", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+            sow(self, "stats", name, value)
         return logits
 
     def carries(self, b: int, s: int) -> dict[str, Array]:
         """No choice before the first layer: not even an expert of number 0."""
-        return {"witnessed_choice": jnp.zeros((b, s, self.num_experts * self.outputs_per_expert), jnp.float32)}
+        return {"witnessed_choice": jnp.zeros((b, s, self.num_outputs), jnp.float32)}
 
 
 def _mutual_information(joint: Float[Array, "i j"]) -> Float[Array, ""]:

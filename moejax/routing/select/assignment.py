@@ -2,40 +2,25 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.routing.plan import TokenPlan, dropless
-from moejax.routing.select.base import all_valid, selects
+from moejax.routing.plan import TokenPlan
+from moejax.routing.scores import take
+from moejax.routing.select.base import TokenChoice, selects
 
 
-class SigmoidGated:
+class SigmoidGated(TokenChoice):
     """One expert per token, weighted by the sigmoid of its own logit; the gradient reaches a router only through that."""
 
-    causal: ClassVar[bool] = False
-    per_token: ClassVar[bool] = False
-    num_outputs_per_expert: ClassVar[int] = 1
-    needs_key: ClassVar[bool] = False
-
-    def weigh(
-        self,
-        logits: Float[Array, "g n e"],
-        expert: Int[Array, "g n k"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        train: bool = False,
-    ) -> TokenPlan:
-        """The plan in which each token takes the given experts."""
-        weight = jax.nn.sigmoid(jnp.take_along_axis(logits, expert, axis=-1))
-        used = jnp.broadcast_to((all_valid(logits) if valid is None else valid)[..., None], expert.shape)
-        return dropless(expert, weight, used, logits.shape[-1])
-
-    def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
-        return jax.nn.softmax(logits, axis=-1)
+    def weights(
+        self, logits: Float[Array, "g n e"], expert: Int[Array, "g n k"], wanted: Bool[Array, "g n k"], ctx: Context
+    ) -> Float[Array, "g n k"]:
+        return jax.nn.sigmoid(take(logits, expert))
 
     def mean_experts(self, num_experts: int) -> float:
         """Experts per token."""
@@ -60,21 +45,18 @@ class BalancedAssignment(SigmoidGated):
         if self.max_rounds < 1:
             raise ConfigError(f"max_rounds={self.max_rounds} must be at least 1")
 
-    def __call__(
-        self,
-        logits: Float[Array, "g n e"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        bias: Float[Array, "e"] | None = None,
-        train: bool = False,
-    ) -> TokenPlan:
-        """The plan; see `Select`."""
-        n, e = logits.shape[1:]
-        real = all_valid(logits) if valid is None else valid
+    def choose(
+        self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None
+    ) -> tuple[Int[Array, "g n 1"], Bool[Array, "g n 1"]]:
         scores = jax.lax.stop_gradient(logits if bias is None else logits + bias)
-        expert = jax.vmap(functools.partial(auction, max_rounds=self.max_rounds))(scores, real)
-        plan = self.weigh(logits, expert[..., None], valid)
-        return plan.replace(capacity=-(-n // e), limit=-(-real.sum(1) // e))
+        expert = jax.vmap(functools.partial(auction, max_rounds=self.max_rounds))(scores, ctx.real(logits))[..., None]
+        return expert, jnp.ones(expert.shape, bool)
+
+    def plan(self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None) -> TokenPlan:
+        """Has room for exactly what is assigned."""
+        n, e = logits.shape[1:]
+        plan = super().plan(logits, ctx, bias)
+        return plan.replace(capacity=-(-n // e), limit=-(-ctx.real(logits).sum(1) // e))
 
 
 @selects.register("sinkhorn")
@@ -95,16 +77,10 @@ class Sinkhorn(SigmoidGated):
         if self.iterations < 1 or self.temperature <= 0:
             raise ConfigError(f"iterations={self.iterations} and temperature={self.temperature} must be positive")
 
-    def __call__(
-        self,
-        logits: Float[Array, "g n e"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        bias: Float[Array, "e"] | None = None,
-        train: bool = False,
-    ) -> TokenPlan:
-        """The plan; see `Select`."""
-        real = (all_valid(logits) if valid is None else valid)[..., None]
+    def choose(
+        self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None
+    ) -> tuple[Int[Array, "g n 1"], Bool[Array, "g n 1"]]:
+        real = ctx.real(logits)[..., None]
         scores = jax.lax.stop_gradient(logits if bias is None else logits + bias) / self.temperature
 
         def scale(_: int | Array, x: Array) -> Array:
@@ -112,22 +88,26 @@ class Sinkhorn(SigmoidGated):
             return x - jax.nn.logsumexp(x, axis=2, keepdims=True)
 
         balanced = jax.lax.fori_loop(0, self.iterations, scale, jnp.where(real, scores, 0.0))
-        return self.weigh(logits, balanced.argmax(-1)[..., None], valid)
+        expert = balanced.argmax(-1)[..., None]
+        return expert, jnp.ones(expert.shape, bool)
 
 
-# After this many rounds an expert keeps what it has won at its full value, and the auction ends sooner, if less exactly.
-_RELAX_AFTER = 100
+# What a bid is above what a token needs to bid, as a share of the scores' range: the auction's exactness, and its length.
+EPS = 1 / 50
 
 
 def auction(scores: Float[Array, "n e"], valid: Bool[Array, "n"], max_rounds: int = 500) -> Int[Array, "n"]:
-    """The expert of each token under a nearly best balanced assignment: experts bid for tokens (Bertsekas 1992; BASE layers' solver).
+    """The expert of each token under a nearly best balanced assignment: tokens bid for places (Bertsekas & Castanon 1989).
 
-    In each round every expert bids for as many tokens as it may have, those of the largest value to it, by how much each is worth
-    above the next one, plus eps. A token goes to the highest bidder and becomes as much dearer. What an expert has won it keeps
-    unless another one bids more. The sum of scores is within `n * eps` of the best, eps being a fiftieth of the scores' range.
-    Everything is float32: with fewer bits, prices would stop rising.
+    In each round every token without a place bids for the expert that is worth most to it after its price, by as much as makes
+    it indifferent to the second best, plus eps. An expert keeps the `share` highest bids; once it is full, its price is the lowest
+    of them, and whoever is outbid bids anew. Prices start at the experts' mean scores, where tokens that are much alike already
+    spread evenly. Once everybody has a place, no token would gain more than eps by another one: the sum of scores is within
+    `share * e * eps` of the best, ties or not, eps being a fiftieth of the scores' range. Everything is float32: with fewer bits,
+    prices would stop rising.
 
-    Invalid tokens get some expert. Where valid ones do not divide evenly, dummies that nobody values fill up.
+    Invalid tokens get some expert. Where valid ones do not divide evenly, dummies to whom all experts are alike fill up. After
+    `max_rounds`, who is left gets a free place, and the bound no longer holds.
     """
     n, e = scores.shape
     if e == 1:
@@ -135,48 +115,48 @@ def auction(scores: Float[Array, "n e"], valid: Bool[Array, "n"], max_rounds: in
     share = -(-valid.sum() // e)
     dummies = jnp.arange(e - 1) < share * e - valid.sum()
     active = jnp.concatenate([valid, dummies])
-    worth, eps = _worth(scores.astype(jnp.float32), valid)
-    worth = jnp.where(active, jnp.pad(worth, ((0, 0), (0, e - 1))), -jnp.inf)
+    worth = _worth(scores.astype(jnp.float32), valid)
+    reserve = worth.sum(0) / jnp.maximum(valid.sum(), 1)
+    worth = jnp.pad(worth, ((0, e - 1), (0, 0)))
 
     def one_round(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        owner, price, done, i = state
-        own = owner == jnp.arange(e)[:, None]
-        value = jnp.where(own, jnp.where(i <= _RELAX_AFTER, jnp.max(worth), worth), worth - price)
-        wanted, following = _largest(value, share)
-        bid = jnp.where(wanted, value - following[:, None] + eps, 0.0)
-        bid = jnp.where(own & (i <= _RELAX_AFTER), eps, bid)
-        best = bid.max(0)
-        owner = jnp.where(best > 0, bid.argmax(0), -1)
-        return owner, price + best, jnp.all((best > 0) | ~active), i + 1
+        expert, bid, price, i = state
+        value = worth - price
+        first, second = jax.lax.top_k(value, 2)[0].T
+        favourite, free = jnp.argmax(value, axis=1), expert < 0
+        bid = jnp.where(free, price[favourite] + first - second + EPS, bid)
+        expert = jnp.where(free, favourite, expert)
+        offers = jnp.where(active & (expert == jnp.arange(e)[:, None]), bid, -jnp.inf)
+        kept, lowest = _highest(offers, share)
+        return jnp.where(kept.any(0), expert, -1), bid, jnp.where(jnp.isfinite(lowest), lowest, reserve), i + 1
 
     def unfinished(state: tuple[Array, ...]) -> Array:
-        return ~state[2] & (state[3] < max_rounds)
+        return jnp.any(active & (state[0] < 0)) & (state[3] < max_rounds)
 
-    start = jnp.full(n + e - 1, -1), jnp.zeros(n + e - 1), ~valid.any(), jnp.int32(0)
-    owner, *_ = jax.lax.while_loop(unfinished, one_round, start)
-    return _fill(jnp.where(active, owner, -1), active, share, e)[:n].astype(jnp.int32)
+    start = jnp.full(n + e - 1, -1), jnp.zeros(n + e - 1), reserve, jnp.int32(0)
+    expert, *_ = jax.lax.while_loop(unfinished, one_round, start)
+    return _fill(jnp.where(active, expert, -1), active, share, e)[:n].astype(jnp.int32)
 
 
-def _worth(scores: Float[Array, "n e"], valid: Bool[Array, "n"]) -> tuple[Float[Array, "e n"], Float[Array, ""]]:
-    """Scores above the smallest one, experts first, and eps; infinities and NaN count as the smallest."""
+def _worth(scores: Float[Array, "n e"], valid: Bool[Array, "n"]) -> Float[Array, "n e"]:
+    """Valid tokens' scores between 0 and 1, the smallest and the largest of all; infinities and NaN count as the smallest."""
     known = valid[:, None] & jnp.isfinite(scores)
     low = jnp.min(scores, initial=jnp.inf, where=known)
     high = jnp.max(scores, initial=-jnp.inf, where=known)
-    reach = jnp.where(known.any(), high - low, 0.0)
-    return jnp.where(known, scores - low, 0.0).T, jnp.maximum(reach / 50, 1e-4)
+    return jnp.where(known, (scores - low) / jnp.where(high > low, high - low, 1), 0)
 
 
-def _largest(value: Float[Array, "e t"], share: Int[Array, ""]) -> tuple[Bool[Array, "e t"], Float[Array, "e"]]:
-    """Which `share` tokens are of the largest value to each expert (the first among equals), and the next value after those."""
-    ordered = -jnp.sort(-value, axis=1)
-    least, following = (ordered[:, jnp.maximum(share - 1 + i, 0)] for i in (0, 1))
-    above, equal = value > least[:, None], value == least[:, None]
+def _highest(offers: Float[Array, "e t"], share: Int[Array, ""]) -> tuple[Bool[Array, "e t"], Float[Array, "e"]]:
+    """Which offers are among an expert's `share` highest (the first among equals), and the lowest of these; -inf if there are fewer."""
+    lowest = -jnp.sort(-offers, axis=1)[:, jnp.maximum(share - 1, 0)]
+    above, equal = offers > lowest[:, None], offers == lowest[:, None]
     room = share - above.sum(1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, axis=1) <= room)), following
+    kept = above | (equal & (jnp.cumsum(equal, axis=1) <= room))
+    return kept & jnp.isfinite(offers), lowest
 
 
 def _fill(owner: Int[Array, "t"], active: Bool[Array, "t"], share: Int[Array, ""], e: int) -> Int[Array, "t"]:
-    """Tokens that nobody has won, in order, to experts that have room, in order."""
+    """Tokens without a place, in order, to experts that have room, in order."""
     room = jnp.cumsum(share - (owner[:, None] == jnp.arange(e)).sum(0))
     left = active & (owner < 0)
     place = jnp.cumsum(left) - 1

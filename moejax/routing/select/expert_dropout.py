@@ -1,37 +1,39 @@
 """Expert dropout: in training, some experts are out of a token's reach (sigma-MoE, Csordas et al. 2023)."""
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing.plan import TokenPlan
-from moejax.routing.select.base import selects
+from moejax.routing.select.base import Select, TokenChoice, selects
 
 
 @selects.register("expert_dropout", slots={"select": selects})
 @dataclasses.dataclass(frozen=True)
-class ExpertDropout:
+class ExpertDropout(TokenChoice):
     """The rule `select`, for which each expert of each token is missing with probability `rate` in training.
 
-    Experts go missing before the selection, so a token still takes k of those that are left (fewer only if fewer are), and
-    nothing is scaled up for it: with sigmoid weights this is `s * mask` before top-k. Losses and statistics see the router's own
-    probabilities. Outside training it is `select`.
+    Experts go missing before the selection, so a token still takes k of those that are left (fewer only if fewer are), nobody
+    takes up their capacity, and nothing is scaled up for it: with sigmoid weights this is `s * mask` before top-k. Losses and
+    statistics see the router's own probabilities. Null experts are never missing. Outside training, and for experts that are
+    given from outside, it is `select`.
 
     Attributes:
       select: a rule of token choice.
       rate: delta, at least 0 and below 1.
     """
 
-    select: Any
+    select: Select
     rate: float = 0.05
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
             raise ConfigError(f"rate={self.rate} must be at least 0 and below 1")
+        if not isinstance(self.select, TokenChoice):
+            raise ConfigError(f"expert_dropout needs token choice, and {type(self.select).__name__} is none")
 
     @property
     def causal(self) -> bool:
@@ -42,54 +44,50 @@ class ExpertDropout:
         return self.select.per_token
 
     @property
-    def num_outputs_per_expert(self) -> int:
-        return self.select.num_outputs_per_expert
+    def needs(self) -> tuple[str, ...]:
+        return (*self.select.needs, *(("key",) if self.rate else ()))
 
     @property
-    def needs_key(self) -> bool:
-        return self.rate > 0 or self.select.needs_key
+    def outputs_per_expert(self) -> int:
+        return self.select.outputs_per_expert
 
-    def __call__(
-        self,
-        logits: Float[Array, "g n e"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        bias: Float[Array, "e"] | None = None,
-        train: bool = False,
-        key: Key[Array, ""] | None = None,
+    @property
+    def null_outputs(self) -> int:
+        return self.select.null_outputs
+
+    def plan(self, logits: Float[Array, "g n o"], ctx: Context, bias: Float[Array, "b"] | None) -> TokenPlan:
+        if not ctx.train or not self.rate:
+            return self.select.plan(logits, ctx, bias)
+        here = jax.random.bernoulli(ctx.key, 1 - self.rate, (*logits.shape[:2], self.num_experts(logits.shape[-1])))
+        reach = self.reach(logits, ctx)
+        reach = here if reach is None else here & reach
+        return self.select.plan_among(reach, logits, ctx.replace(key=jax.random.fold_in(ctx.key, 1)), bias)
+
+    def reach(self, logits: Float[Array, "g n o"], ctx: Context) -> Bool[Array, "g n e"] | None:
+        """That of `select`: what goes missing is no part of probabilities."""
+        return self.select.reach(logits, ctx)
+
+    def choose(
+        self, logits: Float[Array, "g n o"], ctx: Context, bias: Float[Array, "b"] | None
+    ) -> tuple[Int[Array, "g n k"], Bool[Array, "g n k"]]:
+        return self.select.choose(logits, ctx, bias)
+
+    def accepts(self, logits: Float[Array, "g n o"], expert: Int[Array, "g n k"], ctx: Context) -> Bool[Array, "g n k"]:
+        return self.select.accepts(logits, expert, ctx)
+
+    def assemble(
+        self, logits: Float[Array, "g n o"], expert: Int[Array, "g n k"], wanted: Bool[Array, "g n k"], ctx: Context
     ) -> TokenPlan:
-        """The plan; see `Select`. Raises ConfigError for a rule that is not token choice."""
-        more = {"key": jax.random.fold_in(key, 1)} if train and self.select.needs_key else {}
-        if not train or not self.rate:
-            return self.select(logits, valid, bias=bias, train=train, **more)
-        here = jax.random.bernoulli(key, 1 - self.rate, logits.shape)
-        # Far below every logit: a weight of 0, except as a raw logit, which `used` keeps out.
-        plan = self.select(jnp.where(here, logits, -1e9), valid, bias=bias, train=train, **more)
-        if not isinstance(plan, TokenPlan):
-            raise ConfigError(
-                f"expert_dropout needs token choice, and {type(self.select).__name__} gives {type(plan).__name__}"
-            )
-        here = jnp.take_along_axis(here, plan.expert, axis=-1)
-        return plan.replace(used=plan.used & here, dropped=plan.dropped & here)
+        return self.select.assemble(logits, expert, wanted, ctx)
 
-    def weigh(
-        self,
-        logits: Float[Array, "g n e"],
-        expert: Int[Array, "g n k"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        train: bool = False,
-    ) -> TokenPlan:
-        """The plan in which each token takes the given experts; none is missing."""
-        return self.select.weigh(logits, expert, valid, train=train)
+    def widest(self, num_experts: int) -> TokenChoice:
+        return self.select.widest(num_experts)
 
-    def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
+    def probabilities(self, logits: Float[Array, "g n o"]) -> Float[Array, "g n e"]:
         return self.select.probabilities(logits)
 
     def check_num_experts(self, num_experts: int) -> None:
-        """What `select` refuses."""
-        if hasattr(self.select, "check_num_experts"):
-            self.select.check_num_experts(num_experts)
+        self.select.check_num_experts(num_experts)
 
     def mean_experts(self, num_experts: int) -> float:
         """Experts per token outside training."""

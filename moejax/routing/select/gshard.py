@@ -5,18 +5,19 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.routing.capacity import Priority, drop_over_capacity
-from moejax.routing.plan import TokenPlan
-from moejax.routing.select.base import selects
-from moejax.routing.select.top_k import TopK
+from moejax.routing.capacity import Priority
+from moejax.routing.scores import best, softmax_over, take
+from moejax.routing.select.base import CapacityLimited, selects
 
 
 @selects.register("gshard")
 @dataclasses.dataclass(frozen=True)
-class GShard:
+class GShard(CapacityLimited):
     """Top-2 in which training keeps a token's second expert with probability `min(1, g2 / threshold)`, so that near-useless second
     choices leave their capacity to others.
 
@@ -34,70 +35,37 @@ class GShard:
     capacity_factor: float | None = 1.0
     eval_capacity_factor: float | None | Literal["same"] = "same"
     threshold: float = 0.5
-    priority: Priority = "choice"
-    num_outputs_per_expert: ClassVar[int] = 1
-    needs_key: ClassVar[bool] = True
+    priority: Priority = dataclasses.field(default="choice", kw_only=True)
+    needs: ClassVar[tuple[str, ...]] = ("key",)
 
     def __post_init__(self) -> None:
-        _ = self._top_2  # checks the factors and the priority
+        super().__post_init__()
         if not 0 < self.threshold <= 0.5:
             raise ConfigError(
                 f"threshold={self.threshold} must lie in (0, 0.5]: the smaller of two gates that sum to 1 is compared"
             )
 
-    @property
-    def causal(self) -> bool:
-        return self._top_2.causal
+    def choose(
+        self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None
+    ) -> tuple[Int[Array, "g n 2"], Bool[Array, "g n 2"]]:
+        expert = best(logits if bias is None else jax.nn.softmax(logits, axis=-1) + bias, 2)
+        wanted = jnp.ones(expert.shape, bool)
+        if ctx.train:
+            second = self.weights(logits, expert, wanted, ctx)[..., 1]
+            drawn = second / self.threshold > jax.random.uniform(ctx.key, second.shape)
+            wanted = wanted.at[..., 1].set(drawn)
+        return expert, wanted
 
-    @property
-    def per_token(self) -> bool:
-        return self._top_2.per_token
-
-    def __call__(
-        self,
-        logits: Float[Array, "g n e"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        bias: Float[Array, "e"] | None = None,
-        train: bool = False,
-        key: Array | None = None,
-    ) -> TokenPlan:
-        """The plan; see `Select`. Raises ConfigError in training without a `key`."""
-        if not train:
-            return self._top_2(logits, valid, bias=bias)
-        if key is None:
-            raise ConfigError("the select rule 'gshard' draws at random in training; give it key=...")
-        plan = dataclasses.replace(self._top_2, capacity_factor=None)(logits, valid, bias=bias, train=True)
-        drawn = plan.weight[..., 1] / self.threshold > jax.random.uniform(key, logits.shape[:2])
-        plan = plan.replace(used=plan.used.at[..., 1].set(plan.used[..., 1] & drawn))
-        if self.capacity_factor is None:
-            return plan
-        score = self.probabilities(logits).max(-1)
-        return drop_over_capacity(plan, valid, self.capacity_factor, self.priority, score=score)
-
-    def weigh(
-        self,
-        logits: Float[Array, "g n e"],
-        expert: Int[Array, "g n k"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        train: bool = False,
-    ) -> TokenPlan:
-        """The plan in which each token takes the given experts; nothing is drawn."""
-        return self._top_2.weigh(logits, expert, valid, train=train)
-
-    def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
-        return jax.nn.softmax(logits, axis=-1)
+    def weights(
+        self, logits: Float[Array, "g n e"], expert: Int[Array, "g n k"], wanted: Bool[Array, "g n k"], ctx: Context
+    ) -> Float[Array, "g n k"]:
+        """Both gates, whether or not the second expert was drawn."""
+        return softmax_over(take(logits, expert), jnp.ones(expert.shape, bool))
 
     def mean_experts(self, num_experts: int) -> float:
         """Experts per token outside training; at most that in training."""
         return 2.0
 
     def check_num_experts(self, num_experts: int) -> None:
-        """Raises ConfigError if there are fewer than two experts."""
-        self._top_2.check_num_experts(num_experts)
-
-    @property
-    def _top_2(self) -> TopK:
-        factor, evaluation = self.capacity_factor, self.eval_capacity_factor
-        return TopK(k=2, normalise=True, capacity_factor=factor, eval_capacity_factor=evaluation, priority=self.priority)
+        if num_experts < 2:
+            raise ConfigError(f"k=2 exceeds num_experts={num_experts}; add experts")

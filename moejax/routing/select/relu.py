@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.routing.plan import TokenPlan, dropless
-from moejax.routing.select.base import all_valid, selects
+from moejax.routing.scores import best, shares, take
+from moejax.routing.select.base import TokenChoice, selects
 
 
 @selects.register("relu")
 @dataclasses.dataclass(frozen=True)
-class ReLU:
+class ReLU(TokenChoice):
     """`y = sum of relu(logit_e) expert_e(x)`: no softmax, no top-k, no normalisation.
 
     A gate reaches 0 exactly where its expert switches off, so the gradient is the true one. The number of experts differs from
     token to token and is about half of them at the start: the loss `adaptive_l1` brings it down to `k` on average. Dropless.
+    A balancer's bias says who comes first where `max_experts` is less than all.
 
     Attributes:
       k: experts per token that training aims at, for counting active parameters; give the loss the same number.
@@ -29,8 +31,6 @@ class ReLU:
     max_experts: int | None = None
     causal: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
-    num_outputs_per_expert: ClassVar[int] = 1
-    needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.k <= 0:
@@ -38,47 +38,24 @@ class ReLU:
         if self.max_experts is not None and self.max_experts < 1:
             raise ConfigError(f"max_experts={self.max_experts} must be at least 1, or None for all")
 
-    def __call__(
-        self,
-        logits: Float[Array, "g n e"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        bias: Float[Array, "e"] | None = None,
-        train: bool = False,
-    ) -> TokenPlan:
-        """The plan; see `Select`. A `bias` says who comes first where `max_experts` is less than all."""
-        e = logits.shape[-1]
-        self.check_num_experts(e)
+    def choose(
+        self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None
+    ) -> tuple[Int[Array, "g n k"], Bool[Array, "g n k"]]:
         if self.max_experts is None:
-            return self.weigh(logits, jnp.broadcast_to(jnp.arange(e), logits.shape), valid)
-        return self.weigh(logits, jax.lax.top_k(logits if bias is None else logits + bias, self.max_experts)[1], valid)
+            expert = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+        else:
+            expert = best(logits if bias is None else logits + bias, self.max_experts)
+        return expert, self.accepts(logits, expert, ctx)
 
-    def weigh(
-        self,
-        logits: Float[Array, "g n e"],
-        expert: Int[Array, "g n k"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        train: bool = False,
-    ) -> TokenPlan:
-        """The plan in which each token takes those of the given experts whose gates are above 0."""
-        weight = jax.nn.relu(jnp.take_along_axis(logits, expert, axis=-1))
-        used = (weight > 0) & (all_valid(logits) if valid is None else valid)[..., None]
-        return dropless(expert, weight, used, logits.shape[-1])
+    def accepts(self, logits: Float[Array, "g n e"], expert: Int[Array, "g n k"], ctx: Context) -> Bool[Array, "g n k"]:
+        """Those whose gates are above 0."""
+        return take(logits, expert) > 0
+
+    def weights(
+        self, logits: Float[Array, "g n e"], expert: Int[Array, "g n k"], wanted: Bool[Array, "g n k"], ctx: Context
+    ) -> Float[Array, "g n k"]:
+        return jax.nn.relu(take(logits, expert))
 
     def probabilities(self, logits: Float[Array, "g n e"]) -> Float[Array, "g n e"]:
         """Each gate's share of their sum; all 0 for a token that takes no expert."""
-        gates = jax.nn.relu(logits)
-        total = gates.sum(-1, keepdims=True)
-        return gates / jnp.where(total > 0, total, 1)
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raises ConfigError if tokens are to take more experts than there are."""
-        for name in ("k", "max_experts"):
-            value = getattr(self, name)
-            if value is not None and value > num_experts:
-                raise ConfigError(f"{name}={value} exceeds num_experts={num_experts}; lower it or add experts")
-
-    def mean_experts(self, num_experts: int) -> float:
-        """Experts of a token once the sparsity has settled."""
-        return float(self.k)
+        return shares(jax.nn.relu(logits))

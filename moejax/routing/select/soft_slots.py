@@ -1,24 +1,24 @@
 """Soft slots: every slot averages all tokens, every token averages all slots (Soft MoE, Puigcerver et al. 2023)."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
 from moejax.routing.plan import SlotPlan
-from moejax.routing.select.base import all_valid, selects
+from moejax.routing.select.base import Select, selects
 
 
 @selects.register("soft_slots")
 @dataclasses.dataclass(frozen=True)
-class SoftSlots:
+class SoftSlots(Select):
     """Dispatch is a softmax over the tokens of a group, combine a softmax over all slots of all experts.
 
     The router gives `slots` logits per expert: `logits[g, n, e * slots]`, expert-major. Fully differentiable, nothing is
-    selected or dropped, and nothing is causal.
+    selected or dropped, and nothing is causal. Invalid tokens enter no slot and get a zero output.
 
     Attributes:
       slots: slots per expert.
@@ -29,9 +29,6 @@ class SoftSlots:
     slots: int = 1
     dispatch: str = "soft"
     combine: str = "soft"
-    causal: ClassVar[bool] = False
-    per_token: ClassVar[bool] = False
-    needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -40,33 +37,21 @@ class SoftSlots:
             check_choice(name, getattr(self, name), ("soft", "uniform"))
 
     @property
-    def num_outputs_per_expert(self) -> int:
+    def outputs_per_expert(self) -> int:
         return self.slots
 
-    def __call__(
-        self,
-        logits: Float[Array, "g n es"],
-        valid: Bool[Array, "g n"] | None = None,
-        *,
-        bias: Float[Array, "es"] | None = None,
-        train: bool = False,
-    ) -> SlotPlan:
-        """The plan; see `Select`. Invalid tokens enter no slot and get a zero output."""
+    def plan(self, logits: Float[Array, "g n es"], ctx: Context, bias: Float[Array, "es"] | None) -> SlotPlan:
         g, n, _ = logits.shape
-        mask = (all_valid(logits) if valid is None else valid)[..., None]
+        real = ctx.real(logits)[..., None]
         if bias is not None:
             logits = logits + bias
         into = logits if self.dispatch == "soft" else jnp.zeros_like(logits)
         out = logits if self.combine == "soft" else jnp.zeros_like(logits)
         # A finite floor rather than -inf: a group without any valid token must not give NaN.
-        dispatch = jnp.where(mask, jax.nn.softmax(jnp.where(mask, into, -1e30), axis=1), 0)
-        combine = jnp.where(mask, jax.nn.softmax(out, axis=2), 0)
+        dispatch = jnp.where(real, jax.nn.softmax(jnp.where(real, into, -1e30), axis=1), 0)
+        combine = jnp.where(real, jax.nn.softmax(out, axis=2), 0)
         return SlotPlan(dispatch.reshape(g, n, -1, self.slots), combine.reshape(g, n, -1, self.slots))
 
     def probabilities(self, logits: Float[Array, "g n es"]) -> Float[Array, "g n e"]:
         g, n, _ = logits.shape
         return jax.nn.softmax(logits, axis=-1).reshape(g, n, -1, self.slots).sum(-1)
-
-    def mean_experts(self, num_experts: int) -> float:
-        """Every token uses every expert."""
-        return float(num_experts)

@@ -98,7 +98,7 @@ def test_query_norms_choose_heads_with_binary_gates(rng: np.random.Generator) ->
     for row, t in np.argwhere(VALID):
         q = (np.asarray(x[row, t], np.float64) @ np.asarray(params["q"]["kernel"], np.float64)).reshape(H, -1)
         norms = np.sqrt((q[SHARED:] ** 2).sum(-1))
-        np.testing.assert_allclose(sown["routing"]["logits"][row, t], norms / norms.std(), rtol=1e-4)
+        np.testing.assert_allclose(sown["routing"]["logits"][row, t], norms / norms.std(ddof=1), rtol=1e-4)
         on = [*range(SHARED), *(SHARED + best(norms, K))]
         heads = numpy_heads(params, np.asarray(x[row]), VALID[row])[t]
         np.testing.assert_allclose(y[row, t], sum(heads[h] @ out[h] for h in on), rtol=1e-4, atol=1e-4)
@@ -112,7 +112,7 @@ def test_binary_gates_pass_the_gradient_of_their_weights(rng: np.random.Generato
 
     def weights(q):
         norms = jnp.sqrt(jnp.square(q[:, :, SHARED:]).sum(-1))
-        logits = norms / norms.std(-1, keepdims=True)
+        logits = norms / norms.std(-1, ddof=1, keepdims=True)
         kept = logits >= jnp.sort(logits, axis=-1)[..., -K, None]
         p = jnp.where(kept, jax.nn.softmax(logits), 0)
         return (c[..., SHARED:] * K * p / p.sum(-1, keepdims=True)).sum()

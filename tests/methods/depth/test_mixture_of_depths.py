@@ -67,7 +67,7 @@ EVAL = Context(valid=jnp.asarray(VALID))
 
 @pytest.mark.parametrize(("gate", "share"), [("raw", 0.5), ("sigmoid", 0.25), ("one", 0.125)])
 def test_training_chooses_the_largest_weights(rng: np.random.Generator, gate: str, share: float) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity=share, gate=gate), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=share, gate=gate), inputs(rng)
     positions = np.stack([np.arange(S), np.array([0, 1, 2, 0, 1, 2, 3, 4])])  # the second row is two packed documents
     variables = draw(layer, jnp.asarray(x))
     y, state = compiled(layer, "stats", "routing")(variables, jnp.asarray(x), TRAIN.replace(positions=jnp.asarray(positions)))
@@ -85,7 +85,7 @@ def test_training_chooses_the_largest_weights(rng: np.random.Generator, gate: st
 
 
 def test_ties_go_to_the_earlier_token(rng: np.random.Generator) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity=0.5, gate="one", remedy=None), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5, gate="one", remedy=None), inputs(rng)
     variables = draw(layer, jnp.asarray(x))
     variables["params"]["router"]["w"] = jnp.zeros((D, 1))
     y = compiled(layer)(variables, jnp.asarray(x), Context(train=True))
@@ -95,7 +95,7 @@ def test_ties_go_to_the_earlier_token(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("remedy", ["predictor", "router"])
 def test_evaluation_asks_the_remedy_and_hides_the_other_tokens(rng: np.random.Generator, remedy: str) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity=0.5, remedy=remedy, predictor_hidden=6), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5, remedy=remedy, predictor_hidden=6), inputs(rng)
     variables = draw(layer, jnp.asarray(x))
     params = variables["params"]
     y, state = compiled(layer, "stats", "losses")(variables, jnp.asarray(x), EVAL)
@@ -115,7 +115,7 @@ def test_evaluation_asks_the_remedy_and_hides_the_other_tokens(rng: np.random.Ge
 
 
 def test_top_k_at_evaluation_is_the_rule_of_training_and_sees_the_future(rng: np.random.Generator) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity=0.5, eval_select="top_k"), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5, eval_select="top_k"), inputs(rng)
     variables = draw(layer, jnp.asarray(x))
     y = compiled(layer)(variables, jnp.asarray(x), EVAL)
     np.testing.assert_array_equal(y, compiled(layer)(variables, jnp.asarray(x), TRAIN))
@@ -129,7 +129,7 @@ def test_top_k_at_evaluation_is_the_rule_of_training_and_sees_the_future(rng: np
 
 @pytest.mark.parametrize("remedy", ["predictor", "router"])
 def test_the_remedy_learns_the_choice_and_the_predictor_leaves_the_model_alone(rng: np.random.Generator, remedy: str) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity=0.5, remedy=remedy, remedy_coef=0.3), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5, remedy=remedy, remedy_coef=0.3), inputs(rng)
     variables = draw(layer, jnp.asarray(x))
     params = variables["params"]
 
@@ -164,7 +164,7 @@ def test_the_remedy_learns_the_choice_and_the_predictor_leaves_the_model_alone(r
 def test_the_raw_gate_is_what_teaches_the_router(rng: np.random.Generator) -> None:
     x = jnp.asarray(inputs(rng))
     for gate, learns in (("raw", True), ("one", False)):
-        layer = MixtureOfDepths(Block(), capacity=0.5, gate=gate, remedy=None)
+        layer = MixtureOfDepths(Block(), capacity_factor=0.5, gate=gate, remedy=None)
         variables = draw(layer, x)
         grads = jax.jit(jax.grad(lambda v, layer=layer: jnp.sin(layer.apply(v, x, TRAIN)).sum()))(variables)["params"]
         assert np.any(grads["router"]["w"]) == learns
@@ -172,7 +172,7 @@ def test_the_raw_gate_is_what_teaches_the_router(rng: np.random.Generator) -> No
 
 
 def test_random_routing_draws_in_training_and_repeats_at_evaluation(rng: np.random.Generator) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity=0.5, router="random", gate="one", eval_select="top_k"), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5, router="random", gate="one", eval_select="top_k"), inputs(rng)
     variables = draw(layer, jnp.asarray(x))
     assert "router" not in variables["params"]
 
@@ -188,7 +188,7 @@ def test_random_routing_draws_in_training_and_repeats_at_evaluation(rng: np.rand
 
 
 def test_padding_is_inert(rng: np.random.Generator) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity=0.5), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5), inputs(rng)
     variables = draw(layer, jnp.asarray(x))
     junk = np.where(VALID[..., None], x, 50).astype(np.float32)
     for ctx in (TRAIN, EVAL):
@@ -203,8 +203,8 @@ class TestErrorsAndQuestions:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            (dict(capacity=0.0), r"capacity=0\.0 must lie in \(0, 1\]"),
-            (dict(capacity=1.5), r"capacity=1\.5 must lie in \(0, 1\]"),
+            (dict(capacity_factor=0.0), r"capacity_factor=0\.0 must lie in \(0, 1\]"),
+            (dict(capacity_factor=1.5), r"capacity_factor=1\.5 must lie in \(0, 1\]"),
             (dict(gate="tanh"), "gate='tanh' is unknown; valid names: raw, sigmoid, one"),
             (dict(remedy="none"), "remedy='none' is unknown; valid names: predictor, router, None"),
             (dict(router="hash"), "router='hash' is unknown; valid names: learned, random"),

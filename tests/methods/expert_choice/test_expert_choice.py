@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from numpy_routing import capacity, expert_choice, softmax
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing import ExpertChoice
 
@@ -26,7 +27,9 @@ def expected_dense(logits: np.ndarray, valid: np.ndarray, *args, **kwargs) -> np
 @pytest.mark.parametrize("in_order", [False, True])
 def test_plan_is_numpys(rng: np.random.Generator, factor: float, score: str, normalise: bool, in_order: bool) -> None:
     logits = rng.normal(size=(G, N, E)).astype(np.float32)
-    plan = ExpertChoice(factor, score=score, normalise=normalise, in_order=in_order)(jnp.asarray(logits), jnp.asarray(VALID))
+    plan = ExpertChoice(factor, score=score, normalise=normalise, in_order=in_order)(
+        jnp.asarray(logits), Context(valid=jnp.asarray(VALID))
+    )
     np.testing.assert_allclose(plan.dense(), expected_dense(logits, VALID, factor, score, normalise), rtol=1e-5, atol=1e-7)
     assert plan.token.shape[-1] == capacity(N, E, 1, factor) <= N
     for g, i in np.ndindex(G, E):
@@ -36,7 +39,7 @@ def test_plan_is_numpys(rng: np.random.Generator, factor: float, score: str, nor
 
 
 def test_load_is_perfect_and_ties_go_to_the_earlier_token() -> None:
-    plan = ExpertChoice(1.0)(jnp.zeros((G, N, E)), jnp.asarray(VALID))
+    plan = ExpertChoice(1.0)(jnp.zeros((G, N, E)), Context(valid=jnp.asarray(VALID)))
     np.testing.assert_array_equal(plan.used.sum(-1), [[3] * E, [2] * E])  # ceil(9 / 4) and ceil(5 / 4)
     np.testing.assert_array_equal(plan.token[0], [[0, 1, 2]] * E)
     np.testing.assert_array_equal(plan.token[1, :, :2], [[0, 2]] * E)
@@ -45,14 +48,17 @@ def test_load_is_perfect_and_ties_go_to_the_earlier_token() -> None:
 def test_a_bias_ranks_but_never_weighs(rng: np.random.Generator) -> None:
     """Experts rank tokens, so only what differs between tokens of one expert can change a choice: a bias per expert cannot."""
     logits = jnp.asarray(rng.normal(size=(G, N, E)), jnp.float32)
-    plain, biased = ExpertChoice()(logits, jnp.asarray(VALID)), ExpertChoice()(logits, jnp.asarray(VALID), bias=jnp.arange(4.0))
+    plain, biased = (
+        ExpertChoice()(logits, Context(valid=jnp.asarray(VALID))),
+        ExpertChoice()(logits, Context(valid=jnp.asarray(VALID)), bias=jnp.arange(4.0)),
+    )
     np.testing.assert_array_equal(plain.dense(), biased.dense())
 
 
 def test_an_empty_group_chooses_nobody(rng: np.random.Generator) -> None:
     logits = jnp.asarray(rng.normal(size=(G, N, E)), jnp.float32)
     for normalise in (False, True):
-        plan = ExpertChoice(normalise=normalise)(logits, jnp.zeros((G, N), bool))
+        plan = ExpertChoice(normalise=normalise)(logits, Context(valid=jnp.zeros((G, N), bool)))
         assert not plan.used.any()
         np.testing.assert_array_equal(plan.dense(), 0)
 

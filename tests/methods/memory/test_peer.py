@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from controlled import train_call
 from numpy_layers import close, draw
 from numpy_routing import best, sigmoid, softmax
 
@@ -30,16 +31,23 @@ def example(peer: ProductKeys) -> tuple:
     x = jax.random.normal(jax.random.key(0), (B, S, D))
     params = draw(peer, x)["params"]
     rng = np.random.default_rng(1)
-    state = {"usage": jnp.asarray(rng.random(N * N), jnp.float32)}
+    state: dict = {"usage": {"weight": jnp.asarray(rng.random(N * N), jnp.float32)}}
     if peer.query_norm == "batch":
         state["query"] = {"mean": jnp.asarray(rng.normal(size=H * Q)), "var": jnp.asarray(rng.random(H * Q) + 0.5)}
     return {"params": params, "router_state": jax.tree.map(jnp.float32, state)}, x
 
 
 @functools.cache
-def apply(peer: ProductKeys, train: bool, mutable: tuple[str, ...] = ()):
+def apply(peer: ProductKeys, train: bool):
+    """Output, and what was sown with the variables after the step (unchanged in evaluation)."""
     ctx = Context(valid=jnp.asarray(VALID), train=train)
-    return jax.jit(lambda variables, x: peer.apply(variables, x, ctx, mutable=list(mutable) or False))
+
+    @jax.jit
+    def call(variables: dict, x: jax.Array) -> tuple:
+        y, sown, after = train_call(peer, variables, x, ctx, mutable=("stats",))
+        return y, {**sown, "after": after}
+
+    return call
 
 
 def numpy_layer(peer: ProductKeys, variables: dict, x: np.ndarray, train: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -88,41 +96,41 @@ def test_it_is_numpys_over_all_experts(fields: dict, train: bool) -> None:
     peer = layer(**fields)
     variables, x = example(peer)
     expected, spent = numpy_layer(peer, variables, x, train)
-    y, changed = apply(peer, train, ("stats", "router_state"))(variables, x)
+    y, changed = apply(peer, train)(variables, x)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     assert (np.asarray(y)[~VALID] == 0).all()
-    before, after = (np.asarray(v["router_state"]["usage"]) for v in (variables, changed))
+    before, after = (np.asarray(v["router_state"]["usage"]["weight"]) for v in (variables, changed["after"]))
     usage = 0.9 * before + 0.1 * spent / spent.sum() if train else before
     np.testing.assert_allclose(after, usage, rtol=1e-4)
-    share = usage / usage.sum()
+    share = before / before.sum()
     np.testing.assert_allclose(changed["stats"]["unevenness"], (share * np.log(share * N * N)).sum(), rtol=1e-4)
     assert changed["stats"]["usage"] == 1
 
 
 def test_training_updates_running_statistics_of_valid_tokens_and_evaluation_does_not() -> None:
     variables, x = example(layer())
-    changed = apply(layer(), True, ("stats", "router_state"))(variables, x)[1]["router_state"]["query"]
+    changed = apply(layer(), True)(variables, x)[1]["after"]["router_state"]["query"]
     query = (np.asarray(x, np.float64).reshape(-1, D) @ np.asarray(variables["params"]["query"]))[VALID.reshape(-1)]
     before = variables["router_state"]["query"]
     np.testing.assert_allclose(changed["mean"], 0.9 * before["mean"] + 0.1 * query.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(changed["var"], 0.9 * before["var"] + 0.1 * query.var(0), rtol=1e-4)
-    _, same = apply(layer(), False, ("stats", "router_state"))(variables, x)
-    close(same["router_state"], variables["router_state"], 0, 0)
+    _, same = apply(layer(), False)(variables, x)
+    close(same["after"], variables, 0, 0)
 
 
 def test_what_padding_holds_changes_nothing() -> None:
     variables, x = example(layer())
     noisy = jnp.where(VALID[..., None], x, 100.0)
-    run = apply(layer(), True, ("stats", "router_state"))
+    run = apply(layer(), True)
     close(run(variables, noisy), run(variables, x))
 
 
 def test_usage_counts_experts_that_nobody_ever_picked() -> None:
     peer = layer()
     variables, x = example(peer)
-    fresh = {**variables, "router_state": {**variables["router_state"], "usage": jnp.zeros(N * N)}}
-    _, before = apply(peer, False, ("stats", "router_state"))(fresh, x)
-    _, after = apply(peer, True, ("stats", "router_state"))(fresh, x)
+    fresh = {**variables, "router_state": {**variables["router_state"], "usage": {"weight": jnp.zeros(N * N)}}}
+    _, before = apply(peer, False)(fresh, x)
+    _, after = apply(peer, False)(apply(peer, True)(fresh, x)[1]["after"], x)
     spent = numpy_layer(peer, variables, x, True)[1]
     assert before["stats"]["usage"] == before["stats"]["unevenness"] == 0
     np.testing.assert_allclose(after["stats"]["usage"], (spent > 0).mean())
@@ -175,7 +183,7 @@ def test_it_is_a_layer_of_a_decoder_whose_active_parameters_are_few() -> None:
     spec = dict(kind="decoder_lm", vocab_size=9, d_model=D, num_layers=2, pattern=("a",), blocks={"a": block}, remat="full")
     model, tokens = models.build(spec), jnp.zeros((2, 4), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    assert variables["router_state"]["stack"]["repeats"]["0_a"]["ffn"]["usage"].shape == (2, N * N)
+    assert variables["router_state"]["stack"]["repeats"]["0_a"]["ffn"]["usage"]["weight"].shape == (2, N * N)
     total = count_params(variables["params"])
     assert total - active_params(model, variables["params"]) == 2 * 2 * D * (N * N - 2 * H)
     ctx = Context(train=True)

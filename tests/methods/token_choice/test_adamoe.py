@@ -11,7 +11,7 @@ from moejax import GLU, Linear, MoE
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.layers.registry import ffns
-from moejax.routing import NullBalance, NullExperts, Routing
+from moejax.routing import NullBalance, NullExperts, Router, Routing
 
 G, N, D, E, NULL, K = 2, 9, 5, 4, 3, 3
 RULE = NullExperts(k=K, num_null=NULL)
@@ -47,7 +47,7 @@ def draw_logits(rng: np.random.Generator) -> np.ndarray:
 def test_it_is_numpys(normalise: str, rng: np.random.Generator) -> None:
     logits, valid = draw_logits(rng), rng.random((G, N)) < 0.8
     logits[0, 0, E:] += 20  # three null experts and nothing else
-    plan = NullExperts(K, NULL, normalise)(jnp.asarray(logits), jnp.asarray(valid))
+    plan = NullExperts(K, NULL, normalise)(jnp.asarray(logits), Context(valid=jnp.asarray(valid)))
     expected = np.apply_along_axis(numpy_weights, -1, logits, normalise=normalise) * valid[..., None]
     np.testing.assert_allclose(plan.dense(), expected, rtol=1e-5, atol=1e-7)
     counts = np.asarray(plan.assigned()).sum(-1)
@@ -75,7 +75,7 @@ def test_the_loss_is_numpys_and_pulls_on_probabilities_only(null: str, rng: np.r
     logits, valid = draw_logits(rng), rng.random((G, N)) < 0.8
 
     def loss(x: jax.Array) -> jax.Array:
-        plan = RULE(x, jnp.asarray(valid))
+        plan = RULE(x, Context(valid=jnp.asarray(valid)))
         return NullBalance(0.3, null)(Routing(x, RULE.probabilities(x), plan, jnp.asarray(valid)))
 
     np.testing.assert_allclose(loss(jnp.asarray(logits)), 0.3 * numpy_loss(logits[valid], null == "mean"), rtol=1e-5)
@@ -120,7 +120,7 @@ def test_a_layer_gives_its_router_the_outputs_and_tokens_without_experts_zeros(r
     np.testing.assert_allclose(sown["stats"]["unrouted"], (combine.sum(-1) == 0).mean(), atol=1e-6)
     nothing = {"params": {**variables["params"], "router": {"w": jnp.zeros_like(router).at[:, E:].set(0.0)}}}
     bias = {"logit_bias": jnp.zeros(E + NULL).at[E:].set(9.0)}
-    np.testing.assert_array_equal(compiled(layer, "stats")({**nothing, "overrides": bias}, x, Context())[0], 0)
+    np.testing.assert_array_equal(compiled(layer, "stats")({**nothing, "interventions": bias}, x, Context())[0], 0)
 
 
 def test_copied_null_experts_start_behind_the_experts_they_copy(rng: np.random.Generator) -> None:
@@ -140,7 +140,7 @@ def test_copied_null_experts_start_behind_the_experts_they_copy(rng: np.random.G
 def test_it_is_built_from_a_config_and_counts_active_experts() -> None:
     spec = dict(kind="moe", num_experts=8, router=dict(kind="cosine"), bank=dict(kind="glu", hidden=3))
     layer = ffns.build({**spec, "select": dict(kind="null_experts", k=4, num_null=8), "losses": dict(null_balance={})}, "ffn")
-    assert layer.router.null_outputs == 8
+    assert layer.router.outputs == (1, 8)
     assert layer.active_fraction() == 2 / 8
     assert layer.decodable() is None
     assert NullExperts(4, 16).mean_experts(8) == pytest.approx(4 / 3)
@@ -164,6 +164,13 @@ def test_parts_that_do_not_fit_raise() -> None:
         MoE(Linear(E), NullExperts(9, NULL), GLU(3, num_experts=E))
     with pytest.raises(ConfigError, match="null='none' is unknown"):
         NullBalance(null="none")
-    layer = MoE(Linear(E, null_outputs=2), RULE, GLU(3, num_experts=E))
-    with pytest.raises(ConfigError, match=r"gives 6 logits .* needs 1 for each of the bank's 4 experts and 3 for null experts"):
+    layer = MoE(Stubborn(E), RULE, GLU(3, num_experts=E))
+    with pytest.raises(ConfigError, match=r"gives 4 logits .* needs 1 for each of the 4 experts and 3 for null experts"):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, D)))
+
+
+class Stubborn(Router):
+    """A router that does not listen."""
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return jnp.zeros((*x.shape[:2], self.num_experts))

@@ -8,6 +8,7 @@ from numpy_layers import close, compiled, draw, glu, weighted_experts
 from numpy_routing import combine, softmax, top_k
 
 from moejax import GLU, Balance, ConfigError, Context, Linear, TopK
+from moejax.core.initializers import FanIn
 from moejax.layers import ChainOfExperts, MoE, RMSNorm
 from moejax.layers.registry import ffns
 
@@ -17,7 +18,7 @@ VALID = np.array([[True] * S, [True, True, True, False, False]])
 
 def layer(**fields) -> ChainOfExperts:
     fields = dict(backend="reference", losses=(Balance(0.5),), iterations=C) | fields
-    return ChainOfExperts(Linear(E, init_scale=1.0), TopK(k=2), GLU(3, num_experts=E), **fields)
+    return ChainOfExperts(Linear(E, init_w=FanIn(1.0)), TopK(k=2), GLU(3, num_experts=E), **fields)
 
 
 def numpy_chain(params, x: np.ndarray, valid: np.ndarray, gating: str, residual: str, shared: int = 0, norm: bool = False):

@@ -41,7 +41,7 @@ def test_both_losses_are_the_papers(rng: np.random.Generator, over: str) -> None
     """f_i = N'/(K'T) * tokens that select i; devices: f' the mean of f, P' the sum of P."""
     logits, devices = jnp.asarray(2 * rng.normal(size=(B, S, ROUTED)), jnp.float32), 3
     rule = TopK(k=ACTIVE)
-    routing = Routing(logits, rule.probabilities(logits), rule(logits, jnp.asarray(VALID)), jnp.asarray(VALID))
+    routing = Routing(logits, rule.probabilities(logits), rule(logits, Context(valid=jnp.asarray(VALID))), jnp.asarray(VALID))
     probs = [softmax(logits[g])[VALID[g]] for g in range(B)]
     expert_loss, device_loss = [], []
     for p in [np.concatenate(probs)] if over == "batch" else probs:
@@ -68,7 +68,7 @@ def test_experts_come_from_the_best_groups(rng: np.random.Generator, score: str,
     e, groups, kept, k = 12, 4, 2, 3
     logits = rng.normal(size=(B, S, e)).astype(np.float32)
     bias = 0.3 * rng.normal(size=e).astype(np.float32) if biased else np.zeros(e)
-    rule = TopK(k=k, score=score, groups=groups, groups_kept=kept, group_score=group_score)
+    rule = TopK(k=k, score=score, expert_groups=groups, groups_kept=kept, group_score=group_score)
     plan = rule(jnp.asarray(logits), bias=jnp.asarray(bias) if biased else None)
     unlike = 0
     for b, t in np.ndindex(B, S):
@@ -107,9 +107,9 @@ def test_a_shared_expert_can_fall_silent_in_evaluation(rng: np.random.Generator)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"groups": 4}, "groups=4 does not divide num_experts=6"),
-        ({"groups": 3, "groups_kept": 1}, r"k=3 and skip=0 exceed the 2 experts in a token's reach"),
-        ({"groups": 2, "groups_kept": 3}, "groups_kept=3 must lie between 1 and groups=2"),
+        ({"expert_groups": 4}, "expert_groups=4 does not divide num_experts=6"),
+        ({"expert_groups": 3, "groups_kept": 1}, r"k=3 and skip=0 exceed the 2 experts in a token's reach"),
+        ({"expert_groups": 2, "groups_kept": 3}, "groups_kept=3 must lie between 1 and expert_groups=2"),
         ({"skip": 4}, "skip=4 exceed the 6 experts"),
         ({"skip": -1}, "skip=-1"),
         ({"group_score": "mean"}, "group_score='mean' is unknown"),

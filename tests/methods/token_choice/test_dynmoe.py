@@ -49,7 +49,7 @@ def test_router_and_rule_are_numpys(train: bool, rng: np.random.Generator) -> No
     valid = rng.random((G, N)) < 0.8
     variables = {"params": params, "router_state": {"active": jnp.asarray(ACTIVE)}}
     logits = ExpertPool(E).apply(variables, jnp.asarray(x, jnp.float32), Context(train=train))
-    plan = TopAny()(logits, jnp.asarray(valid), train=train)
+    plan = TopAny()(logits, Context(valid=jnp.asarray(valid), train=train))
     score, limit = numpy_pool(params, x, ACTIVE)
     gates = np.stack([[numpy_gates(t, limit, train) for t in group] for group in score])
     k = gates.sum(-1, keepdims=True)
@@ -76,7 +76,7 @@ def test_gradients_go_straight_through_where_an_expert_is_taken(rng: np.random.G
     score[0, 0] = 0
     outputs = rng.normal(size=(G, N, E))
     logits = jnp.asarray(np.stack([score, limit], -1).reshape(G, N, 2 * E), jnp.float32)
-    gradient = jax.grad(lambda x: (jnp.asarray(outputs) * TopAny()(x, train=True).dense()).sum())(logits)
+    gradient = jax.grad(lambda x: (jnp.asarray(outputs) * TopAny()(x, Context(train=True)).dense()).sum())(logits)
     taken = score > limit
     expected = taken * outputs / np.maximum(taken.sum(-1, keepdims=True), 1)
     np.testing.assert_allclose(gradient.reshape(G, N, E, 2), np.stack([expected, -expected], -1), rtol=1e-5)
@@ -104,12 +104,33 @@ def test_losses_are_numpys_and_finite_where_embeddings_are_orthogonal(rng: np.ra
     score, limit = numpy_pool(params, x, ACTIVE)
     logits = ExpertPool(E).apply(variables, jnp.asarray(x, jnp.float32), Context())
     valid = jnp.ones((G, N), bool)
-    g = (score > limit).reshape(-1, E).astype(float)
-    g = g[g.any(-1)]
+    gates = (score > limit).reshape(-1, E).astype(float)
+    g = gates[gates.any(-1)]
     balance = E**2 * ((g / g.sum(-1, keepdims=True)).mean(0) * g.mean(0)).mean()
-    plan = TopAny()(logits, valid, train=True)
+    assert len(g) < len(gates), "tokens without experts count in the second term alone"
+    plan = TopAny()(logits, Context(valid=valid, train=True))
     loss = TopAnyLoss(0.1, balance=2.0, efficiency=3.0)(Routing(logits, TopAny().probabilities(logits), plan, valid))
-    np.testing.assert_allclose(loss, 0.1 * (2 * balance + 3 * g.mean()), rtol=1e-5)
+    np.testing.assert_allclose(loss, 0.1 * (2 * balance + 3 * gates.mean()), rtol=1e-5)
+
+
+def test_the_released_models_loss_on_four_tokens() -> None:
+    """By hand, as their code has it: the second factor of the balance is a constant, the first passes a gradient through its sum."""
+    score = jnp.array([[0.9, 0.8], [0.9, 0.1], [0.1, 0.1], [0.8, 0.9]])
+    logits = jnp.stack([score, jnp.full_like(score, 0.5)], axis=-1).reshape(1, 4, 4)
+
+    def loss(x: jax.Array, **weights: float) -> jax.Array:
+        plan = TopAny()(x, Context(train=True))
+        return TopAnyLoss(1.0, **weights)(Routing(x, TopAny().probabilities(x), plan, jnp.ones((1, 4), bool)))
+
+    np.testing.assert_allclose(loss(logits, balance=0.0), 5 / 8, rtol=1e-6)
+    # Of the three tokens with experts: shares (1/2, 1/2), (1, 0), (1/2, 1/2) and gates (1, 1), (1, 0), (1, 1).
+    np.testing.assert_allclose(loss(logits, efficiency=0.0), 2 * (2 / 3 * 1 + 1 / 3 * 2 / 3), rtol=1e-6)
+    gradient = jax.grad(loss)(logits, efficiency=0.0).reshape(4, 2, 2)
+    pull = np.array([2 * 1 / 3, 2 * (2 / 3) / 3])  # on a share, of either expert
+    expected = np.array([pull / 2 - pull.sum() / 4, [0, 0], [0, 0], pull / 2 - pull.sum() / 4])
+    np.testing.assert_allclose(gradient[..., 0], expected, atol=1e-6)
+    np.testing.assert_allclose(expected[0], [1 / 18, -1 / 18], rtol=1e-5)
+    np.testing.assert_allclose(gradient[..., 1], -expected, atol=1e-6)
 
 
 class NumpyPool:
@@ -265,7 +286,6 @@ def test_it_is_built_from_a_config() -> None:
     [
         ({"initial": 9}, "initial=9 must lie between 1 and num_experts=4"),
         ({"cycle": 9, "record": 5, "update": 5}, "record=5 and update=5 must satisfy"),
-        ({"outputs_per_expert": 1}, "outputs_per_expert=1 of an expert pool must be 2"),
     ],
 )
 def test_bad_settings_raise(fields: dict, message: str) -> None:

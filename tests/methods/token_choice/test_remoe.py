@@ -28,7 +28,7 @@ def draw_logits(rng: np.random.Generator) -> np.ndarray:
 
 def test_gates_are_relus_and_padding_has_none(rng: np.random.Generator) -> None:
     logits, valid = draw_logits(rng), rng.random((G, N)) < 0.8
-    plan = ReLU()(jnp.asarray(logits), jnp.asarray(valid))
+    plan = ReLU()(jnp.asarray(logits), Context(valid=jnp.asarray(valid)))
     np.testing.assert_allclose(plan.dense(), np.maximum(logits, 0) * valid[..., None], rtol=1e-6)
     np.testing.assert_array_equal(plan.assigned(), (logits > 0) & valid[..., None])
     gradient = jax.grad(lambda x: (jnp.arange(1.0, E + 1) * ReLU()(x).dense()).sum())(jnp.asarray(logits))
@@ -48,7 +48,7 @@ def test_the_loss_is_numpys_in_value_and_gradient(balanced: bool, rng: np.random
     logits, valid, k, weight = draw_logits(rng), rng.random((G, N)) < 0.8, 1.5, 0.3
 
     def loss(x: jax.Array) -> jax.Array:
-        routing = Routing(x, ReLU().probabilities(x), ReLU()(x, jnp.asarray(valid)), jnp.asarray(valid))
+        routing = Routing(x, ReLU().probabilities(x), ReLU()(x, Context(valid=jnp.asarray(valid))), jnp.asarray(valid))
         return AdaptiveL1(k, balanced=balanced)(routing, jnp.float32(weight))
 
     tokens = logits[valid].astype(np.float64)
@@ -73,7 +73,7 @@ def test_a_layer_is_the_sum_of_gated_experts_and_zero_where_all_gates_are(rng: n
     loss = 0.5 * (E / 2 * (gates > 0).mean((0, 1)) * gates.mean((0, 1))).sum()
     np.testing.assert_allclose(sown["losses"]["adaptive_l1_loss"], loss, rtol=1e-4)
     assert sown["measured"]["adaptive_l1_measured"] == {"active": (gates > 0).sum(), "tokens": G * N}
-    dead = {"params": variables["params"], **state, "overrides": {"logit_bias": jnp.full(E, -99.0)}}
+    dead = {"params": variables["params"], **state, "interventions": {"logit_bias": jnp.full(E, -99.0)}}
     np.testing.assert_array_equal(compiled(layer, "losses")(dead, x, Context())[0], 0)
     assert layer.active_fraction() == 0.5
 

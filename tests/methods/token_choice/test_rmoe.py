@@ -160,7 +160,7 @@ def test_grouped_tokens_find_their_own_memory_and_leave_it_in_its_place(by: str)
 @pytest.mark.parametrize("train", [True, False])
 def test_tokens_that_skip_a_block_keep_their_state(train: bool) -> None:
     """Mixture-of-depths around a routed block: only the chosen tokens' states change, and they come back to their places."""
-    depth = MixtureOfDepths(Routed(Recurrent(E, width=P)), capacity=0.5)
+    depth = MixtureOfDepths(Routed(Recurrent(E, width=P)), capacity_factor=0.5)
     start = jnp.asarray(np.random.default_rng(3).normal(size=(B, S, P)), jnp.float32)
     variables = draw(depth, tokens())
 
@@ -200,7 +200,7 @@ def test_other_cells_are_numpys(rng: np.random.Generator, cell: str) -> None:
 
 
 def test_logits_of_the_layer_below_are_added() -> None:
-    model = stack(router=ResidualLogits(Linear(E), E))
+    model = stack(router=ResidualLogits(E, Linear(E)))
     variables = draw(model, tokens(), Context())
     _, sown = jax.jit(functools.partial(model.apply, mutable=["stats"]))(variables, tokens(), Context())
     block = jax.tree.map(np.asarray, variables["params"]["repeats"]["0_a"])
@@ -212,7 +212,7 @@ def test_logits_of_the_layer_below_are_added() -> None:
 
 
 def test_mutual_information_is_numpys(rng: np.random.Generator) -> None:
-    router = Witnessed(Linear(E), num_experts=E)
+    router = Witnessed(E, Linear(E))
     memory = Memory(router.carries(2, 40))
     valid = rng.random((2, 40)) < 0.7
     ctx = Context(memory=memory, valid=jnp.asarray(valid))

@@ -10,7 +10,9 @@ from numpy_routing import best, sigmoid, softmax
 from moejax import models
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.experts import FFN, DenseMatchedFFN
+from moejax.core.initializers import DenseMatched
+from moejax.core.params import per_expert
+from moejax.experts import FFN
 from moejax.layers import MoE
 from moejax.routing import EqualNorm, ExpertDropout, Routing, SoftSlots, Spread, TopK
 
@@ -28,7 +30,7 @@ def chosen(logits: np.ndarray, here: np.ndarray) -> np.ndarray:
 
 
 def test_the_layer_is_numpys() -> None:
-    layer = MoE(EqualNorm(E), RULE, DenseMatchedFFN(F, num_experts=E), losses=(Spread(0.5),))
+    layer = MoE(EqualNorm(E), RULE, FFN(F, num_experts=E, activation="relu"), losses=(Spread(0.5),))
     x = jax.random.normal(jax.random.key(0), (B, S, D))
     variables = draw(layer, x)
     ctx = Context(valid=jnp.asarray(VALID))
@@ -45,16 +47,18 @@ def test_the_layer_is_numpys() -> None:
 
 def test_experts_go_missing_before_the_selection_and_in_training_only(rng: np.random.Generator, key: jax.Array) -> None:
     logits = rng.normal(size=(B, S, E)).astype(np.float32)
-    plan = RULE(jnp.asarray(logits), jnp.asarray(VALID), train=True, key=key)
+    plan = RULE(jnp.asarray(logits), Context(valid=jnp.asarray(VALID), train=True, key=key))
     here = np.asarray(jax.random.bernoulli(key, 0.5, logits.shape))
     expected = np.array([[chosen(logits[i, t], here[i, t]) * VALID[i, t] for t in range(S)] for i in range(B)])
     np.testing.assert_allclose(plan.dense(), expected, rtol=1e-5)
     # k of those that are left, not what is left of k.
     np.testing.assert_array_equal(plan.used.sum(-1), np.minimum(here.sum(-1), K) * VALID)
-    outside = RULE(jnp.asarray(logits), jnp.asarray(VALID))
-    np.testing.assert_allclose(outside.dense(), TopK(k=K, score="sigmoid")(jnp.asarray(logits), jnp.asarray(VALID)).dense())
-    assert RULE.needs_key
-    assert not ExpertDropout(TopK(), 0.0).needs_key
+    outside = RULE(jnp.asarray(logits), Context(valid=jnp.asarray(VALID)))
+    np.testing.assert_allclose(
+        outside.dense(), TopK(k=K, score="sigmoid")(jnp.asarray(logits), Context(valid=jnp.asarray(VALID))).dense()
+    )
+    assert RULE.needs == ("key",)
+    assert not ExpertDropout(TopK(), 0.0).needs
 
 
 def test_a_missing_expert_gets_no_gradient() -> None:
@@ -63,7 +67,7 @@ def test_a_missing_expert_gets_no_gradient() -> None:
     here = np.asarray(jax.random.bernoulli(key, 0.5, logits.shape))
     for score in ("sigmoid", "logit"):
         rule = ExpertDropout(TopK(k=E, score=score), 0.5)
-        grad = jax.grad(lambda z, rule=rule: jnp.sin(rule(z, train=True, key=key).dense()).sum())(logits)
+        grad = jax.grad(lambda z, rule=rule: jnp.sin(rule(z, Context(train=True, key=key)).dense()).sum())(logits)
         assert (np.asarray(grad)[~here] == 0).all()
         assert (np.asarray(grad)[here] != 0).all()
 
@@ -85,7 +89,8 @@ def test_it_starts_as_pieces_of_a_dense_layer() -> None:
     """Standard deviations by the whole width and the model's depth, which a config fills in; router vectors of one length."""
     d, e, f, layers = 32, 16, 8, 3
     ffn = dict(
-        kind="moe", num_experts=e, router=dict(kind="equal_norm"), bank=dict(kind="dense_matched_ffn", hidden=f),
+        kind="moe", num_experts=e, router=dict(kind="equal_norm"),
+        bank=dict(kind="ffn", hidden=f, init_in=dict(kind="dense_matched"), init_out=dict(kind="dense_matched", fan_in="all")),
         select=dict(kind="expert_dropout", select=dict(kind="top_k", k=4, score="sigmoid")), losses=dict(spread=dict(coef=1e-3)),
     )  # fmt: skip
     block = dict(kind="transformer", mixer=dict(kind="attention", num_heads=1), norm=dict(kind="rms_norm"), ffn=ffn)
@@ -96,7 +101,7 @@ def test_it_starts_as_pieces_of_a_dense_layer() -> None:
     params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, d)))["params"]
     np.testing.assert_allclose(params["bank"]["w_in"].std(), np.sqrt(2 / (d * layers)), rtol=0.05)
     np.testing.assert_allclose(params["bank"]["w_out"].std(), np.sqrt(2 / (e * f * layers)), rtol=0.05)
-    one = DenseMatchedFFN(f, e, num_layers=layers, fan_in="expert").initializers(d)[1](jax.random.key(1), (e, f, d))
+    one = per_expert(DenseMatched("expert", layers))(jax.random.key(1), (e, f, d))
     np.testing.assert_allclose(one.std(), np.sqrt(2 / (f * layers)), rtol=0.05)
     w = np.asarray(params["router"]["w"])
     np.testing.assert_allclose(w.std(), np.sqrt(2 / (d * layers)), rtol=1e-5)
@@ -108,11 +113,11 @@ def test_it_starts_as_pieces_of_a_dense_layer() -> None:
 def test_bad_settings_raise() -> None:
     with pytest.raises(ConfigError, match=r"rate=1\.0"):
         ExpertDropout(TopK(), 1.0)
-    with pytest.raises(ConfigError, match="expert_dropout needs token choice, and SoftSlots gives SlotPlan"):
-        ExpertDropout(SoftSlots())(jnp.zeros((1, 2, 4)), train=True, key=jax.random.key(0))
+    with pytest.raises(ConfigError, match="expert_dropout needs token choice, and SoftSlots is none"):
+        ExpertDropout(SoftSlots())
     with pytest.raises(ConfigError, match="k=9 exceeds num_experts=4"):
-        MoE(EqualNorm(E), ExpertDropout(TopK(k=9)), FFN(F, E))
+        MoE(EqualNorm(E), ExpertDropout(TopK(k=9)), FFN(F, num_experts=E))
     with pytest.raises(ConfigError, match="fan_in='alll'"):
-        DenseMatchedFFN(F, fan_in="alll")
+        DenseMatched("alll")
     with pytest.raises(ConfigError, match="over='batches'"):
         Spread(over="batches")

@@ -1,7 +1,5 @@
 """ST-MoE: the second expert's threshold, who is served first, the scaled gated expert, the extra dense layer, the rough router."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +25,7 @@ def second_experts(rng: np.random.Generator) -> np.ndarray:
 def test_training_is_the_papers_algorithm(rng: np.random.Generator, key: jax.Array, priority: str) -> None:
     logits = second_experts(rng)
     rule = GShard(0.75, 2.0, threshold=0.2, priority=priority)
-    plan = jax.jit(functools.partial(rule, train=True))(jnp.asarray(logits), jnp.asarray(VALID), key=key)
+    plan = jax.jit(rule)(jnp.asarray(logits), Context(valid=jnp.asarray(VALID), train=True, key=key))
     draws, expected, kept = np.asarray(jax.random.uniform(key, (G, N))), [], []
     for g in range(G):
         probs = softmax(logits[g])
@@ -48,7 +46,7 @@ def test_training_is_the_papers_algorithm(rng: np.random.Generator, key: jax.Arr
 
 def test_evaluation_draws_nothing_and_has_more_room(rng: np.random.Generator) -> None:
     logits, rule = jnp.asarray(second_experts(rng)), GShard(0.75, 2.0, threshold=0.2)
-    plan = rule(logits, jnp.asarray(VALID))
+    plan = rule(logits, Context(valid=jnp.asarray(VALID)))
     assert not plan.dropped.any()
     np.testing.assert_array_equal(plan.used.sum(-1), 2 * VALID)
     np.testing.assert_allclose(np.where(VALID, plan.weight.sum(-1), 1), 1, rtol=1e-6)
@@ -64,8 +62,8 @@ def test_a_threshold_that_compares_nothing_is_refused(threshold: float) -> None:
 def test_the_scaled_expert_is_numpys(rng: np.random.Generator, layout: str) -> None:
     bank, d, m = GLU(5, num_experts=3, activation="gelu", scaled=True), 4, 6
     x = jnp.asarray(rng.normal(size=(3, 2, d)), jnp.float32)
-    assert (bank.init(jax.random.key(0), x, Batched())["params"]["scale"] == 1).all()
-    variables = draw(bank, x, Batched())
+    assert (bank.init(jax.random.key(0), d)["params"]["scale"] == 1).all()
+    variables = draw(bank, d)
     p = {name: np.asarray(value, np.float64) for name, value in variables["params"].items()}
     gate = np.asarray(jax.nn.gelu(jnp.einsum("ecd,edf->ecf", x, p["w_gate"])))
     hidden = gate * np.einsum("ecd,edf->ecf", x, p["w_up"]) * p["scale"][:, None]
@@ -76,7 +74,7 @@ def test_the_scaled_expert_is_numpys(rng: np.random.Generator, layout: str) -> N
         "grouped": Grouped(jnp.full(3, 2), num_rows=m),
         "per_token": PerToken(jnp.arange(3).repeat(2)),
     }
-    actual = jax.jit(bank.apply)(variables, rows, kinds[layout])
+    actual = jax.jit(lambda v, rows: bank.apply(v, d).run(rows, kinds[layout]))(variables, rows)
     np.testing.assert_allclose(np.reshape(actual, expected.shape), expected, rtol=1e-3, atol=1e-4)
 
 

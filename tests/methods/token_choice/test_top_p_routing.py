@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy_routing import softmax
 
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.dispatch import dispatch
-from moejax.dispatch.layout import Layout
+from moejax.dispatch import Experts, dispatch
 from moejax.routing import Balance, Entropy, Routing, TopP
 
 G, N, E = 2, 7, 5
@@ -29,7 +29,7 @@ def numpy_top_p(probs: np.ndarray, p: float) -> np.ndarray:
 def test_it_is_numpys(p: float, rng: np.random.Generator) -> None:
     logits = jnp.asarray(2 * rng.normal(size=(G, N, E)), jnp.float32)
     valid = rng.random((G, N)) < 0.8
-    plan = TopP(p)(logits, jnp.asarray(valid))
+    plan = TopP(p)(logits, Context(valid=jnp.asarray(valid)))
     expected = np.apply_along_axis(numpy_top_p, -1, softmax(logits), p) * valid[..., None]
     np.testing.assert_allclose(plan.dense(), expected, rtol=1e-5, atol=1e-7)
     assert len(np.unique(np.asarray(plan.used).sum(-1))) > 1 or p == 0.2
@@ -52,10 +52,8 @@ def test_backends_agree_with_the_oracle_in_value_and_gradient(backend: str, rng:
 
     def run(name: str) -> tuple:
         def loss(logits: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
-            def bank(rows: jax.Array, layout: Layout) -> jax.Array:
-                return jnp.tanh(layout.dot(rows, w))
-
-            return jnp.square(dispatch(TopP(0.6)(logits), bank, x, name)).sum()
+            experts = Experts(lambda p, rows, layout: jnp.tanh(layout.dot(rows, p)), w)
+            return jnp.square(dispatch(TopP(0.6)(logits), experts, x, name)).sum()
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(logits, x, w)
 
@@ -66,7 +64,7 @@ def test_losses_are_numpys(rng: np.random.Generator) -> None:
     """Entropy in nats, and the balance loss that counts a token as often as it has experts."""
     logits = jnp.asarray(2 * rng.normal(size=(G, N, E)), jnp.float32)
     valid, rule = rng.random((G, N)) < 0.8, TopP(0.6)
-    routing = Routing(logits, rule.probabilities(logits), rule(logits, jnp.asarray(valid)), jnp.asarray(valid))
+    routing = Routing(logits, rule.probabilities(logits), rule(logits, Context(valid=jnp.asarray(valid))), jnp.asarray(valid))
     probs = softmax(logits)[valid]
     np.testing.assert_allclose(Entropy(0.5)(routing), 0.5 * -(probs * np.log(probs)).sum(-1).mean(), rtol=1e-5)
     used = np.apply_along_axis(numpy_top_p, -1, probs, 0.6) > 0

@@ -29,7 +29,7 @@ LARGEST_VOCABULARY = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class ObservedLayer:
     """One routed layer on the batches it was observed on.
 
     Attributes:
@@ -87,7 +87,7 @@ def observe(
     labels: int = 1,
     vocabulary: int = 0,
     responses: bool = True,
-) -> dict[str, Layer]:
+) -> dict[str, ObservedLayer]:
     """Every routed layer of the model on the batches, by name: the module's path and the layer's place in its scan.
 
     Args:
@@ -267,7 +267,7 @@ def _compare_experts(go_on: Any, args: Any, kwargs: Any, call: nn.module.Interce
     experts = jnp.repeat(jnp.arange(e, dtype=jnp.int32), len(rows))[None, :, None]
     used = jnp.ones(experts.shape, bool)
     plan = TokenPlan(experts, used.astype(jnp.float32), used, ~used, num_experts=e)
-    answers = dispatch.dispatch(plan, lambda r, layout: module.bank(r, layout, ctx), jnp.tile(rows, (e, 1))[None], "reference")
+    answers = dispatch.dispatch(plan, module.bank(x.shape[-1], ctx), jnp.tile(rows, (e, 1))[None], "reference")
     answers = answers.astype(jnp.float32).reshape(e, len(rows), -1)
     answers = answers / (jnp.linalg.norm(answers, axis=-1, keepdims=True) + 1e-9)
     module.sow(
@@ -284,13 +284,16 @@ def _go_on(go_on: Any, args: Any, kwargs: Any, call: nn.module.InterceptorContex
     return go_on(*args, **kwargs)
 
 
-def _layers(total: Mapping[str, Mapping[str, np.ndarray]], batches: int) -> Iterator[tuple[str, Layer]]:
+def _layers(total: Mapping[str, Mapping[str, np.ndarray]], batches: int) -> Iterator[tuple[str, ObservedLayer]]:
     for name, found in total.items():
         for at in np.ndindex(found["tokens"].shape[:-1]):
             each = {key: value[at] for key, value in found.items()}
             uncertainty = each["entropy"] / np.maximum(each["tokens"], 1)
             similarity = each["similarity"] / batches if "similarity" in each else None
-            yield f"{name}{_place(at)}", Layer(each["counts"], each["tokens"], uncertainty, each.get("words"), similarity)
+            yield (
+                f"{name}{_place(at)}",
+                ObservedLayer(each["counts"], each["tokens"], uncertainty, each.get("words"), similarity),
+            )
 
 
 def _place(at: tuple[int, ...]) -> str:

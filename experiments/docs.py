@@ -1,6 +1,7 @@
-"""What the README says of results, made from the ledger: its tables and its count of methods.
+"""What the README and docs/ say of results and methods, made from the ledger and the catalogue.
 
-The runner renews it with every ledger entry; `python -m experiments.readme` does it by hand.
+A page has `<!-- ledger:NAME -->` ... `<!-- end -->` around what is made; NAME is a key of `TABLES`. The runner renews all pages with
+every ledger entry; `python -m experiments.docs` does it by hand.
 """
 
 import json
@@ -12,17 +13,16 @@ from experiments import catalog, pods, record, tables
 from experiments.environment import REPOSITORY
 from experiments.study import load
 
-README = REPOSITORY / "README.md"
-LEDGER = record.LEDGER  # the one that the README is about
+PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+LEDGER = record.LEDGER  # the one that the pages are about
 DEMO = "first_mixture"
 
 
 def render(text: str, ledger: Path = LEDGER) -> str:
     """`text` with its count, and what stands between `<!-- ledger:NAME -->` and `<!-- end -->`, made anew."""
-    tables = {"demo": demo_table, "verdicts": verdict_table, "pods": pod_table}
 
     def table(match: re.Match[str]) -> str:
-        return f"<!-- ledger:{match[1]} -->\n{tables[match[1]](ledger)}\n<!-- end -->"
+        return f"<!-- ledger:{match[1]} -->\n{TABLES[match[1]](ledger)}\n<!-- end -->"
 
     text = re.sub(r"<!-- ledger:(\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
     return re.sub(r"(<!-- count -->)[^.\n]*", lambda match: match[1] + catalog.count(catalog.load(), ledger), text)
@@ -68,13 +68,36 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def catalogue_table(ledger: Path) -> str:
+    """Every method: its title, and where its study and its tests are."""
+    found = record.entries(ledger)
+    lines = [
+        "| method | title | family | year | implemented by | tests | study | verdicts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in catalog.load().values():
+        names = ", ".join(f"`{name}`" for name in row.implements)
+        tests = ", ".join(f"[tests](../{path})" for path in row.tests)
+        study = f"[study](../{row.study})" if row.study else ""
+        verdicts = tables.count_verdicts([entry for entry in found if entry["slug"] == row.slug])
+        lines.append(
+            f"| {row.slug} | [{row.title}](https://arxiv.org/abs/{row.arxiv}) | {row.family} | {row.year} | {names} | {tests} "
+            f"| {study} | {verdicts} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"demo": demo_table, "verdicts": verdict_table, "pods": pod_table, "catalogue": catalogue_table}
+
+
 def renew(ledger: Path) -> None:
-    """Rewrites the README if `ledger` is the repository's own and says something new."""
-    if ledger != LEDGER or not README.exists():
+    """Rewrites the pages if `ledger` is the repository's own and says something new."""
+    if ledger != LEDGER:
         return
-    text = README.read_text()
-    if (new := render(text, ledger)) != text:
-        README.write_text(new)
+    for page in PAGES:
+        text = page.read_text()
+        if (new := render(text, ledger)) != text:
+            page.write_text(new)
 
 
 if __name__ == "__main__":

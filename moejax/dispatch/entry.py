@@ -1,20 +1,16 @@
-"""`dispatch(plan, bank, x, backend='auto')`: executing a plan on a bank, and what 'auto' means."""
+"""`dispatch(plan, experts, x, backend='auto')`: executing a plan on experts, and what 'auto' means."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import ConfigError, nearest
-from moejax.dispatch.backends import (
-    Bank,
-    capacity,
-    einsum,
-    gather,
-    grouped,
-    merged,
-    reference,
-)
-from moejax.dispatch.expert_parallel.run import expert_parallel
+from moejax.dispatch.backends import capacity, einsum, gather, grouped, merged, reference
+from moejax.dispatch.expert_parallel.run import expert_parallel, limit
+from moejax.dispatch.experts import Experts, MixedExperts, nothing
+from moejax.dispatch.parts import sum_parts
 from moejax.parallel.mesh import batch_ways
 from moejax.parallel.scope import current
 from moejax.routing.plan import ExpertPlan, MergePlan, Plan, SlotPlan, TokenPlan
@@ -25,7 +21,7 @@ NARROW = 128  # width of tokens up to which a turn of a loop costs more than the
 FEWEST_ROWS = 2  # rows for which no loop is worth its start
 FEW_ROWS = 8  # rows per expert up to which slots waste less than loops do
 
-BACKENDS: dict[str, Callable[[Plan, Bank, Array], Array]] = {
+BACKENDS: dict[str, Callable[[Plan, Experts, Array], Array]] = {
     "reference": reference,
     "einsum": einsum,
     "capacity": capacity,
@@ -45,25 +41,51 @@ ACCEPTS: dict[str, tuple[type, ...]] = {
 }
 
 
-def dispatch(plan: Plan, bank: Bank, x: Float[Array, "g n d"], backend: str = "auto") -> Float[Array, "g n f"]:
+def dispatch(plan: Plan, experts: Any, x: Float[Array, "g n d"], backend: str = "auto") -> Float[Array, "g n f"]:
     """`y[g, n] = sum over the plan's used entries of weight * expert(x[g, n])`.
+
+        experts = bank(x.shape[-1], ctx)
+        y = dispatch(plan, experts, x)
 
     Args:
       plan: who goes where, from a select rule.
-      bank: the experts: a function (or Flax module) of rows and a layout.
+      experts: `Experts`, or `MixedExperts` of several kinds.
       x: tokens; the plan's tokens, in the plan's groups.
       backend: a name of `BACKENDS`, which runs or raises, or 'auto'.
 
     Raises:
-      ConfigError: unknown backend, or one that cannot execute this kind of plan.
+      ConfigError: unknown backend, one that cannot execute this kind of plan, or experts that are not the plan's.
     """
-    name = choose(plan, x.shape[-1]) if backend == "auto" else backend
+    return execute(plan, experts, x, backend)[0]
+
+
+def execute(
+    plan: Plan, experts: Any, x: Float[Array, "g n d"], backend: str = "auto"
+) -> tuple[Float[Array, "g n f"], Plan, str]:
+    """As `dispatch`, with the plan that was executed and the backend that ran.
+
+    The executed plan has less in it than the given one where an exchange between devices has a bound (`limit`).
+    """
+    _check(experts, plan.num_experts)
+    light = all(part.light for part in experts.parts) and isinstance(plan, TokenPlan)
+    name = backend if backend != "auto" else "gather" if light else choose(plan, x.shape[-1])
     if name not in BACKENDS:
         raise ConfigError(f"backend='{name}' is unknown{nearest(name, [*BACKENDS, 'auto'])}")
     if not isinstance(plan, ACCEPTS[name]):
         able = [b for b, kinds in ACCEPTS.items() if isinstance(plan, kinds) and (b != "expert_parallel" or current())]
         raise ConfigError(f"backend='{name}' cannot execute a {type(plan).__name__} plan; use one of: {', '.join(able)}, auto")
-    return BACKENDS[name](plan, bank, x)
+
+    def run(plan: Plan, part: Experts, x: Array) -> tuple[Array, Plan]:
+        part = part.folded() if isinstance(plan, MergePlan) else part
+        if part.function is nothing:
+            return jnp.zeros_like(x), plan
+        if backend == "auto" and part.light and isinstance(plan, TokenPlan):
+            return gather(plan, part, x), plan
+        plan = limit(plan, current()) if name == "expert_parallel" else plan
+        return BACKENDS[name](plan, part, x), plan
+
+    y, plan = run(plan, experts, x) if isinstance(experts, Experts) else sum_parts(plan, experts.parts, x, run)
+    return y, plan, name
 
 
 def choose(plan: Plan, width: int, platform: str | None = None) -> str:
@@ -105,3 +127,16 @@ def _splits(plan: Plan, ways: int) -> bool:
 def backend_index(name: str) -> int:
     """Position of a backend in `BACKENDS`: how statistics say which one ran."""
     return list(BACKENDS).index(name)
+
+
+def _check(experts: Any, num_experts: int) -> None:
+    """Refuses what are no experts, or not as many as the plan has: an index past the last would be clamped in silence."""
+    if not isinstance(experts, (Experts, MixedExperts)):
+        raise ConfigError(
+            f"experts must be moejax.Experts, and this is a {type(experts).__name__}; call the bank first: "
+            "experts = bank(x.shape[-1], ctx), dispatch(plan, experts, x)"
+        )
+    if experts.num_experts != num_experts:
+        raise ConfigError(
+            f"the plan has num_experts={num_experts}, but there are {experts.num_experts} experts; make them as many"
+        )

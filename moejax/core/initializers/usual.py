@@ -1,0 +1,74 @@
+"""The usual initialisers, those of `flax.linen.initializers` with names and fields that a config can write.
+
+Like these they are called as `init(key, shape, dtype)`, with inputs on the axis before the last and outputs on the last.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.core.errors import check_choice
+from moejax.core.initializers.registry import initializers
+
+Shape = tuple[int, ...]
+
+
+@initializers.register("fan_in")
+@dataclasses.dataclass(frozen=True)
+class FanIn:
+    """Variance `scale / fan_in` (LeCun et al. 1998 with scale 1, He et al. 2015 with 2)."""
+
+    scale: float = 1.0
+    distribution: Literal["truncated_normal", "normal", "uniform"] = "truncated_normal"
+
+    def __post_init__(self) -> None:
+        check_choice("distribution", self.distribution, ("truncated_normal", "normal", "uniform"))
+
+    def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
+        return nn.initializers.variance_scaling(self.scale, "fan_in", self.distribution)(key, shape, dtype)
+
+
+@initializers.register("normal")
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """A normal distribution around 0 with standard deviation `std`."""
+
+    std: float = 0.02
+
+    def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
+        return nn.initializers.normal(self.std)(key, shape, dtype)
+
+
+@initializers.register("uniform")
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Uniform between `-bound` and `bound`."""
+
+    bound: float = 0.01
+
+    def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+
+
+@initializers.register("orthogonal")
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+    """Columns (rows, where these are fewer) orthogonal to each other, each of length `scale` (Saxe et al. 2014)."""
+
+    scale: float = 1.0
+
+    def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
+        return nn.initializers.orthogonal(self.scale)(key, shape, dtype)
+
+
+@initializers.register("zeros")
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """All zeros."""
+
+    def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
+        return jnp.zeros(shape, dtype)
