@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import overrides
 from experiments.cache import Run
 from experiments.catalog import Row
 from experiments.record import ALWAYS, Outcome
@@ -124,26 +125,28 @@ def describe(study: Study) -> tuple[Table, ...]:
 def _begins(study: Study, arm: Arm) -> Iterator[tuple[str, str, str, str]]:
     """What an arm starts from and what of it learns; no row for one that starts from nothing and learns all."""
     config = unresolved(study, next(iter(study.presets)), arm.name)
-    init, rules = config.init, {name: rule for name, rule in config.trainable.items() if rule is not None}
-    sources = {"": init.source, **{f"{name}: ": source for name, source in init.others.items() if source is not None}}
+    init = {**overrides.BEGIN["init"], **config.init}
+    rules = {name: rule for name, rule in config.trainable.items() if rule is not None}
+    sources = {"": init["source"], **{f"{name}: ": source for name, source in init["others"].items() if source is not None}}
     sources |= {
         f"task.{name}: ": value for name, value in config.task.items() if isinstance(value, ConfigDict) and "kind" in value
     }
     adapters = tuple(f"{name} ({spec.kind})" for name, spec in config.adapters.items() if spec is not None)
-    if arm in study.starts or rules or len(sources) > 1 or init.surgeries or adapters or init.source.kind != "fresh":
-        steps = (*(tuple(init.order) or tuple(init.surgeries)), *adapters)
+    surgeries = tuple(init["order"]) or tuple(init["surgeries"])
+    if arm in study.starts or rules or len(sources) > 1 or surgeries or adapters or init["source"]["kind"] != "fresh":
+        steps = (*surgeries, *adapters)
         told = "; ".join(f"{name}{_source(spec)}" for name, spec in sources.items())
         yield arm.name, told, ", ".join(steps) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
 
 
-def _source(spec: ConfigDict) -> str:
+def _source(spec: Mapping[str, Any] | ConfigDict) -> str:
     """`arm dense (own seed)`, `checkpoint runs/x`, `nothing`."""
     seed = {"own": "own seed"}.get(spec.get("seed", "own"), f"seed {spec.get('seed')}")
     if "arm" in spec:
         return f"arm {spec.arm}" + (f" of {spec.study}" if "study" in spec else "") + f" ({seed})"
     if "config" in spec:
         return f"a run of {spec.config.train.steps} steps ({seed})"
-    return "nothing" if spec.kind == "fresh" else f"{spec.kind} {spec.get('path', '')}".strip()
+    return "nothing" if spec["kind"] == "fresh" else f"{spec['kind']} {spec.get('path', '')}".strip()
 
 
 def _rule(name: str, rule: ConfigDict) -> str:
