@@ -303,8 +303,8 @@ def _resolved(study: Study, preset: str, arm: str, extra: Mapping[str, Any], on_
         return {**{k: v for k, v in spec.items() if k not in ("arm", "study")}, "config": start.to_dict()}
 
     for section in ("init", "task"):
-        with config.ignore_type():
-            config[section] = ConfigDict(filled(config[section], section)) if section in config else None
+        if section in config:
+            config[section] = ConfigDict(filled(config[section], section))
     overrides.apply(config, extra, f"the command line for {where}")
     return config.lock()
 

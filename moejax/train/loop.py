@@ -273,7 +273,11 @@ class _Run:
             resolve=resolve,
             fresh=lambda paths: program.fresh(paths, key),
             beside=lambda variables, paths: program.fresh(paths, key, variables),
-            batches=lambda count: list(itertools.islice(self._iterator(split="train", seed=self.seed), count)),
+            shapes_of=program.shapes_of,
+            # Whole batches, the same in every process: each of them makes the whole start.
+            batches=lambda count: list(
+                itertools.islice(self._make_iterator(self.config.data, split="train", seed=self.seed), count)
+            ),
             label=self.label,
         )
         self._made_of |= made_of

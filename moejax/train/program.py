@@ -140,6 +140,11 @@ class Program:
         """Name -> frozen model and the shapes of its variables."""
         return {name: self._frozen_model(name, spec) for name, spec in self.frozen.items()}
 
+    def shapes_of(self, spec: Mapping[str, Any]) -> Any:
+        """Shapes of the variables that another `config.model` has in the place of this program's."""
+        model = models.build(spec)
+        return abstract(jax.eval_shape(lambda: init_variables(model, self.task.inputs, self.batch, jax.random.key(0))))
+
     def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:
         model = models.network(spec, f"task.{name}")
         inputs = functools.partial(_frozen_inputs, self.task, name)

@@ -25,7 +25,8 @@ from moejax.core.paths import listed
 from moejax.core.roles import Parameter
 from moejax.layers.adapters.places import PREFIX
 from moejax.surgery.base import Checkpoint, Leaves, Surgery, Target, spelt, surgeries
-from moejax.surgery.sources.base import Source, sources
+from moejax.surgery.sources.base import Reader, Source, sources
+from moejax.surgery.sources.fresh import FreshSource
 from moejax.tasks.base import Task
 from moejax.train.readers import Resolve, make_reader, on_host
 from moejax.train.settings import UNTRAINED
@@ -81,6 +82,7 @@ def starting(
     seed: int,
     resolve: Resolve,
     fresh: Callable[[Collection[Path]], Leaves],
+    shapes_of: Callable[[Mapping[str, Any]], Any],
     beside: Callable[[Mapping[str, Any], Collection[Path]], Leaves],
     batches: Batches,
     label: str = "",
@@ -95,6 +97,7 @@ def starting(
       seed: of the run.
       resolve: gives the folder of the finished run of another config.
       fresh: some of the untrained model's variables, by path.
+      shapes_of: the variables of another `config.model`, as shapes.
       beside: the same, where other variables are there already: adapters may start from what they adapt.
       batches: the first batches of its training data.
       label: its name, in progress reports.
@@ -107,9 +110,22 @@ def starting(
     def untrained() -> Checkpoint:
         return Checkpoint(config, {}).with_leaves(fresh(sorted(wanted)))
 
-    def read(source: Source, place: str) -> Checkpoint:
-        return on_host(source.read(make_reader(place, seed, untrained, resolve, label)))
+    def reader(place: str) -> Reader:
+        return make_reader(place, seed, untrained, resolve, label)
 
+    def read(source: Source, place: str) -> Checkpoint:
+        return on_host(source.read(reader(place)))
+
+    def check(found: Checkpoint) -> None:
+        new = {path for path in wanted if path not in found.leaves and _is_adapter(path, parameters)}
+        rest = {path: x for path, x in wanted.items() if path not in new}
+        check_fit(found, rest, "init", "rename, keep, extend or convert them with init.surgeries")
+
+    if not init.surgeries and not isinstance(init.source, FreshSource):
+        # What does not fit is said before it is trained.
+        spec = init.source.model(reader("init.source"))
+        if spec != config["model"]:
+            check(Checkpoint(config, shapes_of(spec)))
     found = read(init.source, "init.source")
     others = {name: read(source, f"init.others.{name}") for name, source in sorted(init.others.items())}
     given = {"init.source": found, **{f"init.others.{name}": one for name, one in others.items()}}
@@ -121,9 +137,9 @@ def starting(
         except ConfigError as error:
             raise ConfigError(f"{error} (in init.surgeries.{name})") from None
     found = on_host(found)
-    missing = [path for path in wanted if path not in found.leaves and _is_adapter(path, parameters)]
-    found = found.with_leaves({**found.leaves, **(beside(found.variables, sorted(missing)) if missing else {})})
-    check_fit(found, wanted, "init", "rename, keep, extend or convert them with init.surgeries")
+    check(found)
+    missing = sorted(path for path in wanted if path not in found.leaves)
+    found = found.with_leaves({**found.leaves, **(beside(found.variables, missing) if missing else {})})
     made_of = {place: one.meta["contents"] for place, one in given.items() if "contents" in one.meta}
     return _like(found, shapes), made_of
 

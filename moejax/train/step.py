@@ -18,7 +18,7 @@ from moejax.core.errors import ConfigError
 from moejax.optim.base import Optimizer
 from moejax.parallel import constrain
 from moejax.tasks.base import Batch, Sums, Task
-from moejax.tasks.models import Frozen, Model, streams
+from moejax.tasks.models import FrozenModel, LearningModel, streams
 from moejax.train.controllers import apply_controllers
 from moejax.train.metrics import flatten
 from moejax.train.trainable import Learning
@@ -142,7 +142,7 @@ def make_train_step(
     transform = learning.transform(optimizer)
 
     def objective(learned: Tree, kept: Tree, state: TrainState, batch: Batch, key: Array) -> tuple[Array, tuple[Any, ...]]:
-        run = Model(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state))
+        run = LearningModel(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state))
         loss, sums = task.objective(run, batch, state.step)
         losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
         stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
@@ -208,7 +208,7 @@ def make_eval_step(model: nn.Module, task: Task, jit: bool = True, frozen: Model
     """
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        run = Model(model, state.params, state.collections, None, _frozen(frozen, state))
+        run = LearningModel(model, state.params, state.collections, None, _frozen(frozen, state))
         sums = task.scores(run, batch, state.step)
         stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
         weight = sums["count"] if len(run.sown) == 1 else sums["count"] / max(len(run.sown), 1)
@@ -252,8 +252,8 @@ def _accumulate(
     )
 
 
-def _frozen(models: Models | None, state: TrainState) -> dict[str, Frozen]:
-    return {name: Frozen(model, state.frozen[name]) for name, model in (models or {}).items()}
+def _frozen(models: Models | None, state: TrainState) -> dict[str, FrozenModel]:
+    return {name: FrozenModel(model, state.frozen[name]) for name, model in (models or {}).items()}
 
 
 def abstract(tree: Mapping[str, Any] | TrainState) -> Any:

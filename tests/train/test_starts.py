@@ -1,6 +1,7 @@
 """Runs that start from others: what they start with, to the bit; who trains what, once; kills, resumption and refusals."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ import pytest
 from training_harness import TinyLM, TinyText, registered, run_tiny, tiny_config
 
 from moejax.core.errors import ConfigError
-from moejax.surgery.base import spelt
+from moejax.models.registry import models
+from moejax.surgery.base import spelt, surgeries
 from moejax.train import NonFiniteLoss, load
 from moejax.train.settings import check_same_run, normalized, plain, without_cosmetics
 
@@ -196,6 +198,19 @@ def test_what_is_wrong_with_the_run_itself_is_said_before_its_start_is_trained(t
         run_tiny(tmp_path, init={"source": source()}, trainable={"norn": {}}, resolve=never)
 
 
+def test_a_start_that_will_not_fit_is_not_trained(tmp_path):
+    def never(*args):
+        raise AssertionError("trained")
+
+    class Wide(TinyLM):
+        width: int = 16
+
+    with registered(models, "toy_wide", Wide):
+        other = {**source(), "config": {**start_config(), "model": {"kind": "toy_wide"}}}
+        with pytest.raises(ConfigError, match=r"embedding float32\[11,16\], where the model has float32\[11,8\]"):
+            run_tiny(tmp_path, init={"source": other}, resolve=never)
+
+
 def test_a_fresh_run_of_no_steps_is_refused_however_it_says_so(tmp_path):
     for init in ({}, {"source": {"kind": "fresh"}}, {"source": {"kind": "fresh"}, "others": {"x": None}, "surgeries": {}}):
         with pytest.raises(ConfigError, match=r"train\.steps=0 must be a whole number of at least 1 unless"):
@@ -340,10 +355,6 @@ def test_a_start_trained_on_one_device_is_gone_on_with_on_eight(base, tmp_path):
 
 
 def test_surgeries_see_calibration_data_keys_and_the_target(base, tmp_path):
-    import dataclasses
-
-    from moejax.surgery.base import surgeries
-
     seen = []
 
     @dataclasses.dataclass(frozen=True)

@@ -157,7 +157,7 @@ def as_tokens(rows: Float[Array, "*b d"], ctx: Context | None) -> tuple[Float[Ar
     Rows are tokens `[b, s, d]`, or parts of tokens `[b, s, ..., d]` (heads, say), if the context's own arrays are `[b, s]`; otherwise
     the context says nothing of them but how it is called.
     """
-    ctx = (ctx or Context()).replace(memory=None, shared=None)
+    ctx = (ctx or Context()).replace(carried=None, shared=None)
     said = ctx.per_token()
     if rows.ndim >= 3 and all(value.shape == rows.shape[:2] for value in said.values()):
         parts = math.prod(rows.shape[2:-1])
