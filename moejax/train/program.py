@@ -211,6 +211,7 @@ class Program:
     @functools.cached_property
     def adapted_layers(self) -> tuple[AdaptedLayer, ...]:
         """What the model's adapters sit around; nothing if it has none."""
+        _ = self._traced  # made outside of the trace below, which it is a part of
         with record_adapted() as found:
             state = jax.eval_shape(self._fresh, _key_data())
         return layers_of(found, state.params)
