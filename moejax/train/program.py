@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from moejax import models
+from moejax.core.errors import ConfigError
 from moejax.core.params import Path
 from moejax.core.roles import Notes, record
 from moejax.dispatch.expert_parallel import overlap_options
@@ -48,7 +49,7 @@ class Program:
       spec: `config.model`, for errors that name a key of it.
       trainable: rules of what learns, `config.trainable`.
       steps: of the run, for rules about a part of it.
-      frozen: name -> `config.model` of the models that the task runs and nobody trains.
+      frozen: name -> `model` and `adapters` of the config of a model that the task runs and nobody trains.
     """
 
     model: nn.Module
@@ -130,20 +131,23 @@ class Program:
         """Name -> frozen model and the shapes of its variables."""
         return {name: self._frozen_model(name, spec) for name, spec in self.frozen.items()}
 
-    def shapes_of(self, spec: Mapping[str, Any]) -> Any:
-        """Shapes of the variables that another `config.model` has in the place of this program's."""
-        model = models.build(spec)
+    def shapes_of(self, network: Mapping[str, Any]) -> Any:
+        """Shapes of the variables that the network of another config has in the place of this program's."""
+        model = models.network(network)
         return abstract(jax.eval_shape(lambda: init_variables(model, self.task.inputs, self.batch, jax.random.key(0))))
 
     def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:
-        model = models.build(spec, f"task.{name}")
+        try:
+            model = models.network(spec)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (the config of task.{name})") from None
         inputs = functools.partial(_frozen_inputs, self.task, name)
         with record() as notes:
             shapes = jax.eval_shape(lambda: init_variables(model, inputs, self.batch, jax.random.key(0)))
         if self.parallel is None:
             return model, abstract(shapes)
         specs = jax.tree.map(lambda _: PartitionSpec(), shapes)
-        specs = {**specs, "params": rules.param_specs(shapes["params"], notes.axes, self.parallel.mesh, spec)}
+        specs = {**specs, "params": rules.param_specs(shapes["params"], notes.axes, self.parallel.mesh, spec["model"])}
         return model, _with_shardings(shapes, specs, self.parallel.mesh)
 
     @functools.cached_property

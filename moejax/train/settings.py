@@ -99,15 +99,15 @@ def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
 
 
 def without_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain config whose `init` and `trainable` are as short as they can be, and left out where they say nothing."""
+    """A plain config whose `init`, `adapters` and `trainable` are as short as can be, and left out where they say nothing."""
     found = dict(config)
     init = _named(found.pop("init", None), "init")
     init |= {k: _named(init[k], f"init.{k}") for k in ("others", "surgeries") if k in init}
     init = {k: v for k, v in init.items() if v or k == "source"}
-    trainable = _named(found.pop("trainable", None), "trainable")
     if init and init != UNTRAINED:
         found["init"] = {**UNTRAINED, **init}
-    return found | ({"trainable": trainable} if trainable else {})
+    named = {name: _named(found.pop(name, None), name) for name in ("adapters", "trainable")}
+    return found | {name: entries for name, entries in named.items() if entries}
 
 
 def without_cosmetics(config: Mapping[str, Any]) -> dict[str, Any]:

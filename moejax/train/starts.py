@@ -24,7 +24,7 @@ from moejax.core.params import Path
 from moejax.core.paths import listed
 from moejax.core.roles import Parameter
 from moejax.surgery.base import Checkpoint, Leaves, Surgery, Target, spelt, surgeries
-from moejax.surgery.sources.base import Reader, Source, sources
+from moejax.surgery.sources.base import Reader, Source, network_of, sources
 from moejax.surgery.sources.fresh import FreshSource
 from moejax.tasks.base import Task
 from moejax.train.readers import Resolve, make_reader, on_host
@@ -95,7 +95,7 @@ def starting(
       seed: of the run.
       resolve: gives the folder of the finished run of another config.
       fresh: some of the untrained model's variables, by path.
-      shapes_of: the variables of another `config.model`, as shapes.
+      shapes_of: the variables of another network (`Source.network`), as shapes.
       batches: the first batches of its training data.
       label: its name, in progress reports.
 
@@ -120,9 +120,9 @@ def starting(
 
     if not init.surgeries and not isinstance(init.source, FreshSource):
         # What does not fit is said before it is trained.
-        spec = init.source.model(reader("init.source"))
-        if spec != config["model"]:
-            check(Checkpoint(config, shapes_of(spec)))
+        network = init.source.network(reader("init.source"))
+        if network != network_of(config):
+            check(Checkpoint(config, shapes_of(network)))
     found = read(init.source, "init.source")
     others = {name: read(source, f"init.others.{name}") for name, source in sorted(init.others.items())}
     given = {"init.source": found, **{f"init.others.{name}": one for name, one in others.items()}}
