@@ -15,8 +15,7 @@ others only:
     starts=(Arm('pretrained', {'model.pattern': ('dense', 'dense')}),),
     arms=(Arm('tuned', {'init.source': {'kind': 'run', 'arm': 'pretrained'}, 'trainable': {'norms': {}}}), ...),
 
-The named arm is resolved at the same preset, with the same overrides of the command line but those of `init`, `adapters` and
-`trainable`.
+The named arm is resolved at the same preset, with the same overrides of the command line but those of `init`, `adapters` and `trainable`.
 """
 
 import importlib.util

@@ -131,10 +131,12 @@ def _begins(study: Study, arm: Arm) -> Iterator[tuple[str, str, str, str]]:
     sources |= {
         f"task.{name}: ": value for name, value in config.task.items() if isinstance(value, ConfigDict) and "kind" in value
     }
+    adapters = tuple(f"{name} ({spec.kind})" for name, spec in config.adapters.items() if spec is not None)
     surgeries = tuple(init["order"]) or tuple(init["surgeries"])
-    if arm in study.starts or rules or len(sources) > 1 or surgeries or init["source"]["kind"] != "fresh":
+    if arm in study.starts or rules or len(sources) > 1 or surgeries or adapters or init["source"]["kind"] != "fresh":
+        steps = (*surgeries, *adapters)
         told = "; ".join(f"{name}{_source(spec)}" for name, spec in sources.items())
-        yield arm.name, told, ", ".join(surgeries) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
+        yield arm.name, told, ", ".join(steps) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
 
 
 def _source(spec: Mapping[str, Any] | ConfigDict) -> str:

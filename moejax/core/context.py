@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int, Key, Shaped
 
-from moejax.core.memory import Memory
+from moejax.core.carried import Carried
 
 _PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain", "adapter")
 
@@ -30,8 +30,8 @@ class Context:
       num_layers: layers of the network; the stack fills it in. Static.
       train: training behaviour (noise, training select rule). Static.
       decode: the tokens continue a cached prefix. Static.
-      shared: parameters that all layers of a stack share; the stack fills it in. See `moejax.core.memory`.
-      memory: what earlier layers left for later ones; the stack fills it in, for one block at a time. Static.
+      shared: parameters that all layers of a stack share; the stack fills it in. See `moejax.core.carried`.
+      carried: what earlier layers left for later ones; the stack fills it in, for one block at a time. Static.
     """
 
     valid: Bool[Array, "b s"] | None = None
@@ -47,7 +47,7 @@ class Context:
     train: bool = struct.field(pytree_node=False, default=False)
     decode: bool = struct.field(pytree_node=False, default=False)
     shared: Mapping[str, Any] | None = None
-    memory: Memory | None = struct.field(pytree_node=False, default=None)
+    carried: Carried | None = struct.field(pytree_node=False, default=None)
 
     def real(self, x: Shaped[Array, "b s *d"]) -> Bool[Array, "b s"]:
         """Which tokens of `x` are no padding."""
@@ -68,7 +68,7 @@ class Context:
             the layers inside remember.
         """
         mapped = {name: f(value) for name, value in self.per_token().items()}
-        return self.replace(**mapped, memory=None if self.memory is None else self.memory.view(f, put))
+        return self.replace(**mapped, carried=None if self.carried is None else self.carried.view(f, put))
 
     def per_token(self) -> dict[str, Array]:
         """What is said of each token: arrays `[b, s]` by name."""
@@ -77,9 +77,9 @@ class Context:
 
     def recall(self, name: str, start: Any) -> Any:
         """What an earlier layer remembered as `name`; outside a stack, `start`."""
-        return start if self.memory is None else self.memory[name]
+        return start if self.carried is None else self.carried[name]
 
     def remember(self, name: str, value: Any) -> None:
         """Leaves `value` for the layers to come; outside a stack there are none."""
-        if self.memory is not None:
-            self.memory[name] = value
+        if self.carried is not None:
+            self.carried[name] = value

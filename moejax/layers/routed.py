@@ -50,7 +50,7 @@ def plan_tokens(
             f"interventions.{', '.join(forced)} in {'/'.join(module.path)} needs token choice, not {type(select).__name__}"
         )
     draws = ctx.train and "key" in select.needs
-    ctx = ctx.replace(key=module.make_rng("router") if draws else None, shared=None, memory=None)
+    ctx = ctx.replace(key=module.make_rng("router") if draws else None, shared=None, carried=None)
 
     def plan(logits: Array, ctx: Context, bias: Array | None, forced: dict[str, Array]) -> Plan:
         if "expert" in forced:

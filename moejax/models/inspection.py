@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from moejax.core.errors import ConfigError
 from moejax.core.layer import Layer
 from moejax.layers.adapters.adapted import Adapted
-from moejax.layers.adapters.around import Named
+from moejax.layers.adapters.places import Named
 from moejax.models.parts import NamedBlock, Part, walk
 from moejax.models.stack import SCANNED, UNROLLED, block_name, pattern_blocks
 

@@ -22,10 +22,11 @@ def build(spec: Mapping[str, Any] | Any, where: str = "model", **context: Any) -
     return models.build(spec, where, **context)
 
 
-def network(config: Mapping[str, Any], **context: Any) -> nn.Module:
-    """The network of a run's config: `config.model`, with `config.adapters` around its layers.
+def network(config: Mapping[str, Any], where: str = "", **context: Any) -> nn.Module:
+    """The network of a run's config: `config.model`, with `config.adapters` around its layers; `where` is its place, for errors.
 
     Raises:
       ConfigError: as `build`; or an unknown kind of adapter, or one that looks at later tokens in a decoder.
     """
-    return adapt(build(config["model"], **context), config.get("adapters"))
+    place = f"{where}." if where else ""
+    return adapt(build(config["model"], where or "model", **context), config.get("adapters"), f"{place}adapters")

@@ -15,11 +15,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from moejax import models
-from moejax.core.errors import ConfigError
 from moejax.core.params import Path
 from moejax.core.roles import Notes, record
 from moejax.dispatch.expert_parallel import overlap_options
-from moejax.layers.adapters.around import record_adapted
+from moejax.layers.adapters.places import record_adapted
 from moejax.layers.adapters.table import AdaptedLayer, layers_of
 from moejax.optim.base import Optimizer, optimizers
 from moejax.parallel import Parallel, rules, use
@@ -49,7 +48,7 @@ class Program:
       spec: `config.model`, for errors that name a key of it.
       trainable: rules of what learns, `config.trainable`.
       steps: of the run, for rules about a part of it.
-      frozen: name -> `model` and `adapters` of the config of a model that the task runs and nobody trains.
+      frozen: name -> model and adapters of the models that the task runs and nobody trains.
     """
 
     model: nn.Module
@@ -79,14 +78,32 @@ class Program:
         arrays = jax.tree.map(_put, dict(variables), self.state.variables)
         return self._begin(arrays, np.asarray(jax.random.key_data(key)))
 
-    def fresh(self, paths: Collection[Path], key: Array) -> dict[Path, Any]:
-        """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays."""
+    def fresh(self, paths: Collection[Path], key: Array, given: Mapping[Path, Any] | None = None) -> dict[Path, Any]:
+        """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays.
 
-        def some(key_data: Array) -> dict[Path, Any]:
-            flat = flax.traverse_util.flatten_dict(self._variables(key_data))
+        Args:
+          paths: which.
+          key: of the run.
+          given: those that are there already, likewise. What starts beside them, an adapter, may look at them.
+        """
+
+        def some(key_data: Array, given: Mapping[str, Any] | None) -> dict[Path, Any]:
+            key = jax.random.wrap_key_data(key_data)
+            made = self._variables(key_data) if given is None else self._init_variables(key, given)
+            flat = flax.traverse_util.flatten_dict(made)
             return {path: flat[path] for path in paths}
 
-        return {path: np.asarray(x) for path, x in jax.jit(some)(np.asarray(jax.random.key_data(key))).items()}
+        if given is not None:
+            like = flax.traverse_util.flatten_dict(self.state.variables)
+            given = flax.traverse_util.unflatten_dict({path: _put(x, like[path]) for path, x in given.items()})
+        read = {} if self.parallel is None else {"out_shardings": rules.replicated(self.parallel.mesh)}
+        made = jax.jit(some, **read)(np.asarray(jax.random.key_data(key)), given)
+        return {path: np.asarray(x) for path, x in made.items()}
+
+    def is_adapter(self, path: Path) -> bool:
+        """Whether a variable, by path with the collection first, belongs to an adapter."""
+        _, _, notes = self._traced
+        return "adapters" in notes.roles(path[1:])
 
     @functools.cached_property
     def parameters(self) -> Any:
@@ -132,15 +149,12 @@ class Program:
         return {name: self._frozen_model(name, spec) for name, spec in self.frozen.items()}
 
     def shapes_of(self, network: Mapping[str, Any]) -> Any:
-        """Shapes of the variables that the network of another config has in the place of this program's."""
+        """Shapes of the variables that the network of another config (`network_of`) has in the place of this program's."""
         model = models.network(network)
         return abstract(jax.eval_shape(lambda: init_variables(model, self.task.inputs, self.batch, jax.random.key(0))))
 
     def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:
-        try:
-            model = models.network(spec)
-        except ConfigError as error:
-            raise ConfigError(f"{error} (the config of task.{name})") from None
+        model = models.network(spec, f"task.{name}")
         inputs = functools.partial(_frozen_inputs, self.task, name)
         with record() as notes:
             shapes = jax.eval_shape(lambda: init_variables(model, inputs, self.batch, jax.random.key(0)))
@@ -248,12 +262,15 @@ class Program:
         """
 
         def variables(key_data: Array) -> Any:
-            return init_variables(self.model, self.task.inputs, self.batch, jax.random.wrap_key_data(key_data))
+            return self._init_variables(jax.random.wrap_key_data(key_data))
 
         jitted = jax.jit(variables)
         with record() as notes:
             shapes = jax.eval_shape(jitted, _key_data())
         return jitted, shapes, notes
+
+    def _init_variables(self, key: Array, given: Mapping[str, Any] | None = None) -> Any:
+        return init_variables(self.model, self.task.inputs, self.batch, key, given)
 
     def _begun(self, variables: Any, key_data: Array) -> TrainState:
         return begin_state(variables, self.optimizer, jax.random.wrap_key_data(key_data), self.learning)

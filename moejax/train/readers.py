@@ -42,7 +42,7 @@ def train_below(
       folder: where to.
       fit: `moejax.train.fit`.
       config: plain config of the run that starts from them.
-      model: what takes the place of its `config.model` and `config.adapters`; also of theirs, where these are equal.
+      model: what takes the place of its model and adapters; also of theirs, where those are equal.
       **given: further arguments of `fit`.
     """
 
@@ -58,7 +58,7 @@ def train_below(
 
 
 def frozen_specs(task: Task) -> dict[str, Any]:
-    """`model` and `adapters` of the config of each frozen model of a task, by name; trains nothing."""
+    """What each frozen model of a task is made of (`network_of`), by name; trains nothing."""
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("a source that says what its model is must not ask for more")

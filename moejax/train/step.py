@@ -70,8 +70,10 @@ def init_state(
     return begin_state(init_variables(model, task.inputs, batch, key), optimizer, key, learning)
 
 
-def init_variables(model: nn.Module, inputs: Callable[..., Any], batch: Batch, key: Array) -> dict[str, Tree]:
-    """The variables of an untrained model: parameters and `STATE`. `batch` gives shapes only.
+def init_variables(
+    model: nn.Module, inputs: Callable[..., Any], batch: Batch, key: Array, given: Mapping[str, Tree] | None = None
+) -> dict[str, Tree]:
+    """The variables of an untrained model: parameters and `STATE`. `batch` gives shapes only; what is `given` stays.
 
     Initialises in evaluation mode, so that no state is updated by a batch that is not data.
     """
@@ -79,7 +81,11 @@ def init_variables(model: nn.Module, inputs: Callable[..., Any], batch: Batch, k
     zeros = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch))
     arguments, ctx = inputs(zeros, jnp.int32(0), train=False)
     key, _ = jax.random.split(key)
-    variables = model.init({"params": key, **streams(key)}, arguments, ctx, mutable=["params", *STATE])
+    rngs, made = {"params": key, **streams(key)}, ["params", *STATE]
+    if given is None:
+        variables = model.init(rngs, arguments, ctx, mutable=made)
+    else:
+        _, variables = model.apply(given, arguments, ctx, rngs=rngs, mutable=made)
     return {"params": {}, **variables}
 
 

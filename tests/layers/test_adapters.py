@@ -448,11 +448,11 @@ class TestTargets:
         )
         layers += ", " + ", ".join(rf"{'/'.join(root(True))}/mixer/{n} \(dense\)" for n in "koqv")
         self.refused(
-            rf"targets='\*/query' of adapter 'main' matches no layer that LoRA can change; there are: {layers}(\n|$)",
+            rf"targets='\*/query' of adapter 'main' matches no layer that LoRA can change; the nearest are [^;]*; there are: {layers}(\n|$)",
             language_model(),
             targets=("*/q", "*/query"),
         )
-        self.refused("did you mean 'embedding'", language_model(), targets=("embeding",))
+        self.refused("the nearest are embedding, ", language_model(), targets=("embeding",))
 
     def test_a_router_by_accident_is_refused(self) -> None:
         model = language_model(pattern=("moe",))
@@ -478,8 +478,9 @@ class TestTargets:
         attention = [f"{block}/mixer/{name}" for block in ("0_dense", "1_moe") for name in "qkvo"]
         assert found("mixers") == found("kind:dense") == attention
         assert found("experts") == [f"1_moe/ffn/bank/w_{name}" for name in ("gate", "up", "out")]
-        assert found("ffns") == [f"0_dense/ffn/expert/w_{name}" for name in ("gate", "up", "out")]
-        assert found("embeddings") == ["embedding"]
+        assert found("*/0_dense/ffn") == [f"0_dense/ffn/expert/w_{name}" for name in ("gate", "up", "out")]
+        assert found("ffns") == found("*/0_dense/ffn") + found("experts")
+        assert found("embeddings") == found("head") == ["embedding"]
         assert found("*/w_up", "embeddings") == ["embedding", "0_dense/ffn/expert/w_up", "1_moe/ffn/bank/w_up"]
 
     def test_the_table_says_what_was_adapted(self) -> None:

@@ -329,7 +329,7 @@ def test_a_teacher_on_eight_devices_is_the_teacher_on_one():
         ({"kind": "fresh"}, r"task.teacher \(FreshSource\) has no model of its own"),
         (
             {"kind": "run", "config": teacher_config(model={"kind": "toy_tabel"}).to_dict()},
-            r"unknown model kind 'toy_tabel' in model.kind; did you mean 'toy_table'\? \(the config of task.teacher\)",
+            "unknown model kind 'toy_tabel' in task.teacher",
         ),
         ({"kind": "rum"}, r"unknown source kind 'rum' in task.teacher.kind; did you mean 'run'"),
     ],

@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError, nearest
-from moejax.layers.adapters.around import Around, Named
+from moejax.layers.adapters.around import Around
 from moejax.layers.adapters.base import Adapter
+from moejax.layers.adapters.places import Named
 from moejax.layers.adapters.trees import split_adapters
 from moejax.layers.registry import adapters as registry
 

@@ -1,99 +1,26 @@
 """Finding a model's layers while it runs, and running adapters around them: the model knows nothing of it."""
 
 import contextlib
-import dataclasses
-import fnmatch
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import Scope
 from jaxtyping import Array
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, nearest
-from moejax.core.params import changing, for_use, record_axes
+from moejax.core.errors import ConfigError
+from moejax.core.params import Dense, Names, Path, changing, for_use, splittable
+from moejax.core.paths import listed, nearest_paths
+from moejax.core.roles import ROLES, roles_of
 from moejax.dispatch.experts import Experts
 from moejax.experts.base import Bank
-from moejax.layers.adapters.base import Adapter, Site
-from moejax.layers.adapters.maps import LinearMap, linear_map
+from moejax.layers.adapters.base import Site
+from moejax.layers.adapters.maps import linear_map
+from moejax.layers.adapters.places import ROUTERS, Named, Place, note
 from moejax.layers.adapters.stack import with_matrices
-from moejax.layers.registry import ffns, mixers
-from moejax.routing.routers.base import routers
-
-# Adapters' parameters lie in a scope of this name, and the adapter's, beside what they change.
-PREFIX = "adapter_"
-ROLES = ("mixers", "ffns", "experts", "routers", "embeddings", "head")
-
-
-@dataclasses.dataclass(frozen=True)
-class Named:
-    """An adapter and its name. Flax does not look into it, so that the adapter gets parameters only through its copies."""
-
-    name: str
-    adapter: Adapter
-
-    @property
-    def scope(self) -> str:
-        """Name of the scope of its parameters."""
-        return f"{PREFIX}{self.name}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Place:
-    """A layer, or a matrix, that adapters can change.
-
-    Attributes:
-      path: in the model, as in its tree of parameters.
-      form: how it is changed: the method of an adapter.
-      kind: of layer; see `Site`.
-      roles: what it is for; some of `ROLES`.
-      module: path of the module that holds it, in the tree of parameters.
-      param: name of the matrix in that module; None for a layer that is none.
-      shape, axes, map, table: see `Site`.
-      below: where in an adapter's scope its parameters for this place lie: several matrices of one module are apart.
-    """
-
-    path: str
-    form: str
-    kind: str
-    roles: frozenset[str]
-    module: tuple[str, ...]
-    param: str | None = None
-    shape: tuple[int, ...] = ()
-    axes: tuple[str | None, ...] = ()
-    map: LinearMap | None = None
-    below: tuple[str, ...] = ()
-    table: bool = False
-
-    @property
-    def stored(self) -> tuple[int, ...]:
-        """Shape of the matrix as one layer stores it."""
-        return self.shape if self.map is None else self.map.stored
-
-    def scope(self, named: Named) -> tuple[str, ...]:
-        """Path of an adapter's parameters here."""
-        return (*self.module, named.scope, *self.below)
-
-    def site(self, **live: Any) -> Site:
-        """The place, as an adapter sees it."""
-        return Site(self.path, self.kind, self.shape, self.axes, self.table, map=self.map, **live)
-
-
-_recorder: ContextVar[list[tuple[Named, Place]] | None] = ContextVar("adapted", default=None)
-
-
-@contextlib.contextmanager
-def record_adapted() -> Iterator[list[tuple[Named, Place]]]:
-    """Collects the adapters of the models that are traced inside the `with` block, with their places."""
-    found: list[tuple[Named, Place]] = []
-    token = _recorder.set(found)
-    try:
-        yield found
-    finally:
-        _recorder.reset(token)
 
 
 class Around:
@@ -128,12 +55,11 @@ class Around:
             reached = {path: place for (path, form), place in self._places.items() if form in named.adapter.reaches()}
             for target in named.adapter.targets:
                 if (named.name, target) not in self._used:
-                    there = ", ".join(f"{path} ({place.kind})" for path, place in sorted(reached.items())) or "none"
-                    hint = nearest(target, [*reached, *ROLES]) if target not in ROLES else ""
-                    hint = hint if "did you mean" in hint else ""
+                    there = listed([f"{path} ({place.kind})" for path, place in sorted(reached.items())], 24) or "none"
+                    near = "" if target in ROLES or not reached else f"{nearest_paths(target, reached)}; "
                     raise ConfigError(
-                        f"targets='{target}' of adapter '{named.name}' matches no layer that {type(named.adapter).__name__} can change"
-                        f"{hint}; there are: {there}"
+                        f"targets='{target}' of adapter '{named.name}' matches no layer that {type(named.adapter).__name__} can "
+                        f"change; {near}there are: {there}"
                     )
 
     def _intercept(self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -158,7 +84,7 @@ class Around:
         path = module.path[len(self._root) :]
         view = linear_map(module, own.given)
         if view is not None:
-            axes = getattr(module, "axes", (None, None))
+            axes = module.axes if isinstance(module, Dense) else (None, None)
             kernel_at = Place("/".join(path), "linear", view.kind, self._roles(path), path, "kernel", view.shape, axes, view)
             if chosen := self._chosen(kernel_at):
                 return self._linear(module, own, kernel_at, chosen)
@@ -176,13 +102,13 @@ class Around:
 
     def _bank(self, module: nn.Module, experts: Experts) -> Experts:
         """A bank's experts, with those of their matrices adapted that the bank itself declared."""
-        path, routed = module.path[len(self._root) :], module.num_experts > 1
+        path = module.path[len(self._root) :]
         changed = {}
         for name, w in experts.params.items() if isinstance(experts.params, Mapping) else ():
             if name not in module.variables.get("params", {}) or w.ndim != 3:
                 continue
             axes = (None,) * 3 if experts.axes is None else experts.axes[name]
-            roles = (self._roles(path) - {"ffns"}) | {"experts" if routed else "ffns"}
+            roles = self._roles(path, "experts" if "expert" in splittable(axes) else ())
             place = Place("/".join((*path, name)), "stack", "bank", roles, path, name, w.shape, axes, below=(name,))
             for named in sorted(self._chosen(place), key=lambda named: not named.adapter.by_weight("stack")):
                 self._refuse_switch(place)
@@ -193,7 +119,7 @@ class Around:
     def _linear(self, module: nn.Module, own: "_Own", place: Place, chosen: list[Named]) -> Array:
         own(own.given)  # The kernel is there after the first call only, where parameters are being made.
         params = module.variables["params"]
-        stored = for_use(params["kernel"], getattr(module, "axes", (None,) * params["kernel"].ndim))
+        stored = for_use(params["kernel"], place.axes) if isinstance(module, Dense) else params["kernel"]
         kernel, bias = place.map.matrix(stored), place.map.vector(params["bias"]) if "bias" in params else None
         call: Callable[[Array], Array] = own
         by_token = self._by_token(own.given)
@@ -212,19 +138,18 @@ class Around:
         """An embedding's output with its table adapted: looked up and attended to alike."""
         y = call(*args, **kwargs)
         path = module.path[len(self._root) :]
-        value, roles = module.variables["params"]["embedding"], self._roles(path) | {"embeddings"}
+        value, roles = module.variables["params"]["embedding"], self._roles(path)
         place = Place("/".join(path), "weight", "embed", roles, path, "embedding", value.shape, (None, None), table=True)
         changed = self._changed(module, place, value)
         return y if changed is value else self._run_with(module, {"embedding": changed}, *args, method=method, **kwargs)
 
-    def _changed_parameter(self, module: nn.Module, name: str, value: Array, axes: tuple[str | None, ...]) -> Array:
+    def _changed_parameter(self, module: nn.Module, name: str, value: Array, axes: Names, role: str | tuple[str, ...]) -> Array:
         """A matrix that a model declares for itself, such as a head."""
         if self._paused or value.ndim != 2 or "expert" in axes or isinstance(module, Bank):
             return value
         path = (*module.path[len(self._root) :], name)
-        # What is not multiplied by the width of the tokens is looked up.
-        table = axes[0] in (None, "vocab")
-        roles = self._roles(path) | ({"embeddings"} if table else set()) | ({"head"} if name == "head" else set())
+        roles = self._roles(path, role)
+        table = "embeddings" in roles
         kind = "embed" if table else "matrix"
         place = Place("/".join(path), "weight", kind, roles, path[:-1], name, value.shape, axes, below=(name,), table=table)
         return self._changed(module, place, value)
@@ -247,42 +172,35 @@ class Around:
         self, module: nn.Module, params: Mapping[str, Array], *args: Any, method: str = "__call__", **kwargs: Any
     ) -> Any:
         """A layer's own method with some of its parameters replaced."""
-        alone = module.clone(parent=None, name=None)
         variables = {**module.variables, "params": {**module.variables["params"], **params}}
-        with self._pause(True), record_axes():  # Declared a second time, under another path: nobody is to see it.
-            return alone.apply(variables, *args, method=method, **kwargs)
+        scope = Scope(variables, path=module.scope.path, debug_path=module.scope.debug_path, flags=module.scope.flags)
+        with self._pause(True):
+            return getattr(module.clone(parent=scope, name=None), method)(*args, **kwargs)
 
     def _chosen(self, place: Place) -> list[Named]:
         """The adapters that are to change a place."""
         self._places[place.path, place.form] = place
         chosen = []
         for named in self._adapters:
-            hits = [target for target in named.adapter.targets if _matches(target, place)]
+            hits = [target for target in named.adapter.targets if place.targeted(target)]
             if place.form not in named.adapter.reaches() or not hits:
                 continue
-            if "routers" in place.roles and not named.adapter.on_routers and "routers" not in hits:
+            if ROUTERS in place.roles and not named.adapter.on_routers and ROUTERS not in hits:
                 raise ConfigError(
                     f"targets='{hits[0]}' of adapter '{named.name}' matches the router at {place.path}, which decides where tokens go; "
                     "take narrower targets, or set on_routers=True if that is meant"
                 )
             self._used |= {(named.name, target) for target in hits}
             chosen.append(named)
-            if (recorder := _recorder.get()) is not None and not any(
-                (other.name, at.path) == (named.name, place.path) for other, at in recorder
-            ):
-                recorder.append((named, place))
+            note(named, place)
         return chosen
 
-    def _roles(self, path: tuple[str, ...]) -> frozenset[str]:
-        """What a layer is for, by the modules around it and by its name."""
-        roles = set()
-        if "router" in path or any(isinstance(module, _classes("routers")) for module in self._modules):
-            roles.add("routers")
-        elif any(isinstance(module, _classes("mixers")) for module in self._modules):
-            roles.add("mixers")
-        elif any(isinstance(module, _classes("ffns")) for module in self._modules):
-            roles.add("ffns")
-        return frozenset(roles | ({"head"} if path[-1:] == ("head",) else set()))
+    def _roles(self, path: Path, said: str | tuple[str, ...] = ()) -> frozenset[str]:
+        """What a layer is for: what the modules around it say, and it itself."""
+        said = (said,) if isinstance(said, str) else said
+        # A router of a model that says nothing is known by its name.
+        named = (ROUTERS,) if "router" in path else ()
+        return frozenset((*said, *named, *(role for module in self._modules for role in roles_of(module))))
 
     def _by_token(self, x: Array | None) -> bool:
         """Whether each token says which adapter it uses."""
@@ -357,17 +275,3 @@ class _Own(_Kept):
             first = self._module.clone(parent=self._module.scope.rewound(), name=None)
         with self._around._pause(False, self._module.path):
             return first(x, *self._rest, **self._named) if self._name is None else first(**{self._name: x}, **self._named)
-
-
-def _matches(target: str, place: Place) -> bool:
-    if target in ROLES:
-        return target in place.roles
-    if target.startswith("kind:"):
-        return target == f"kind:{place.kind}"
-    return fnmatch.fnmatchcase(place.path, target)
-
-
-@functools.cache
-def _classes(what: str) -> tuple[type, ...]:
-    registry = {"routers": routers, "mixers": mixers, "ffns": ffns}[what]
-    return tuple(cls for _, cls in registry.items())

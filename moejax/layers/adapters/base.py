@@ -83,10 +83,12 @@ class Adapter(Layer):
     A kind has at least one of the methods below. A method declares parameters as in `nn.compact`.
 
     Attributes:
-      targets: which layers: glob patterns of paths, as in '*/q'; roles ('mixers', 'ffns', 'experts', 'routers', 'embeddings', 'head');
-        or kinds of layers, as in 'kind:dense'.
+      targets: which layers: glob patterns of paths ('*/q', or '*/mixer' for all in it); roles of `moejax.core.roles` ('mixers',
+        'experts', 'embeddings', ...); or kinds of layers, as in 'kind:dense'.
       on_routers: a pattern that matches a router means it; else it is refused, since what decides where tokens go is rarely meant.
     """
+
+    role = "adapters"
 
     targets: tuple[str, ...] = dataclasses.field(kw_only=True)
     on_routers: bool = dataclasses.field(default=False, kw_only=True)
@@ -155,7 +157,7 @@ def as_tokens(rows: Float[Array, "*b d"], ctx: Context | None) -> tuple[Float[Ar
     Rows are tokens `[b, s, d]`, or parts of tokens `[b, s, ..., d]` (heads, say), if the context's own arrays are `[b, s]`; otherwise
     the context says nothing of them but how it is called.
     """
-    ctx = (ctx or Context()).replace(memory=None, shared=None)
+    ctx = (ctx or Context()).replace(carried=None, shared=None)
     said = ctx.per_token()
     if rows.ndim >= 3 and all(value.shape == rows.shape[:2] for value in said.values()):
         parts = math.prod(rows.shape[2:-1])

@@ -6,8 +6,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from moejax.layers.adapters.around import Named, Place, record_adapted
 from moejax.layers.adapters.base import count
+from moejax.layers.adapters.places import Named, Place, record_adapted
 from moejax.layers.adapters.trees import shapes_of
 
 COLUMNS = ("adapter", "kind", "layer", "kind of layer", "shape", "added")

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError
-from moejax.layers.adapters.around import PREFIX, Named, Place, record_adapted
+from moejax.layers.adapters.places import PREFIX, Named, Place, record_adapted
 from moejax.layers.adapters.stack import LowRankSum
 
 Tree = dict[str, Any]

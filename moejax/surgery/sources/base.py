@@ -33,7 +33,7 @@ class Reader:
 
 
 def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Those sections of a config that say what its network is made of."""
+    """What of a plain config makes its network: its model, and its adapters if it has any."""
     return {name: config[name] for name in ("model", "adapters") if config.get(name)}
 
 
@@ -45,5 +45,5 @@ class Source:
         raise NotImplementedError
 
     def network(self, reader: Reader) -> Mapping[str, Any]:
-        """The sections `model` and `adapters` of the config of what `read` will give, at once and without any array."""
+        """`network_of` the config of what `read` will give, at once and without any array."""
         raise ConfigError(f"{reader.place} ({type(self).__name__}) has no model of its own; take another kind of source")
