@@ -15,12 +15,12 @@ writes all files but the checkpoints, to which each adds its part; all of them s
 """
 
 import contextlib
-import itertools
 import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -263,25 +263,12 @@ class _Run:
 
     def _start(self, init: Init, resolve: Resolve) -> TrainState:
         """The state before the first step of a run that starts from others."""
-        program, key = self.program, jax.random.key(self.seed)
-        variables, made_of = starting(
-            init,
-            config=self.plain,
-            shapes=program.state.variables,
-            parameters=program.parameters,
-            seed=self.seed,
-            resolve=resolve,
-            fresh=lambda paths: program.fresh(paths, key),
-            beside=lambda variables, paths: program.fresh(paths, key, variables),
-            shapes_of=program.shapes_of,
-            # Whole batches, the same in every process: each of them makes the whole start.
-            batches=lambda count: list(
-                itertools.islice(self._make_iterator(self.config.data, split="train", seed=self.seed), count)
-            ),
-            label=self.label,
-        )
+        # Whole batches, the same in every process: each of them makes the whole start.
+        data = self.config.data
+        batches = lambda count: list(islice(self._make_iterator(data, split="train", seed=self.seed), count))  # noqa: E731
+        variables, made_of = starting(init, self.program, self.plain, self.seed, resolve, batches, self.label)
         self._made_of |= made_of
-        return program.begin(variables, key)
+        return self.program.begin(variables, jax.random.key(self.seed))
 
     def _resume(self, step: int) -> None:
         restored = self.checkpoints.restore(step, self.program.state)

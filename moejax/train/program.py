@@ -78,13 +78,13 @@ class Program:
         arrays = jax.tree.map(_put, dict(variables), self.state.variables)
         return self._begin(arrays, np.asarray(jax.random.key_data(key)))
 
-    def fresh(self, paths: Collection[Path], key: Array, given: Mapping[str, Any] | None = None) -> dict[Path, Any]:
+    def fresh(self, paths: Collection[Path], key: Array, given: Mapping[Path, Any] | None = None) -> dict[Path, Any]:
         """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays.
 
         Args:
           paths: which.
           key: of the run.
-          given: variables that are there already. What starts beside them, an adapter, may look at them.
+          given: those that are there already, likewise. What starts beside them, an adapter, may look at them.
         """
 
         def some(key_data: Array, given: Mapping[str, Any] | None) -> dict[Path, Any]:
@@ -93,9 +93,17 @@ class Program:
             flat = flax.traverse_util.flatten_dict(made)
             return {path: flat[path] for path in paths}
 
-        # What nothing looks at goes to no device.
-        made = jax.jit(some)(np.asarray(jax.random.key_data(key)), given)
+        if given is not None:
+            like = flax.traverse_util.flatten_dict(self.state.variables)
+            given = flax.traverse_util.unflatten_dict({path: _put(x, like[path]) for path, x in given.items()})
+        read = {} if self.parallel is None else {"out_shardings": rules.replicated(self.parallel.mesh)}
+        made = jax.jit(some, **read)(np.asarray(jax.random.key_data(key)), given)
         return {path: np.asarray(x) for path, x in made.items()}
+
+    def is_adapter(self, path: Path) -> bool:
+        """Whether a variable, by path with the collection first, belongs to an adapter."""
+        _, _, notes = self._traced
+        return "adapters" in notes.roles(path[1:])
 
     @functools.cached_property
     def parameters(self) -> Any:
@@ -140,9 +148,9 @@ class Program:
         """Name -> frozen model and the shapes of its variables."""
         return {name: self._frozen_model(name, spec) for name, spec in self.frozen.items()}
 
-    def shapes_of(self, spec: Mapping[str, Any]) -> Any:
-        """Shapes of the variables that another `config.model` has in the place of this program's."""
-        model = models.build(spec)
+    def shapes_of(self, network: Mapping[str, Any]) -> Any:
+        """Shapes of the variables that the network of another config (`network_of`) has in the place of this program's."""
+        model = models.network(network)
         return abstract(jax.eval_shape(lambda: init_variables(model, self.task.inputs, self.batch, jax.random.key(0))))
 
     def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:
