@@ -79,8 +79,8 @@ STUDY = Study(
     claims=(
         higher("eval/accuracy", "distilled", "student", headline=True, text="soft targets make a better student"),
         higher("eval/accuracy", "teacher", "student", text="there is something to be learned of the teacher"),
-        within("eval/accuracy", "distilled", "teacher", 0.01, text="which the student nearly recovers"),
-        within("eval/accuracy", "soft_only", "distilled", 0.01, text="labels are hardly needed beside it"),
+        higher("eval/accuracy", "distilled", "teacher", by=-0.01, text="which the student nearly recovers"),
+        higher("eval/accuracy", "soft_only", "distilled", by=-0.01, text="labels are hardly needed beside it"),
         higher("eval/accuracy", "distilled", "T_1", text="a raised temperature is better than none"),
         higher("eval/accuracy", "distilled", "T_20", text="for a small student, T = 4 is better than T = 20"),
         within("eval/accuracy", "hard_only", "student", 0.005, text="without its weight the teacher changes nothing"),
