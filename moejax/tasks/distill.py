@@ -13,7 +13,7 @@ from moejax.core.errors import ConfigError, check_choice
 from moejax.core.registry import Many
 from moejax.surgery.sources.base import Source, sources
 from moejax.tasks.base import Batch, Sums, Task, ratio, tasks
-from moejax.tasks.models import Model
+from moejax.tasks.models import LearningModel
 
 MEANS = ("arithmetic", "geometric")
 
@@ -71,7 +71,7 @@ class Distill(Task):
         if not self.frozen():
             raise ConfigError("distill has no teacher; name a source, or several")
 
-    def objective(self, model: Model, batch: Batch, step: Int[Array, ""]) -> tuple[Float[Array, ""], Sums]:
+    def objective(self, model: LearningModel, batch: Batch, step: Int[Array, ""]) -> tuple[Float[Array, ""], Sums]:
         inputs, ctx = self.inputs(batch, step, train=True)
         logits = model(inputs, ctx)
         sums = dict(self.sums(logits, batch))

@@ -19,7 +19,7 @@ FULL_SIZE = {"switch": 7e9, "expert_choice": 1e9, "soft_moe": 1e10, "mixture_of_
 def trace(config: ConfigDict) -> tuple[int, tuple[int, ...]]:
     """Number of parameters and shape of the output of one training forward pass on two examples."""
     model = models.build(config.model)
-    if config.task.kind == "next_token":
+    if "image_size" not in config.model:
         inputs = jax.ShapeDtypeStruct((2, config.data.seq_len), jnp.int32)
         ctx = Context(domain=jnp.zeros(inputs.shape, jnp.int32))
     else:

@@ -9,7 +9,7 @@ import pytest
 from moejax.core.errors import ConfigError
 from moejax.surgery.sources.base import sources
 from moejax.tasks.base import tasks
-from moejax.tasks.models import Frozen, Model
+from moejax.tasks.models import FrozenModel, LearningModel
 
 V, B, S = 5, 3, 4
 SOURCE = sources.build({"kind": "checkpoint", "path": "runs/teacher"}, "s")
@@ -52,10 +52,10 @@ def tables(rng: np.random.Generator, *names: str) -> dict[str, np.ndarray]:
 
 
 def loss(task, student: np.ndarray, teachers: dict, batch: dict) -> tuple:
-    frozen = {name: Frozen(Table(), {"params": {"table": jnp.asarray(t, jnp.float32)}}) for name, t in teachers.items()}
+    frozen = {name: FrozenModel(Table(), {"params": {"table": jnp.asarray(t, jnp.float32)}}) for name, t in teachers.items()}
 
     def of(table: jax.Array) -> tuple:
-        return task.objective(Model(Table(), {"table": table}, {}, jax.random.key(0), frozen), batch, jnp.int32(0))
+        return task.objective(LearningModel(Table(), {"table": table}, {}, jax.random.key(0), frozen), batch, jnp.int32(0))
 
     (value, sums), slope = jax.value_and_grad(of, has_aux=True)(jnp.asarray(student, jnp.float32))
     return float(value), jax.device_get(sums), slope
@@ -139,8 +139,8 @@ def test_no_gradient_reaches_the_teacher_and_no_number_comes_from_padding(rng: n
     task = build()
 
     def of(table: jax.Array) -> jax.Array:
-        frozen = {"teacher": Frozen(Table(), {"params": {"table": table}})}
-        return task.objective(Model(Table(), {"table": jnp.float32(student)}, {}, None, frozen), batch, jnp.int32(0))[0]
+        frozen = {"teacher": FrozenModel(Table(), {"params": {"table": table}})}
+        return task.objective(LearningModel(Table(), {"table": jnp.float32(student)}, {}, None, frozen), batch, jnp.int32(0))[0]
 
     teacher = jnp.float32(tables(rng, "t")["t"])
     assert not np.any(jax.grad(of)(teacher))
@@ -159,7 +159,7 @@ def test_no_gradient_reaches_the_teacher_and_no_number_comes_from_padding(rng: n
 
 def test_a_student_is_judged_by_its_task_alone(rng: np.random.Generator) -> None:
     task, plain, batch = build(), tasks.build({"kind": "next_token"}, "task", domains=("a", "b")), batch_of(rng)
-    model = Model(Table(), {"table": jnp.float32(tables(rng, "s")["s"])}, {}, None, {})
+    model = LearningModel(Table(), {"table": jnp.float32(tables(rng, "s")["s"])}, {}, None, {})
     found, expected = task.scores(model, batch, jnp.int32(0)), plain.scores(model, batch, jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert task.metrics(found) == plain.metrics(expected)
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_named(fields: dict, message: str) -> None:
 
 
 def test_a_teacher_of_other_classes_is_refused(rng: np.random.Generator) -> None:
-    frozen = {"teacher": Frozen(Table(6), {"params": {"table": jnp.ones((7, 6))}})}
-    model = Model(Table(), {"table": jnp.ones((7, V))}, {}, None, frozen)
+    frozen = {"teacher": FrozenModel(Table(6), {"params": {"table": jnp.ones((7, 6))}})}
+    model = LearningModel(Table(), {"table": jnp.ones((7, V))}, {}, None, frozen)
     with pytest.raises(ConfigError, match="the teacher has 6 outputs and the student 5"):
         build().objective(model, batch_of(rng), jnp.int32(0))
