@@ -141,8 +141,8 @@ class Program:
         return {name: self._frozen_model(name, spec) for name, spec in self.frozen.items()}
 
     def shapes_of(self, spec: Mapping[str, Any]) -> Any:
-        """Shapes of the variables that another `config.model` has in the place of this program's."""
-        model = models.build(spec)
+        """Shapes of the variables that the network of another config has (its model and adapters) in the place of this program's."""
+        model = models.network(spec)
         return abstract(jax.eval_shape(lambda: init_variables(model, self.task.inputs, self.batch, jax.random.key(0))))
 
     def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:

@@ -25,7 +25,7 @@ from moejax.core.paths import listed
 from moejax.core.roles import Parameter
 from moejax.layers.adapters.places import PREFIX
 from moejax.surgery.base import Checkpoint, Leaves, Surgery, Target, spelt, surgeries
-from moejax.surgery.sources.base import Reader, Source, sources
+from moejax.surgery.sources.base import Reader, Source, network_of, sources
 from moejax.surgery.sources.fresh import FreshSource
 from moejax.tasks.base import Task
 from moejax.train.readers import Resolve, make_reader, on_host
@@ -82,8 +82,8 @@ def starting(
     seed: int,
     resolve: Resolve,
     fresh: Callable[[Collection[Path]], Leaves],
-    shapes_of: Callable[[Mapping[str, Any]], Any],
     beside: Callable[[Mapping[str, Any], Collection[Path]], Leaves],
+    shapes_of: Callable[[Mapping[str, Any]], Any],
     batches: Batches,
     label: str = "",
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -97,8 +97,8 @@ def starting(
       seed: of the run.
       resolve: gives the folder of the finished run of another config.
       fresh: some of the untrained model's variables, by path.
-      shapes_of: the variables of another `config.model`, as shapes.
       beside: the same, where other variables are there already: adapters may start from what they adapt.
+      shapes_of: the variables of the network of another config, as shapes.
       batches: the first batches of its training data.
       label: its name, in progress reports.
 
@@ -124,7 +124,7 @@ def starting(
     if not init.surgeries and not isinstance(init.source, FreshSource):
         # What does not fit is said before it is trained.
         spec = init.source.model(reader("init.source"))
-        if spec != config["model"]:
+        if spec not in (network_of(config), {"model": config["model"]}):
             check(Checkpoint(config, shapes_of(spec)))
     found = read(init.source, "init.source")
     others = {name: read(source, f"init.others.{name}") for name, source in sorted(init.others.items())}
