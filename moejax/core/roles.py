@@ -84,9 +84,13 @@ class Notes:
             if hasattr(value, "ndim"):
                 self._ranks[(*module.path, name)] = value.ndim
 
+    def roles(self, path: Path) -> set[str]:
+        """The roles of the modules around a path, of a parameter or of state."""
+        return {role for i in range(len(path)) for role in self._roles.get(path[:i], ())}
+
     def _parameter(self, path: Path, shape: tuple[int, ...]) -> Parameter:
         said = self._declared.get(path) or Declared((None,) * self._ranks.get(path, len(shape)))
-        found = {*said.roles, *(role for i in range(len(path)) for role in self._roles.get(path[:i], ()))}
+        found = {*said.roles, *self.roles(path)}
         if "expert" in self.axes.get(path, ()):
             found.add("experts")
         if any(fnmatch.fnmatchcase(path[-1], pattern) for pattern in BIASES):

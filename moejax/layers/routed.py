@@ -44,7 +44,9 @@ def plan_tokens(
     """
     _check_fit(logits.shape[-1], select, num_experts)
     forced = interventions(module)
-    logits = ctx.clean(logits + forced.pop("logit_bias", 0))
+    if "logit_bias" in forced:
+        logits = logits + forced.pop("logit_bias")
+    logits = ctx.clean(logits)
     if forced and not isinstance(select, TokenChoice):
         raise ConfigError(
             f"interventions.{', '.join(forced)} in {'/'.join(module.path)} needs token choice, not {type(select).__name__}"

@@ -15,12 +15,12 @@ writes all files but the checkpoints, to which each adds its part; all of them s
 """
 
 import contextlib
-import itertools
 import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +195,16 @@ class _Run:
     def train(self, signals: Signals) -> RunResult:
         """Runs to the last step and evaluates."""
         settings = self.training
-        self._report("compile")
-        train_step = self.program.train if self.step < settings.steps else None
+        train_step = None
+        if self.step < settings.steps:
+            self._report("compile")
+            train_step = self.program.train
+            self._report("train")
         tokens = self.program.task.size(self.program.batch)
         recent = RecentBatches(settings.log_every)
         # A signal reaches one process; the step at which all of them stop is one that all of them know.
         agree = None if jax.process_count() == 1 else hosts.Agreement(self.parallel.mesh)
         first_step_seconds = None
-        self._report("train")
         while self.step < settings.steps:
             batch = next(self.batches)
             self.state, metrics = train_step(self.state, self._place(batch))
@@ -263,25 +265,12 @@ class _Run:
 
     def _start(self, init: Init, resolve: Resolve) -> TrainState:
         """The state before the first step of a run that starts from others."""
-        program, key = self.program, jax.random.key(self.seed)
-        variables, made_of = starting(
-            init,
-            config=self.plain,
-            shapes=program.state.variables,
-            parameters=program.parameters,
-            seed=self.seed,
-            resolve=resolve,
-            fresh=lambda paths: program.fresh(paths, key),
-            beside=lambda variables, paths: program.fresh(paths, key, variables),
-            shapes_of=program.shapes_of,
-            # Whole batches, the same in every process: each of them makes the whole start.
-            batches=lambda count: list(
-                itertools.islice(self._make_iterator(self.config.data, split="train", seed=self.seed), count)
-            ),
-            label=self.label,
-        )
+        # Whole batches, the same in every process: each of them makes the whole start.
+        data = self.config.data
+        batches = lambda count: list(islice(self._make_iterator(data, split="train", seed=self.seed), count))  # noqa: E731
+        variables, made_of = starting(init, self.program, self.plain, self.seed, resolve, batches, self.label)
         self._made_of |= made_of
-        return program.begin(variables, key)
+        return self.program.begin(variables, jax.random.key(self.seed))
 
     def _resume(self, step: int) -> None:
         restored = self.checkpoints.restore(step, self.program.state)

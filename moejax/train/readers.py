@@ -63,7 +63,7 @@ def frozen_specs(task: Task) -> dict[str, Any]:
     def refuse(*_: Any) -> Any:
         raise AssertionError("a source that says what its model is must not ask for more")
 
-    return {name: source.model(make_reader(f"task.{name}", 0, refuse, refuse)) for name, source in task.frozen().items()}
+    return {name: source.network(make_reader(f"task.{name}", 0, refuse, refuse)) for name, source in task.frozen().items()}
 
 
 def contents(path: str | Path, step: int | None = None) -> str:

@@ -217,6 +217,8 @@ class TestErrorsAndQuestions:
             MoE(Linear(8), TopK(), GLU(hidden=3, num_experts=4))
         with pytest.raises(ConfigError, match="k=5 exceeds num_experts=4; lower k or add experts"):
             layer(TopK(k=5))
+        with pytest.raises(ConfigError, match=r"select=Linear\((.|\n)*\) is no select rule; derive it from moejax.TokenChoice"):
+            MoE(Linear(4), Linear(4), GLU(hidden=3, num_experts=4))
         with pytest.raises(ConfigError, match="group_by='sentence' is unknown; valid names: sequence, batch, position"):
             layer(group_by="sentence")
         x = inputs(rng)

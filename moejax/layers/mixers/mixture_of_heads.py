@@ -14,7 +14,7 @@ from moejax.layers.routed import plan_tokens, sow_routing
 from moejax.routing.losses.base import Loss, Routing, check_losses, losses
 from moejax.routing.routers.base import ask, routers, told
 from moejax.routing.routers.linear import Linear
-from moejax.routing.select import Select, TopK, selects
+from moejax.routing.select import Select, TopK, check_select, selects
 
 
 class RoutedHeads(Attention):
@@ -39,6 +39,7 @@ class RoutedHeads(Attention):
         check_losses(self.losses)
         if not 0 <= self.shared_heads < self.num_heads:
             raise ConfigError(f"shared_heads={self.shared_heads} must be at least 0 and less than num_heads={self.num_heads}")
+        check_select("select", self.select)
         self.select.check_num_experts(self.num_heads - self.shared_heads)
         super().__post_init__()
 

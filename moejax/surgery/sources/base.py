@@ -44,6 +44,6 @@ class Source:
         """The checkpoint; may take as long as a training."""
         raise NotImplementedError
 
-    def model(self, reader: Reader) -> Mapping[str, Any]:
+    def network(self, reader: Reader) -> Mapping[str, Any]:
         """`network_of` the config of what `read` will give, at once and without any array."""
         raise ConfigError(f"{reader.place} ({type(self).__name__}) has no model of its own; take another kind of source")

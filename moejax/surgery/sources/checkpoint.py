@@ -40,7 +40,7 @@ class CheckpointSource(Source):
         """See the class."""
         return reader.load(*self.place)
 
-    def model(self, reader: Reader) -> Mapping[str, Any]:
+    def network(self, reader: Reader) -> Mapping[str, Any]:
         """Of the checkpoint's config."""
         return network_of(reader.config_of(*self.place))
 

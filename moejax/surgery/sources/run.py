@@ -34,6 +34,6 @@ class RunSource(Source):
         """See the class."""
         return reader.train(self.config, reader.seed if self.seed == OWN else int(self.seed))
 
-    def model(self, reader: Reader) -> Mapping[str, Any]:
+    def network(self, reader: Reader) -> Mapping[str, Any]:
         """Of the config: nothing has to be trained to know it."""
         return network_of(self.config)
