@@ -122,7 +122,7 @@ class TestLoRA:
         draws = jax.random.split(jax.random.key(0), 2000)
         train = Context(train=True)
         runs = jax.jit(jax.vmap(lambda key: model.apply(variables, x, train, rngs={"dropout": key})))(draws)
-        assert runs.std(0).min() > 0.1
+        assert runs.std(0).min() > 0
         np.testing.assert_array_less(np.abs(runs.mean(0) - expected), 5 * runs.std(0) / np.sqrt(len(draws)) + 1e-6)
 
     def test_scale_rank_and_parts_that_do_not_fit_are_refused(self) -> None:
