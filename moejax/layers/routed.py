@@ -112,10 +112,9 @@ def sow_losses(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], sc
 def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float[Array, "g n d"], Context]:
     """Tokens and context in the groups that compete for capacity: one 'sequence', the whole 'batch', or each 'position'.
 
-    Padding becomes zeros, so that whatever lies there touches neither router nor experts.
-
     With 'position', tokens compete only with those of other sequences at the same position, so that rules which select over
-    tokens (expert choice) do not see the future of their own sequence.
+    tokens (expert choice) do not see the future of their own sequence. Padding becomes zeros, so that whatever lies there touches
+    neither router nor experts.
     """
     x = ctx.clean(x)
     if by == "batch":

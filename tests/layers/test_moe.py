@@ -199,6 +199,8 @@ class TestInterventions:
             y, state = forced({**variables, "interventions": {"k": jnp.int32(k)}}, x, ctx)
             np.testing.assert_allclose(y, compiled(other)(variables, x, ctx), rtol=1e-5, atol=1e-6)
             assert state["stats"]["experts_per_token"] == k
+        by_number = moe.apply({**variables, "interventions": {"k": 3}}, x, ctx)
+        np.testing.assert_allclose(by_number, y, rtol=1e-5, atol=1e-6)
 
     def test_what_cannot_be_forced(self, rng: np.random.Generator) -> None:
         x, moe = inputs(rng), layer()
