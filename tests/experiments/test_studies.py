@@ -21,9 +21,9 @@ def trace(config: ConfigDict) -> tuple[int, tuple[int, ...]]:
     model = models.build(config.model)
     if "image_size" not in config.model:
         inputs = jax.ShapeDtypeStruct((2, config.data.seq_len), jnp.int32)
-        ctx = Context(domain=jnp.zeros(inputs.shape, jnp.int32))
+        ctx = Context(domain=jnp.zeros(inputs.shape, jnp.int32), step=jnp.int32(0))
     else:
-        ctx = Context()
+        ctx = Context(step=jnp.int32(0))
         side = config.model.image_size
         inputs = jax.ShapeDtypeStruct((2, side, side, config.model.channels), jnp.float32)
     key = jax.random.key(0)
