@@ -142,7 +142,9 @@ def built(kind: str) -> Router:
     """The registered router with no more said than it needs."""
     needed = {f.name for f in dataclasses.fields(routers[kind])}
     inner = {"router": {"kind": "linear", "num_experts": 4}} if "router" in needed else {}
-    counted = {"frequencies": (5.0, 4.0, 3.0, 2.0, 1.0, 1.0)} if kind == "token_mask" else {}
+    counted = (
+        {"frequencies": (5.0, 4.0, 3.0, 2.0, 1.0, 1.0), "head_experts": 3, "tail_experts": 2} if kind == "token_mask" else {}
+    )
     return routers.build({"kind": kind, "num_experts": 4, **inner, **counted}, "router")
 
 
