@@ -95,7 +95,7 @@ def test_report_on_simulated_devices_counts_by_hand_and_allocates_nothing():
 
 SCRIPT = """
 from test_ahead import tiny
-from moejax.parallel import ahead, report
+from moejax.aot import ahead, report
 
 config = tiny(dtype="bfloat16", d_model=128)
 ffn = config.model.blocks.moe.ffn
