@@ -1,0 +1,370 @@
+"""What every method must have, as functions of a subject.
+
+A property gives a short text, the cell of a matrix. It raises ConfigError where the library itself refuses (a rule that sees later
+tokens in a decoder, say), and AssertionError where something is wrong: a bug of the method.
+"""
+
+import functools
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.battery.kinds import inside
+from experiments.battery.programs import GROUPS, LENGTH, ROWS, STEP, Batch, able, programs
+from experiments.battery.subjects import WIDTH, Subject, build
+from experiments.study import resolve
+from moejax import dispatch, models
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
+from moejax.optim.base import optimizers
+from moejax.serve import generate
+from moejax.tasks.models import STREAMS
+from moejax.train.checkpoints import Checkpoints, load
+from moejax.train.settings import plain
+from moejax.train.step import begin_state
+
+MESH = "data=4,expert=2"
+NEW = 3  # tokens that are decoded
+CUT = LENGTH // 2
+AMONG = np.array([1, 2, 4, 5, 7])  # tokens between padding
+# All that a train step does to a model at once; `_together` looks for the culprit among them when they fail.
+TOGETHER = {"scan": True, "remat": "full", "accumulation": 2}
+
+Tree = Any
+
+
+def lm(subject: Subject) -> str:
+    """A decoder of it can be trained: its gradient traces in bfloat16, scanned and rematerialised."""
+    _traced(subject, "LM")
+    return "yes"
+
+
+def vit(subject: Subject) -> str:
+    """The same of a model of images."""
+    _traced(subject, "ViT")
+    return "yes"
+
+
+def backends(subject: Subject) -> str:
+    """Every backend that takes it agrees with `reference`, in value and in gradient; names them."""
+    found = _layer(subject)
+    if "reference" in found["refused"]:
+        raise ConfigError(found["refused"]["reference"])
+    if not _has_backend(subject):
+        return "-"
+    for name in able(found):
+        same(found[name], found["reference"], f"backend '{name}' and 'reference'")
+    return ", ".join(able(found))
+
+
+def padding(subject: Subject) -> str:
+    """Padding is never routed, counted or balanced: values, losses and gradients are those of the tokens without it.
+
+    In training, where draws would differ, other junk in the padding must change nothing.
+    """
+    x, valid = _rows(), np.broadcast_to(np.isin(np.arange(LENGTH), AMONG), (GROUPS, LENGTH))
+    padded = _layer(subject)["reference"]
+    every = np.ones((GROUPS, len(AMONG)), bool)
+    compact = programs(subject).layer(x[:, AMONG], every, ("reference",))["reference"]
+    assert valid.sum() == every.sum()
+    (d_params, dx), (compact_d_params, compact_dx) = padded["gradients"], compact["gradients"]
+    same(padded["y"][:, AMONG], compact["y"], "outputs with padding and without")
+    same(padded["losses"], compact["losses"], "losses with padding and without")
+    same(d_params, compact_d_params, "gradients with padding and without")
+    same(dx[:, AMONG], compact_dx, "gradients of tokens with padding and without")
+    assert not dx[:, np.setdiff1d(np.arange(LENGTH), AMONG)].any(), "padding has a gradient"
+    if subject.home == "LM":
+        one, other = (_with_padding(programs(subject).batch(), junk) for junk in (1, 2))
+        found = [programs(subject).oracle(batch) for batch in (one, other)]
+        for out in found:
+            out["outputs"] = np.where(one["valid"][..., None], out["outputs"], 0)
+        same(*found, "a training step with one junk in the padding and with another")
+    return "inert"
+
+
+def causal(subject: Subject) -> str:
+    """Later tokens change nothing before them, in evaluation; 'at inference' where in training they do."""
+    made = _decoder(subject)
+    batch = made.batch()
+    other = {**batch, "tokens": batch["tokens"].copy()}
+    other["tokens"][:, CUT:] = made.batch(1)["tokens"][:, CUT:]
+    same(made.evaluate(batch)[:, :CUT], made.evaluate(other)[:, :CUT], "outputs before a token that changed, in evaluation")
+    one, two = (made.oracle(b)["outputs"][:, :CUT] for b in (batch, other))
+    return "yes" if np.allclose(one, two, rtol=1e-4, atol=1e-4) else "at inference"
+
+
+def decode(subject: Subject) -> str:
+    """Tokens decoded with a cache have the logits of the whole text at once."""
+    made = _decoder(subject)
+    tokens = made.batch()["tokens"]
+    prompt = tokens[:, : LENGTH - NEW]
+    out = generate(made.model, made.variables, prompt, max_new_tokens=NEW, keep_logits=True)
+    text = np.concatenate([prompt, np.asarray(out.tokens)], 1)
+    logits = made.evaluate({**made.batch(), "tokens": text})[:, LENGTH - NEW - 1 : -1]
+    same(np.asarray(out.logits), logits, "logits with a cache and of the whole text", 1e-3)
+    return "yes"
+
+
+def devices(subject: Subject) -> str:
+    """Scanned, rematerialised, in microbatches and on eight devices a step does what it does layer by layer on one.
+
+    'experts' if they are split and tokens travel; 'parameters' if XLA splits the layer by its parameters' names.
+    """
+    wheres: list[tuple[str, dict[str, Any]]] = [("parameters", {"mesh": MESH}), ("parameters", {"mesh": "fsdp"})]
+    if _has_backend(subject):
+        wheres.insert(0, ("experts", {"mesh": MESH, "backend": "expert_parallel"}))
+    for i, (text, where) in enumerate(wheres):
+        try:
+            _together(subject, {**TOGETHER, **where})
+        except ConfigError:
+            if i == len(wheres) - 1:
+                raise
+            continue
+        return text
+    raise AssertionError("unreachable")
+
+
+def bfloat16(subject: Subject) -> str:
+    """In a bfloat16 model routing, losses, parameters' gradients and the model's outputs are float32."""
+    gradients, outputs, sown = _traced(subject, subject.home)
+    for what, tree in {"gradients": gradients, "outputs": outputs, "losses": sown.get("losses", {})}.items():
+        wrong = {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} - {"float32"}
+        assert not wrong, f"{what} of a bfloat16 model are {wrong}"
+    floats = [leaf for leaf in jax.tree.leaves(sown.get("routing", {})) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert all(leaf.dtype == jnp.float32 for leaf in floats), "a bfloat16 model routes in less than float32"
+    return "float32"
+
+
+def degenerate(subject: Subject) -> str:
+    """Values and gradients are finite, whatever comes: constant tokens, one token, all padding, huge parameters."""
+    made = programs(subject)
+    batch = made.batch()
+    if subject.home == "LM":
+        first = np.zeros(batch["valid"].shape, bool)
+        first[0, 0] = True
+        inputs = {
+            "constant tokens": {**batch, "tokens": 0 * batch["tokens"]},
+            "one token": {**batch, "valid": first, "segments": first.astype(np.int32)},
+            "all padding": {**batch, "valid": 0 * first == 1, "segments": 0 * batch["segments"]},
+        }
+    else:
+        inputs = {
+            "constant images": {**batch, "image": 0 * batch["image"]},
+            "huge images": {**batch, "image": 1e4 * batch["image"]},
+            "no valid image": {**batch, "valid": np.zeros(ROWS, bool)},
+        }
+    for name, given in inputs.items():
+        finite(made.oracle(given), name)
+    huge = {**made.variables, "params": jax.tree.map(lambda p: 30 * p, made.variables["params"])}
+    finite(made.oracle(batch, huge), "parameters 30 times as large")
+    return "finite"
+
+
+def saved(subject: Subject) -> str:
+    """Config and state come back from text and disk as they were, to the bit."""
+    made = programs(subject)
+    config = json.loads(json.dumps(made.config))
+    assert build(config) == build(made.config), "a model built from the saved config differs"
+    optimizer = optimizers.build(made.config["optimizer"], "optimizer", steps=10)
+    state = begin_state(made.variables, optimizer, jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        with_files = Checkpoints(Path(folder) / "checkpoints", keep=1, asynchronous=False)
+        with_files.save(1, state, {}, {"config": config})
+        restored = with_files.restore(1, state).state
+        with_files.close()
+        alone = load(folder)
+    identical = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), _no_keys(restored), _no_keys(state))
+    assert all(jax.tree.leaves(identical)), "a state that was saved comes back changed"
+    assert alone.config == config
+    assert jax.tree.structure(dict(alone.variables)) == jax.tree.structure(dict(state.variables))
+    return "same"
+
+
+def paper(subject: Subject) -> str:
+    """The arms of the headline trace at the paper's size, without computing anything; the parameters of the largest."""
+    study = subject.study
+    if study is None:
+        return "-"
+    return f"{max(paper_size(plain(resolve(study, 'paper', arm))) for arm in study.headline.arms):.2g}"
+
+
+PROPERTIES: dict[str, Callable[[Subject], str]] = {
+    "LM": lm,
+    "ViT": vit,
+    "backends": backends,
+    "devices": devices,
+    "causal": causal,
+    "decode": decode,
+    "padding": padding,
+    "bfloat16": bfloat16,
+    "degenerate": degenerate,
+    "saved": saved,
+    "paper": paper,
+}
+# What a method may be without; the others every one must have.
+REFUSABLE = frozenset({"LM", "ViT", "causal", "decode"})
+
+
+def paper_size(config: Mapping[str, Any]) -> int:
+    """Number of parameters of a config whose training forward pass traces on two examples."""
+    model = models.build(config["model"])
+    inputs, ctx = _example(config, rows=2)
+    rngs = _keys()
+    variables = jax.eval_shape(lambda x: model.init(rngs, x, ctx), inputs)
+    _, sown = jax.eval_shape(
+        lambda v, x: model.apply(v, x, ctx.replace(train=True), rngs=rngs, mutable=["losses", "stats"]), variables, inputs
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(sown.get("losses", {})))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
+def same(one: Tree, other: Tree, what: str, tolerance: float = 2e-4) -> None:
+    """Raises AssertionError if two trees of arrays differ: `what` says which they are.
+
+    The tolerance is of the largest entry of each array: sums of large numbers have small rests.
+    """
+    assert jax.tree.structure(one) == jax.tree.structure(other), f"{what} have other parts"
+
+    def compare(path: Any, a: Any, b: Any) -> None:
+        a, b = np.asarray(a), np.asarray(b)
+        name = f"{what}: {jax.tree_util.keystr(path)}"
+        scale = max(float(np.abs(b).max(initial=0.0)), 1e-2)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=name)
+
+    jax.tree_util.tree_map_with_path(compare, one, other)
+
+
+def finite(tree: Tree, what: str) -> None:
+    """Raises AssertionError if an array of a tree has NaN or an infinity."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        assert np.isfinite(leaf).all(), f"{what}: {jax.tree_util.keystr(path)} is not finite"
+
+
+def _together(subject: Subject, parts: Mapping[str, Any]) -> None:
+    """Compares a step under `parts` with the oracle; of a difference, says which part alone makes it.
+
+    Raises:
+      ConfigError: the mesh, or the exchange of tokens, does not take the subject.
+    """
+    made, count = programs(subject), parts["accumulation"]
+    halves = [{name: x[i::count] for name, x in made.batch(rows=count * ROWS).items()} for i in range(count)]
+    found = [made.oracle(half) for half in halves]
+
+    def mean(name: str, count: int) -> Tree:
+        return jax.tree.map(lambda *leaves: sum(leaves) / count, *(out[name] for out in found[:count]))
+
+    def check(parts: Mapping[str, Any]) -> None:
+        got, count = made.together(parts), parts.get("accumulation", 1)
+        what = "a step with " + ", ".join(f"{key}={value}" for key, value in parts.items())
+        if count == 1:
+            batch = made.oracle(made.batch(rows=ROWS))
+            same(got["gradients"], batch["gradients"], f"{what} and the oracle", 1e-3)
+            return
+        same(got["losses"], mean("losses", count), f"{what} and the oracle", 1e-3)
+        same(got["gradients"], mean("gradients", count), f"{what} and the oracle", 1e-3)
+
+    try:
+        check(parts)
+    except AssertionError as error:
+        # Only now: every part by itself is a program of its own.
+        place = {name: parts[name] for name in ("mesh", "backend") if name in parts}
+        alone = [{name: value} for name, value in parts.items() if name not in place] + [place]
+        for one in alone:
+            try:
+                check(one)
+            except AssertionError as culprit:
+                raise culprit from None
+        raise error
+
+
+def _has_backend(subject: Subject) -> bool:
+    return any(hasattr(part, "backend") for part in inside(programs(subject).model))
+
+
+@functools.cache
+def _layer(subject: Subject) -> dict[str, Any]:
+    """The blocks on rows with junk between them, on every backend."""
+    local = tuple(name for name in dispatch.BACKENDS if name != "expert_parallel")
+    valid = np.broadcast_to(np.isin(np.arange(LENGTH), AMONG), (GROUPS, LENGTH))
+    return programs(subject).layer(_rows(), valid, local if _has_backend(subject) else ("reference",))
+
+
+def _rows() -> np.ndarray:
+    rng = np.random.default_rng(1)
+    x = 9 * rng.normal(size=(GROUPS, LENGTH, WIDTH)).astype(np.float32)
+    x[:, AMONG] = rng.normal(size=(GROUPS, len(AMONG), WIDTH))
+    return x
+
+
+def _with_padding(batch: Batch, junk: int) -> Batch:
+    """The batch with the ends of its rows as padding, which holds other tokens for another `junk`."""
+    lengths = np.array([LENGTH, 5, 1, 3] * (ROWS // 4))[:, None]
+    valid = np.arange(LENGTH) < lengths
+    tokens = np.random.default_rng(junk).integers(0, 32, valid.shape).astype(np.int32)
+    return {
+        **batch,
+        "tokens": np.where(valid, batch["tokens"], tokens),
+        "targets": np.where(valid, batch["targets"], tokens),
+        "segments": valid.astype(np.int32),
+        "valid": valid,
+    }
+
+
+def _decoder(subject: Subject) -> Any:
+    """The programs of a subject as a decoder; raises the refusal if it can be none."""
+    if subject.home != "LM":
+        build(subject.place("LM"))
+        raise ConfigError(f"{subject.name} is no decoder")
+    return programs(subject)
+
+
+@functools.cache
+def _traced(subject: Subject, home: str) -> tuple[Tree, Tree, Tree]:
+    """Shapes of gradients, outputs and sown collections of a training pass under bfloat16, scan and rematerialisation."""
+    config = plain(subject.place(home))
+    own = {name: value for name, value in {"scan": True, "remat": "full", "dtype": "bfloat16"}.items()}
+    model = build(config, **{name: value for name, value in own.items() if name in config["model"]})
+    inputs, ctx = _example(config)
+    rngs = _keys()
+
+    def objective(params: Tree, rest: Tree, x: Any) -> tuple[Any, Tree]:
+        variables = {**rest, "params": params}
+        mutable = ["losses", "stats", "measured", "routing"]
+        out, sown = model.apply(variables, x, ctx.replace(train=True), rngs=rngs, mutable=mutable)
+        return out.sum() + sum(leaf.sum() for leaf in jax.tree.leaves(sown.get("losses", {}))), (out, sown)
+
+    def run(x: Any) -> tuple[Tree, Tree, Tree]:
+        variables = dict(model.init(rngs, x, ctx, mutable=["params", "router_state"]))
+        gradients, (out, sown) = jax.grad(objective, has_aux=True)(variables.pop("params"), variables, x)
+        return gradients, out, sown
+
+    return jax.eval_shape(run, inputs)
+
+
+def _example(config: Mapping[str, Any], rows: int = ROWS) -> tuple[jax.ShapeDtypeStruct, Context]:
+    """Shape of a model's input, and a context in evaluation."""
+    model = config["model"]
+    if "image_size" in model:
+        side = model["image_size"]
+        return jax.ShapeDtypeStruct((rows, side, side, model["channels"]), jnp.float32), Context(step=jnp.int32(STEP))
+    shape = (rows, config["data"]["seq_len"])
+    ctx = Context(domain=jnp.zeros(shape, jnp.int32), step=jnp.int32(STEP))
+    return jax.ShapeDtypeStruct(shape, jnp.int32), ctx
+
+
+def _keys() -> dict[str, Any]:
+    return {name: jax.random.key(i) for i, name in enumerate(("params", *STREAMS))}
+
+
+def _no_keys(state: Any) -> Any:
+    """A state with random keys as numbers, which can be compared."""
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key) else jnp.asarray(x), state
+    )
