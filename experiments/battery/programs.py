@@ -141,7 +141,7 @@ class Programs:
             steps=10,
             frozen=frozen_specs(self.task),
         )
-        variables = {name: to_scanned(tree) for name, tree in self.variables.items()} if scan else self.variables
+        variables = host({name: to_scanned(tree) for name, tree in self.variables.items()}) if scan else self.variables
         state = begin_state(variables, optimizer, jax.random.key(0)).replace(
             step=jnp.int32(STEP), frozen={name: variables for name, (_, variables) in self.frozen.items()}
         )
@@ -280,13 +280,14 @@ def draw(init: Callable[[Mapping[str, Any]], Tree]) -> dict[str, Tree]:
     def leaf(path: Any, like: Any) -> Any:
         fan_in = like.shape[-2] if len(like.shape) > 1 else 4
         value = rng.normal(size=like.shape) / np.sqrt(fan_in)
-        return jnp.asarray(value, like.dtype)
+        return value.astype(like.dtype)
 
     out = dict(traced.out_info)
     params = jax.tree_util.tree_map_with_path(leaf, out.pop("params", {}))
     # Of the initialisation only the state is compiled; most models have none.
     state = jax.jit(lambda: without(made(), "params"))() if any(name in out for name in STATE) else {}
-    return {"params": params, **{name: tree for name, tree in state.items() if name in STATE}}
+    # NumPy's: a step that is given its state for good must not take it from the next one.
+    return {"params": params, **host({name: tree for name, tree in state.items() if name in STATE})}
 
 
 def _layer_context(valid: Any) -> Context:
