@@ -91,7 +91,7 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
     if not steps:
         raise ConfigError(f"{short(run.path)} has no checkpoint; train it again with --fresh")
     config, variables, _ = load(run.path)
-    model, task = models.build(config["model"]), tasks.build(config["task"], "task")
+    model, task = models.network(config), tasks.build(config["task"], "task")
     known = info(config["data"])
     labels = tuple(known.domains) or tuple(map(str, range(known.num_classes or 1)))
     iterator = make_iterator(config["data"], split=config["eval"].get("split", "validation"), seed=0, num_epochs=1)

@@ -50,7 +50,8 @@ def verdict_table(ledger: Path) -> str:
         # An ablation's entry judges the study's other claims again, on the same runs.
         claims = {claim["claim"]: claim for each in found if each["slug"] == entry["slug"] for claim in each["claims"]}
         counts = tables.count_verdicts([{"claims": list(claims.values())}])
-        lines += [f"| {entry['slug']} {_row(claim)} {counts} |" for claim in entry["claims"] if claim["headline"]]
+        outdated = f", outdated: {entry['outdated']}" if "outdated" in entry else ""
+        lines += [f"| {entry['slug']} {_row(claim)} {counts}{outdated} |" for claim in entry["claims"] if claim["headline"]]
     return "\n".join(lines)
 
 

@@ -54,7 +54,7 @@ def execute(
     cache = Cache(runs)
     real = fit is None
     cached = any(cache.load(configs[arm], seed, arm) for arm, seed in todo)
-    fit = fit or _prepared_fit(configs, cache)
+    fit = fit or _prepared_fit(configs, cache, console)
     # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
     # run starts at once.
     if real and (cached or accept_numerics):
@@ -81,7 +81,7 @@ def execute_config(
     console = console or make_console()
     configs, todo, cache = {name: config}, [(name, seed) for seed in range(seeds)], Cache(runs)
     if fit is None:
-        fit = _prepared_fit(configs, cache)
+        fit = _prepared_fit(configs, cache, console)
         if accept_numerics or any(cache.load(config, seed, name) for _, seed in todo):
             _ask_canary(cache, fit, accept_numerics, console)
     if workdir is None:
@@ -151,15 +151,19 @@ def choose(study: Study, ablation: str, arms: Sequence[str]) -> list[str]:
     return [name for name in names if not arms or name in arms]
 
 
-def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache) -> Fit:
-    """`moejax.train.fit`, after building every model once: a wrong spec is found now and not after the first arms."""
+def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Console) -> Fit:
+    """`moejax.train.fit`, after building every model once: a wrong spec is found now and not after the first arms. Shows what
+    adapters sit around."""
     import jax
 
+    from moejax.aot.ahead import program_of
     from moejax.train import fit
 
     for arm, config in configs.items():
         try:
             _check(config.to_dict())
+            if config.get("adapters"):
+                show(console, tables.adapted(arm, program_of(config).adapted_layers))
         except ConfigError as error:
             raise ConfigError(f"{error} (arm '{arm}')") from None
     if jax.default_backend() == "cpu":
@@ -179,7 +183,7 @@ def _check(config: Mapping[str, Any], where: str = "") -> None:
 
     place = f" (the config at {where})" if where else ""
     try:
-        models.build(config["model"])
+        models.network(config)
         parse_init(config.get("init"))
         for name, rule in (config.get("trainable") or {}).items():
             if rule is not None:

@@ -106,6 +106,8 @@ def _in(base: ConfigDict, config: ConfigDict) -> ConfigDict:
     shared = {f.name for f in dataclasses.fields(DecoderLM)} & {f.name for f in dataclasses.fields(ViT)}
     for key in shared & set(config.model) - {"kind"}:
         base.model[key] = config.model[key]
+    if config.get("adapters"):
+        base.adapters = config.adapters
     base.data.batch_size = config.data.batch_size
     base.train = config.train
     base.optimizer = config.optimizer
@@ -114,9 +116,9 @@ def _in(base: ConfigDict, config: ConfigDict) -> ConfigDict:
 
 def _trace(config: ConfigDict, parallel: Parallel | None = None, **context: Any) -> str:
     """Traces a train step under bfloat16, scan and rematerialisation."""
-    model = overrides.copy(config).model
-    model.update(scan=True, remat="full", dtype="bfloat16")
-    built = models.build(plain(model), **context)
+    bare = overrides.copy(config)
+    bare.model.update(scan=True, remat="full", dtype="bfloat16")
+    built = models.network(plain(bare), **context)
     settings = section(TrainSettings, config, "train")
     # The traced program is what counts the FLOPs.
     assert get_program(plain(config), settings, batch_shapes(config), {}, built, parallel).flops > 0
@@ -158,7 +160,7 @@ def _has_backend(config: ConfigDict) -> bool:
 
 def _forward(config: ConfigDict, backend: str) -> str:
     """Traces a forward pass in training with a named backend."""
-    model = models.build(plain(config.model), backend=backend)
+    model = models.network(plain(config), backend=backend)
     task = tasks.build(plain(config.task), "task")
 
     def run(batch: Any) -> Any:
@@ -203,9 +205,9 @@ def _decode(model: Any, variables: Any, forward: Forward) -> str:
 
 def _decoder(config: ConfigDict) -> tuple[Any, Any, Forward]:
     """A small float32 decoder, its variables, and a compiled forward pass."""
-    spec = overrides.copy(config).model
-    spec.update(dtype="float32", remat="none")
-    model = models.build(plain(spec))
+    bare = overrides.copy(config)
+    bare.model.update(dtype="float32", remat="none")
+    model = models.network(plain(bare))
 
     def context(tokens: Any, train: bool) -> Context:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -2,8 +2,8 @@
 
 A key must exist in the config, so that a typing error cannot start a training. There are two exceptions. The fields of a model's
 blocks are optional (`model.blocks.moe.ffn.router.jitter`): there the last part of a key may be new, and building the model checks
-it against the fields of the class. What a run starts from and what learns is named freely (`init.source.path`,
-`trainable.norms.rate`): there every part but the section may be new, and is checked when the sections are read.
+it against the fields of the class. What a run starts from, its adapters and what learns are named freely
+(`init.source.path`, `adapters.main.rank`, `trainable.norms.rate`): there every part but the section may be new, and is checked when the sections are read.
 """
 
 import ast
@@ -17,9 +17,9 @@ from moejax.core.errors import ConfigError, nearest
 from moejax.train.settings import is_config
 
 FREE = ("model", "blocks")
-OPEN = ("init", "trainable")
-# What a run starts from and what learns: every config has these. From nothing, and everything.
-BEGIN = {"init": {"source": {"kind": "fresh"}, "others": {}, "surgeries": {}, "order": ()}, "trainable": {}}
+OPEN = ("init", "adapters", "trainable")
+# What a run starts from, its adapters and what learns: every config has these. From nothing, none, and everything.
+BEGIN = {"init": {"source": {"kind": "fresh"}, "others": {}, "surgeries": {}, "order": ()}, "adapters": {}, "trainable": {}}
 # Where a run computes: every config has these, named or not, and they do not change what it is. No mesh is one device.
 PLACE = {"mesh": "", "exchange": {"kind": "auto", "chunks": 1, "bound": None, "hosts": None}}
 

@@ -127,7 +127,8 @@ def entry_name(slug: str, preset: str, ablation: str) -> str:
 
 
 def entries(folder: Path = LEDGER) -> list[dict[str, Any]]:
-    """Every ledger entry, sorted by study and preset."""
+    """Every ledger entry, sorted by study and preset. One whose numbers a change of the library has overtaken says so in 'outdated',
+    until the study is run anew."""
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.name != "canary.json"]
     return sorted(found, key=lambda e: (e["slug"], e["preset"], e["ablation"]))
 

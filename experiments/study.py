@@ -15,7 +15,7 @@ others only:
     starts=(Arm('pretrained', {'model.pattern': ('dense', 'dense')}),),
     arms=(Arm('tuned', {'init.source': {'kind': 'run', 'arm': 'pretrained'}, 'trainable': {'norms': {}}}), ...),
 
-The named arm is resolved at the same preset, with the same overrides of the command line but those of `init` and `trainable`.
+The named arm is resolved at the same preset, with the same overrides of the command line but those of `init`, `adapters` and `trainable`.
 """
 
 import importlib.util
@@ -284,7 +284,7 @@ def _resolved(study: Study, preset: str, arm: str, extra: Mapping[str, Any], on_
     config, where = unresolved(study, preset, arm), _where(study, arm)
     if where in on_the_way:
         raise ConfigError(f"{where} starts from itself: {' from '.join((*on_the_way, where))}")
-    # What the command line says of starts and learning is about the arms that it runs.
+    # What the command line says of starts, adapters and learning is about the arms that it runs.
     passed = {key: value for key, value in extra.items() if key.split(".")[0] not in overrides.OPEN}
 
     def filled(value: Any, place: str) -> Any:
@@ -303,8 +303,8 @@ def _resolved(study: Study, preset: str, arm: str, extra: Mapping[str, Any], on_
         return {**{k: v for k, v in spec.items() if k not in ("arm", "study")}, "config": start.to_dict()}
 
     for section in ("init", "task"):
-        with config.ignore_type():
-            config[section] = ConfigDict(filled(config[section], section)) if section in config else None
+        if section in config:
+            config[section] = ConfigDict(filled(config[section], section))
     overrides.apply(config, extra, f"the command line for {where}")
     return config.lock()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import overrides
 from experiments.cache import Run
 from experiments.catalog import Row
 from experiments.record import ALWAYS, Outcome
@@ -15,6 +16,7 @@ from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, OUT_OF_REACH, REPR
 
 COLOURS = {REPRODUCED: "green", NOT_REPRODUCED: "red", INCONCLUSIVE: "yellow", OUT_OF_REACH: "dim"}
 SIZES = (("params", "params"), ("active", "active_params"), ("steps", "steps"), ("tokens/s", "tokens_per_second"))
+LEARNING = "trainable_params"
 DROPS = "stats/drop_rate"
 
 
@@ -30,8 +32,11 @@ class Table:
 
 def arms(outcome: Outcome) -> Table:
     """One row an arm: the metrics that matter as mean ± standard deviation over seeds, sizes, speed, drops."""
-    metrics = [m for m in outcome.metrics if m not in {name for _, name in SIZES} | {DROPS}]
-    drops = any(run.matching(DROPS) for seeds in outcome.runs.values() for run in seeds.values())
+    metrics = [m for m in outcome.metrics if m not in {name for _, name in SIZES} | {DROPS, LEARNING}]
+    runs = [run for seeds in outcome.runs.values() for run in seeds.values()]
+    part = any(run.matching(LEARNING) and run.value(LEARNING) != run.value("params") for run in runs)
+    sizes = [*SIZES[:2], *([("learning", LEARNING)] if part else []), *SIZES[2:]]
+    drops = any(run.matching(DROPS) for run in runs)
     rows = []
     for arm, seeds in outcome.runs.items():
         cached = sum(run.cached for run in seeds.values())
@@ -40,11 +45,11 @@ def arms(outcome: Outcome) -> Table:
                 arm,
                 f"{len(seeds)}" + (f" ({cached} cached)" if cached else ""),
                 *(spread(_values(seeds, metric)) for metric in metrics),
-                *(quantity(_mean(seeds, metric)) for _, metric in SIZES),
+                *(quantity(_mean(seeds, metric)) for _, metric in sizes),
                 *([percent(_mean(seeds, DROPS))] if drops else []),
             )
         )
-    columns = ("arm", "seeds", *metrics, *(title for title, _ in SIZES), *(["drop rate"] if drops else []))
+    columns = ("arm", "seeds", *metrics, *(title for title, _ in sizes), *(["drop rate"] if drops else []))
     return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows))
 
 
@@ -80,6 +85,13 @@ def summary_of(name: str, runs: Mapping[int, Run]) -> Table:
     return Table(f"{name}, {len(runs)} seed{'' if len(runs) == 1 else 's'}", ("metric", "value"), tuple(rows))
 
 
+def adapted(name: str, layers: Sequence[Any]) -> Table:
+    """What the adapters of an arm sit around, `moejax.layers.adapters.AdaptedLayer`s."""
+    from moejax.layers.adapters.table import COLUMNS, cells
+
+    return Table(f"Adapters of {name}", COLUMNS, cells(layers))
+
+
 def methods(rows: Sequence[Row], entries: Sequence[Mapping[str, Any]]) -> Table:
     """The catalogue's rows, with the verdicts that the ledger's entries hold."""
     cells = []
@@ -113,25 +125,28 @@ def describe(study: Study) -> tuple[Table, ...]:
 def _begins(study: Study, arm: Arm) -> Iterator[tuple[str, str, str, str]]:
     """What an arm starts from and what of it learns; no row for one that starts from nothing and learns all."""
     config = unresolved(study, next(iter(study.presets)), arm.name)
-    init, rules = config.init, {name: rule for name, rule in config.trainable.items() if rule is not None}
-    sources = {"": init.source, **{f"{name}: ": source for name, source in init.others.items() if source is not None}}
+    init = {**overrides.BEGIN["init"], **config.init}
+    rules = {name: rule for name, rule in config.trainable.items() if rule is not None}
+    sources = {"": init["source"], **{f"{name}: ": source for name, source in init["others"].items() if source is not None}}
     sources |= {
         f"task.{name}: ": value for name, value in config.task.items() if isinstance(value, ConfigDict) and "kind" in value
     }
-    if arm in study.starts or rules or len(sources) > 1 or init.surgeries or init.source.kind != "fresh":
-        surgeries = tuple(init.order) or tuple(init.surgeries)
+    adapters = tuple(f"{name} ({spec.kind})" for name, spec in config.adapters.items() if spec is not None)
+    surgeries = tuple(init["order"]) or tuple(init["surgeries"])
+    if arm in study.starts or rules or len(sources) > 1 or surgeries or adapters or init["source"]["kind"] != "fresh":
+        steps = (*surgeries, *adapters)
         told = "; ".join(f"{name}{_source(spec)}" for name, spec in sources.items())
-        yield arm.name, told, ", ".join(surgeries) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
+        yield arm.name, told, ", ".join(steps) or "-", "; ".join(_rule(*rule) for rule in rules.items()) or "everything"
 
 
-def _source(spec: ConfigDict) -> str:
+def _source(spec: Mapping[str, Any] | ConfigDict) -> str:
     """`arm dense (own seed)`, `checkpoint runs/x`, `nothing`."""
     seed = {"own": "own seed"}.get(spec.get("seed", "own"), f"seed {spec.get('seed')}")
     if "arm" in spec:
         return f"arm {spec.arm}" + (f" of {spec.study}" if "study" in spec else "") + f" ({seed})"
     if "config" in spec:
         return f"a run of {spec.config.train.steps} steps ({seed})"
-    return "nothing" if spec.kind == "fresh" else f"{spec.kind} {spec.get('path', '')}".strip()
+    return "nothing" if spec["kind"] == "fresh" else f"{spec['kind']} {spec.get('path', '')}".strip()
 
 
 def _rule(name: str, rule: ConfigDict) -> str:

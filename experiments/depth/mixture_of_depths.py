@@ -43,7 +43,7 @@ STUDY = Study(
         Arm("mod25", note="every other block takes 25 % of the tokens; predictor at evaluation"),
         Arm(
             "random",
-            {f"{MOD}.router": "random", f"{MOD}.gate": "one", f"{MOD}.eval_select": "top_k"},
+            {f"{MOD}.router": {"kind": "random"}, f"{MOD}.gate": "one", f"{MOD}.eval_select": "top_k"},
             note="25 % of the tokens at random",
         ),
         Arm("leaky", {f"{MOD}.eval_select": "top_k"}, note="mod25 evaluated by top-k over the sequence: sees the future"),

@@ -63,7 +63,7 @@ STUDY = Study(
         Arm("half", shares(0.0, 1.0, 0.0), note="all patches at half of the width: equal FLOPs to mone"),
         Arm("mod", {"model.pattern": ("mod",)}, note="each block takes half of the patches"),
         Arm("mone", note="half of the width on average"),
-        Arm("random", program(router="random"), note="mone with random experts"),
+        Arm("random", program(choice="random"), note="mone with random experts"),
     ),
     ablations={
         "matformer": (

@@ -17,7 +17,7 @@ MIXER = "model.blocks.moe.mixer"
 
 def smear(layer: dict, num_experts: int = 3, hidden: int = 16, **fields) -> dict:
     """Adapters that refine `layer`."""
-    bank = {"kind": "adapter", "hidden": hidden}
+    bank = {"kind": "bottleneck", "hidden": hidden}
     return {
         "kind": "smear", "layer": layer, "num_experts": num_experts, "bank": bank, "route_by": "previous", "segment": 16,
         "combine": "merge", "expert_dropout": 0.1, "router_scale": 1e-2, **fields,

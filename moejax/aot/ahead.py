@@ -94,6 +94,12 @@ def program_for(config: Mapping[str, Any] | ConfigDict, where: Topology) -> Prog
     return get_program(plain(config), section(TrainSettings, config, "train"), batch_shapes(config), context, parallel=parallel)
 
 
+def program_of(config: Mapping[str, Any] | ConfigDict) -> Program:
+    """The program of a config on one device, for questions about its shapes: nothing is read but the config."""
+    config = normalized(config)
+    return get_program(plain(config), section(TrainSettings, config, "train"), batch_shapes(config), {})
+
+
 def lower_train(program: Program, where: Topology) -> jax.stages.Lowered:
     """The train step, traced with the kernels of the topology's chip."""
     with target(where.kind):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int, Key, Shaped
 
-from moejax.core.memory import Memory
+from moejax.core.carried import Carried
 
-_PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain")
+_PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain", "adapter")
 
 
 @struct.dataclass
@@ -22,14 +22,16 @@ class Context:
       segments: number of the packed document; attention stays inside a segment. None means one document per row.
       token_ids: vocabulary ids, for routers that look at the token itself (hash layers).
       domain: label of the token's source, for domain routers and for specialisation statistics.
+      adapter: of an adapted model, which one of its adapters each token uses, by number; -1 for none. None means all of them, one after
+        another. See `moejax.layers.Adapted`.
       step: the training step, for schedules inside a layer.
       layer: which layer of the network this is, counted from 0; the stack fills it in. None outside of one.
       key: for a select rule that draws at random; the layer that asks the rule fills it in.
       num_layers: layers of the network; the stack fills it in. Static.
       train: training behaviour (noise, training select rule). Static.
       decode: the tokens continue a cached prefix. Static.
-      shared: parameters that all layers of a stack share; the stack fills it in. See `moejax.core.memory`.
-      memory: what earlier layers left for later ones; the stack fills it in, for one block at a time. Static.
+      shared: parameters that all layers of a stack share; the stack fills it in. See `moejax.core.carried`.
+      carried: what earlier layers left for later ones; the stack fills it in, for one block at a time. Static.
     """
 
     valid: Bool[Array, "b s"] | None = None
@@ -37,6 +39,7 @@ class Context:
     segments: Int[Array, "b s"] | None = None
     token_ids: Int[Array, "b s"] | None = None
     domain: Int[Array, "b s"] | None = None
+    adapter: Int[Array, "b s"] | None = None
     step: Int[Array, ""] | None = None
     layer: Int[Array, ""] | None = None
     key: Key[Array, ""] | None = None
@@ -44,7 +47,7 @@ class Context:
     train: bool = struct.field(pytree_node=False, default=False)
     decode: bool = struct.field(pytree_node=False, default=False)
     shared: Mapping[str, Any] | None = None
-    memory: Memory | None = struct.field(pytree_node=False, default=None)
+    carried: Carried | None = struct.field(pytree_node=False, default=None)
 
     def real(self, x: Shaped[Array, "b s *d"]) -> Bool[Array, "b s"]:
         """Which tokens of `x` are no padding."""
@@ -64,15 +67,19 @@ class Context:
           put: `put(new, old)` takes a new arrangement back to the whole one, where `old` keeps what it does not cover: for what
             the layers inside remember.
         """
+        mapped = {name: f(value) for name, value in self.per_token().items()}
+        return self.replace(**mapped, carried=None if self.carried is None else self.carried.view(f, put))
+
+    def per_token(self) -> dict[str, Array]:
+        """What is said of each token: arrays `[b, s]` by name."""
         given = {name: getattr(self, name) for name in _PER_TOKEN}
-        mapped = {name: f(value) for name, value in given.items() if value is not None}
-        return self.replace(**mapped, memory=None if self.memory is None else self.memory.view(f, put))
+        return {name: value for name, value in given.items() if value is not None}
 
     def recall(self, name: str, start: Any) -> Any:
         """What an earlier layer remembered as `name`; outside a stack, `start`."""
-        return start if self.memory is None else self.memory[name]
+        return start if self.carried is None else self.carried[name]
 
     def remember(self, name: str, value: Any) -> None:
         """Leaves `value` for the layers to come; outside a stack there are none."""
-        if self.memory is not None:
-            self.memory[name] = value
+        if self.carried is not None:
+            self.carried[name] = value

@@ -20,6 +20,8 @@ AXES = frozenset({"batch", "seq", "embed", "mlp", "heads", "kv", "expert", "laye
 Path: TypeAlias = tuple[str, ...]
 Names: TypeAlias = tuple[str | None, ...]
 Initializer = Callable[..., Array]
+# Of a module, the name of a parameter, its value, axes and role: the value to use.
+Change: TypeAlias = Callable[[nn.Module, str, Array, Names, str | tuple[str, ...]], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Declared:
 
 _recorder: ContextVar[dict[Path, Names] | None] = ContextVar("axes_recorder", default=None)
 _declared: ContextVar[dict[Path, Declared] | None] = ContextVar("declared", default=None)
+_changing: ContextVar[Change | None] = ContextVar("changing", default=None)
 _placing: ContextVar[Callable[[Array, Names], Array] | None] = ContextVar("placing", default=None)
 _whole: ContextVar[frozenset[str]] = ContextVar("whole_axes", default=frozenset())
 
@@ -52,7 +55,9 @@ def param(
     """
     split = _record(module, name, shape, axes, role)
     value = module.param(name, init, shape, dtype)
-    return value if "expert" in split else for_use(value, split)
+    value = value if "expert" in split else for_use(value, split)
+    change = _changing.get()
+    return value if change is None else change(module, name, value, axes, role)
 
 
 class Dense(nn.Dense):
@@ -87,6 +92,16 @@ def placing(place: Callable[[Array, Names], Array]) -> Iterator[None]:
         yield
     finally:
         _placing.reset(token)
+
+
+@contextlib.contextmanager
+def changing(change: Change) -> Iterator[None]:
+    """Parameters that `param` declares inside the `with` block come as `change(module, name, value, axes, role)`: with an adapter, say."""
+    token = _changing.set(change)
+    try:
+        yield
+    finally:
+        _changing.reset(token)
 
 
 def logical_axes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[Path, Names]:
@@ -134,6 +149,11 @@ def whole(axis: str) -> Iterator[None]:
         _whole.reset(token)
 
 
+def splittable(axes: Names) -> Names:
+    """The axes of a parameter that is declared here by which a mesh may split it, see `whole`."""
+    return tuple(None if axis in _whole.get() else axis for axis in axes)
+
+
 def per_expert(init: Initializer) -> Initializer:
     """An initializer for `[e, ...]` that draws each expert from its own key, folded from the expert's index.
 
@@ -152,7 +172,7 @@ def per_expert(init: Initializer) -> Initializer:
 
 def _record(module: nn.Module, name: str, shape: tuple[int, ...], axes: Names, role: str | tuple[str, ...] = ()) -> Names:
     """Notes a declaration, for whoever listens; the axes by which a mesh may split the parameter."""
-    split = tuple(None if axis in _whole.get() else axis for axis in axes)
+    split = splittable(axes)
     recorder, declared = _recorder.get(), _declared.get()
     if (recorder is not None or declared is not None) and (len(axes) != len(shape) or not {a for a in axes if a} <= AXES):
         raise ValueError(

@@ -79,14 +79,18 @@ class Notes:
 
     def see(self, module: nn.Module) -> None:
         """Notes the roles of a bound module, and how many dimensions its own parameters have where they are made."""
-        self._roles[module.path].update(_roles(module))
+        self._roles[module.path].update(roles_of(module))
         for name, value in module.variables.get("params", {}).items():
             if hasattr(value, "ndim"):
                 self._ranks[(*module.path, name)] = value.ndim
 
+    def roles(self, path: Path) -> set[str]:
+        """The roles of the modules around a path, of a parameter or of state."""
+        return {role for i in range(len(path)) for role in self._roles.get(path[:i], ())}
+
     def _parameter(self, path: Path, shape: tuple[int, ...]) -> Parameter:
         said = self._declared.get(path) or Declared((None,) * self._ranks.get(path, len(shape)))
-        found = {*said.roles, *(role for i in range(len(path)) for role in self._roles.get(path[:i], ()))}
+        found = {*said.roles, *self.roles(path)}
         if "expert" in self.axes.get(path, ()):
             found.add("experts")
         if any(fnmatch.fnmatchcase(path[-1], pattern) for pattern in BIASES):
@@ -123,7 +127,8 @@ def names(keys: tuple[Any, ...]) -> Path:
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
-def _roles(module: nn.Module) -> tuple[str, ...]:
+def roles_of(module: nn.Module) -> tuple[str, ...]:
+    """The roles that a module declares for all parameters in it."""
     said = getattr(module, "role", ())
     said = (said,) if isinstance(said, str) else said if isinstance(said, tuple) else ()
     return said or next((roles for cls, roles in _FLAX.items() if isinstance(module, cls)), ())

@@ -1,4 +1,4 @@
-"""Values of a model's config that the training data decide.
+"""Values of the config of a model and its adapters that the training data decide.
 
 Where a config has a mapping with the key `from_data`, it names something to be counted and how:
 
@@ -31,10 +31,11 @@ def with_computed(config: ConfigDict, make_iterator: Callable[..., Any] = make_i
     Raises:
       ConfigError: an unknown recipe, or arguments that do not fit it.
     """
-    if not _has_recipe(config.model):
+    found = [name for name in ("model", "adapters") if _has_recipe(config.get(name))]
+    if not found:
         return config
     given = {"config": config.data, "vocab_size": config.model.get("vocab_size"), "make_iterator": make_iterator}
-    return ConfigDict({**config, "model": _filled(config.model, "model", given)})
+    return ConfigDict({**config, **{name: _filled(config[name], name, given) for name in found}})
 
 
 def is_recipe(value: Any) -> bool:

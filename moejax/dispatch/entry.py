@@ -76,6 +76,7 @@ def execute(
         raise ConfigError(f"backend='{name}' cannot execute a {type(plan).__name__} plan; use one of: {', '.join(able)}, auto")
 
     def run(plan: Plan, part: Experts, x: Array) -> tuple[Array, Plan]:
+        part = part.folded() if isinstance(plan, MergePlan) else part
         if part.function is nothing:
             return jnp.zeros_like(x), plan
         if backend == "auto" and part.light and isinstance(plan, TokenPlan):

@@ -9,7 +9,7 @@ half = experts.replace(params=jax.tree.map(lambda p: p.astype(jnp.bfloat16), exp
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -21,6 +21,8 @@ from moejax.core.errors import ConfigError
 from moejax.dispatch.layout import Batched, Function, Layout
 
 Rows: TypeAlias = Callable[[Array], Array]
+# Parameters by name: arrays, or what a layout multiplies like one (a sum of a matrix and low-rank ones, around which adapters are).
+Matrices: TypeAlias = Mapping[str, Any]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -40,6 +42,8 @@ class Experts:
       key: for experts that draw; each row, chunk and device draws its own.
       num_experts: e; only to be given where no parameter tells.
       light: so cheap that a token had better stay where it is: nothing is sorted or exchanged for them unless a backend is named.
+      fold: for parameters that may be neither averaged nor cut into pieces as they are, because the function multiplies them with each
+        other: gives the same experts with parameters that may. See `folded`.
     """
 
     function: Function
@@ -49,6 +53,7 @@ class Experts:
     key: Any = None
     num_experts: int = 0
     light: bool = False
+    fold: Callable[["Experts"], "Experts"] | None = None
 
     def __post_init__(self) -> None:
         leaves = jax.tree.leaves(self.params)
@@ -65,6 +70,10 @@ class Experts:
     def run(self, x: Float[Array, "*m d"], layout: Layout) -> Float[Array, "*m f"]:
         """The experts on rows that lie as `layout` says."""
         return layout.map(self.function, self.params, x, self.key)
+
+    def folded(self) -> "Experts":
+        """The same experts with parameters that may be averaged over experts, and cut into pieces where outputs are `summed`."""
+        return self if self.fold is None else self.fold(self)
 
     def replace(self, **fields: Any) -> "Experts":
         """The same with some fields replaced; other parameters tell anew how many experts there are."""
@@ -89,16 +98,25 @@ class Experts:
             y = inner(params, x if before is None else before(x), layout, *key)
             return y if after is None else after(y)
 
-        return self.replace(function=function, summed=self.summed if after is None else None)
+        fold = self.fold and (lambda experts: self.fold(experts.replace(function=inner)).wrap(before, after))
+        return self.replace(function=function, summed=self.summed if after is None else None, fold=fold)
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
         names, structure = jax.tree.flatten(self.axes, is_leaf=_is_names)
-        return (self.params, self.key), (self.function, tuple(names), structure, self.summed, self.num_experts, self.light)
+        return (self.params, self.key), (
+            self.function,
+            tuple(names),
+            structure,
+            self.summed,
+            self.num_experts,
+            self.light,
+            self.fold,
+        )
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any, Any]) -> "Experts":
-        function, names, structure, summed, num_experts, light = static
-        return cls(function, leaves[0], jax.tree.unflatten(structure, names), summed, leaves[1], num_experts, light)
+        function, names, structure, summed, num_experts, light, fold = static
+        return cls(function, leaves[0], jax.tree.unflatten(structure, names), summed, leaves[1], num_experts, light, fold)
 
 
 @jax.tree_util.register_pytree_node_class

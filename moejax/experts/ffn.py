@@ -7,7 +7,7 @@ from moejax.core.context import Context
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn
 from moejax.core.params import Initializer, per_expert
-from moejax.dispatch.experts import Experts
+from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
 from moejax.experts.registry import activation, banks, declare, dropout, dropout_key
@@ -55,7 +55,7 @@ class FFN(FFNFields, Bank):
         params, axes = declare(self, declared)
         act, rate = activation(self.activation), self.dropout
 
-        def expert(p: dict[str, Array], x: Array, layout: Layout, key: Array | None = None) -> Array:
+        def expert(p: Matrices, x: Array, layout: Layout, key: Array | None = None) -> Array:
             h = layout.dot(x, p["w_in"])
             if "b_in" in p:
                 h = h + layout.take(p["b_in"]).astype(x.dtype)

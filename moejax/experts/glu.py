@@ -6,7 +6,7 @@ from jaxtyping import Array
 from moejax.core.context import Context
 from moejax.core.initializers.usual import FanIn
 from moejax.core.params import Initializer, per_expert
-from moejax.dispatch.experts import Experts
+from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
 from moejax.experts.ffn import INITS
@@ -49,7 +49,7 @@ class GLU(GLUFields, Bank):
         params, axes = declare(self, declared)
         act, rate = activation(self.activation), self.dropout
 
-        def expert(p: dict[str, Array], x: Array, layout: Layout, key: Array | None = None) -> Array:
+        def expert(p: Matrices, x: Array, layout: Layout, key: Array | None = None) -> Array:
             h = layout.glu(x, p["w_gate"], p["w_up"], act)
             if "scale" in p:
                 h = h * layout.take(p["scale"]).astype(x.dtype)

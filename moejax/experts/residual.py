@@ -8,7 +8,7 @@ from jaxtyping import Array
 from moejax.core.context import Context
 from moejax.core.initializers.usual import FanIn, Zeros
 from moejax.core.params import Initializer, per_expert
-from moejax.dispatch.experts import Experts
+from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
 from moejax.experts.ffn import INITS
@@ -48,7 +48,7 @@ class Residual(Bank):
             declared[f"w_out_{i}"] = (per_expert(self.init_out), (e, f, d), ("expert", "mlp", "embed"))
         params, axes = declare(self, declared)
 
-        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+        def expert(p: Matrices, x: Array, layout: Layout) -> Array:
             added = jnp.zeros_like(x)
             for i in range(sublayers):
                 u = jax.nn.standardize((x + added).astype(jnp.float32), epsilon=1e-5)

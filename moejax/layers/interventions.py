@@ -38,5 +38,5 @@ def interventions(module: nn.Module) -> dict[str, Array]:
         if name not in NAMES:
             raise ConfigError(f"unknown '{name}' in the {where}{nearest(name, NAMES)}")
     if {"k", "expert"} <= found.keys():
-        raise ConfigError(f"the {where} give both k and expert; each says who is chosen, so give one of them")
+        raise ConfigError(f"the {where} give both expert and k; each says who is chosen, so give one of them")
     return found

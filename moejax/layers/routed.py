@@ -50,7 +50,7 @@ def plan_tokens(
             f"interventions.{', '.join(forced)} in {'/'.join(module.path)} needs token choice, not {type(select).__name__}"
         )
     draws = ctx.train and "key" in select.needs
-    ctx = ctx.replace(key=module.make_rng("router") if draws else None, shared=None, memory=None)
+    ctx = ctx.replace(key=module.make_rng("router") if draws else None, shared=None, carried=None)
 
     def plan(logits: Array, ctx: Context, bias: Array | None, forced: dict[str, Array]) -> Plan:
         if "expert" in forced:
@@ -61,7 +61,7 @@ def plan_tokens(
 
     # What is drawn is drawn for all groups at once, so that no mesh changes it.
     made = plan(logits, ctx, bias, forced) if draws else _on_each_device(plan, logits, ctx, bias, forced)
-    return Routing(logits, select.probabilities(logits), made, ctx.real(logits))
+    return Routing(logits, select.probabilities(select.within_reach(logits, ctx)), made, ctx.real(logits))
 
 
 def _check_fit(outputs: int, select: Select, num_experts: int) -> None:
@@ -98,11 +98,6 @@ def sow_routing(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], *
 def sow_losses(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], scale: float | Float[Array, ""] = 1.0) -> None:
     """Sows every loss, times `scale`, under its own name. An adaptive one keeps its state in 'router_state'."""
     for loss in losses:
-        if not isinstance(loss, Loss):
-            raise ConfigError(
-                f"losses of {'/'.join(module.path) or type(module).__name__} has a {type(loss).__name__}, which is no routing loss; "
-                "derive it from moejax.Loss"
-            )
         if isinstance(loss, AdaptiveLoss):
             state = module.variable("router_state", loss.kind, loss.fresh_state).value
             control(module, loss.kind, loss, loss.measure(routing))

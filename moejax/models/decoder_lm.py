@@ -1,6 +1,6 @@
 """The decoder language model: Llama, Mixtral, OLMoE, DeepSeek and kin, as far as their blocks can be named in a config."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ class DecoderLM(nn.Module):
     Raises:
       ConfigError: a block is not causal, or the pattern does not fit.
     """
+
+    causal: ClassVar[bool] = True
 
     vocab_size: int
     d_model: int

@@ -5,9 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict
 
 from moejax.core.errors import ConfigError
 from moejax.core.layer import Layer
+from moejax.layers.adapters.adapted import Adapted
+from moejax.layers.adapters.places import Named
 from moejax.models.parts import NamedBlock, Part, walk
 from moejax.models.stack import SCANNED, UNROLLED, block_name, pattern_blocks
 
@@ -30,7 +33,8 @@ def check_causal(blocks: tuple[NamedBlock, ...]) -> None:
 
 def why_not_decodable(model: nn.Module) -> str | None:
     """Why the model cannot be decoded token by token, with the place; None if it can. Asks every module inside."""
-    for part in _modules(pattern_blocks(model)):
+    adapters = tuple(NamedBlock(named.name, f"adapters.{named.name}", named.adapter) for named in _adapters(model))
+    for part in _modules((*pattern_blocks(model), *adapters)):
         reason = None if isinstance(part.value, ROW_WISE) else _answering(part).decodable()
         if reason is not None:
             return f"{part.where}: {reason}"
@@ -62,7 +66,7 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
     A layer with a bank says that share itself, in `active_fraction()`; its bank's parameters lie under 'bank'.
 
     Args:
-      model: a network made of a `Stack` named 'stack'.
+      model: a network made of a `Stack` named 'stack', adapted or not.
       params: its parameters or their shapes, scanned or unrolled.
     """
     total = float(count_params(params))
@@ -74,7 +78,16 @@ def active_params(model: nn.Module, params: Mapping[str, Any]) -> int:
                 for repeat in repeats:
                     bank = _at(repeat[block_name(i, block.name)], part.path).get("bank", {})  # null experts have no parameters
                     total -= (1.0 - fraction) * count_params(bank)
+    for named in _adapters(model):
+        fraction = named.adapter.active_fraction()
+        for path, leaf in flatten_dict(params).items():
+            if named.scope in path and "bank" in path[path.index(named.scope) :]:
+                total -= (1.0 - fraction) * leaf.size
     return round(total)
+
+
+def _adapters(model: nn.Module) -> tuple[Named, ...]:
+    return model.on if isinstance(model, Adapted) else ()
 
 
 def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -4,7 +4,7 @@
 
 The repeats are one `nn.scan`, so compile time does not grow with depth; parameters, caches, losses, stats, router state and
 interventions of the scanned body carry a leading layers axis (one entry a repeat). What layers pass to later layers, or share, is in
-`moejax.core.memory`: values go along with the tokens, and parameters that all layers share lie beside the repeats, in 'shared'. `scan=False` unrolls them under names of
+`moejax.core.carried`: values go along with the tokens, and parameters that all layers share lie beside the repeats, in 'shared'. `scan=False` unrolls them under names of
 their own. A block knows its layer (`ctx.layer`, `ctx.num_layers`), and its fields may vary over depth (`over_depth.py`), which makes one
 repeat of all layers; `to_scanned` and `to_unrolled` move any such tree from one layout to the other.
 """
@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax.core.carried import Carried, Shared, carried_by, shared_by
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
-from moejax.core.memory import Memory, Shared, carried_by, shared_by
 from moejax.core.registry import Many
 from moejax.layers.registry import blocks
 from moejax.models.over_depth import at_layer, varies
@@ -126,15 +126,15 @@ class Repeat(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Carry, first: Int[Array, ""], ctx: Context) -> tuple[Carry, None]:
-        x, memory = carry
+        x, carried = carry
         call = _call
         if self.remat != "none":
             call = nn.remat(_call, policy=REMAT[self.remat], prevent_cse=self.prevent_cse)
         for i, part in enumerate(self.parts):
-            x, memory = call(part.module.copy(name=block_name(i, part.name)), x, memory, ctx.replace(layer=first + i))
+            x, carried = call(part.module.copy(name=block_name(i, part.name)), x, carried, ctx.replace(layer=first + i))
             x = constrain(x, "batch", "seq", "embed")
-            memory = jax.tree.map(lambda a: constrain(a, "batch", "seq", *(None,) * (a.ndim - 2)), memory)
-        return (x, memory), None
+            carried = jax.tree.map(lambda a: constrain(a, "batch", "seq", *(None,) * (a.ndim - 2)), carried)
+        return (x, carried), None
 
 
 def pattern_blocks(net: Any) -> tuple[NamedBlock, ...]:
@@ -190,6 +190,6 @@ def to_unrolled(tree: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _call(block: nn.Module, x: Float[Array, "b s d"], memory: dict[str, Any], ctx: Context) -> Carry:
-    box = Memory(memory)
-    return block(x, ctx.replace(memory=box)), box.values
+def _call(block: nn.Module, x: Float[Array, "b s d"], carried: dict[str, Any], ctx: Context) -> Carry:
+    box = Carried(carried)
+    return block(x, ctx.replace(carried=box)), box.values

@@ -45,6 +45,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     stop_token: int | None = None,
     keep_logits: bool = False,
+    adapter: Int[Array, "b"] | Int[np.ndarray, "b"] | None = None,
 ) -> Generated:
     """Continues each prompt. The result is that of running the whole sequence again for every token, at less cost.
 
@@ -60,6 +61,7 @@ def generate(
       key: randomness for the sampler; key 0 if left out.
       stop_token: ends a row; decoding ends when every row has.
       keep_logits: also return the logits.
+      adapter: of an adapted model, the number of the adapter that each row uses, -1 for none; see `Context.adapter`.
 
     Raises:
       ConfigError: the cache is too short, a layer cannot be decoded token by token, or a length is out of range.
@@ -81,7 +83,8 @@ def generate(
     variables = params if "params" in params else {"params": params}
     key = jax.random.key(0) if key is None else key
     prompt, lengths = jnp.asarray(prompt, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    return _generate(model, max_new_tokens, sampler, stop_token, keep_logits, variables, prompt, lengths, key)
+    adapter = None if adapter is None else jnp.asarray(adapter, jnp.int32)
+    return _generate(model, max_new_tokens, sampler, stop_token, keep_logits, variables, prompt, lengths, key, adapter)
 
 
 def complete(
@@ -132,11 +135,13 @@ def _generate(
     prompt: Int[Array, "b s"],
     lengths: Int[Array, "b"],
     key: Key[Array, ""],
+    adapter: Int[Array, "b"] | None,
 ) -> Generated:
     b, s = prompt.shape
 
     def forward(cache: Any, tokens: Array, positions: Array, valid: Array) -> tuple[Array, Any]:
-        ctx = Context(valid=valid, positions=positions, decode=True)
+        chosen = None if adapter is None else jnp.broadcast_to(adapter[:, None], tokens.shape)
+        ctx = Context(valid=valid, positions=positions, decode=True, adapter=chosen)
         return model.apply({**variables, **cache}, tokens, ctx, mutable=["cache"])
 
     def draw(i: Array, logits: Array, done: Array, cache: Any, out: Generated) -> _State:

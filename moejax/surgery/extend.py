@@ -11,8 +11,8 @@ from moejax.surgery.base import Checkpoint, Target, spelt, surgeries
 class Extend:
     """Adds arrays that the new model has and the checkpoint lacks, as they are in a model that begins untrained.
 
-    They are those of a fresh run with the same seed. What the checkpoint has stays. Parameters of adapters need no `extend`: they
-    are new by what they are, and are added wherever they are missing.
+    They are those of a fresh run with the same seed. What the checkpoint has stays. What belongs to adapters needs no `extend`: it is
+    new by what it is, and is made after all surgeries, beside what it adapts.
 
     Attributes:
       paths: patterns of the new model's paths; see `moejax.core.paths.matches`. State is 'router_state/...'.

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.core.context import Context
 from moejax.core.registry import Registry
 from moejax.surgery.sources.base import Source
-from moejax.tasks.models import Model
+from moejax.tasks.models import LearningModel
 
 tasks = Registry("task", "moejax.tasks")
 
@@ -63,11 +63,11 @@ class Task:
         """Tokens (or examples) in the batch, padding included: the unit of throughput."""
         raise NotImplementedError
 
-    def objective(self, model: Model, batch: Batch, step: Int[Array, ""]) -> tuple[Float[Array, ""], Sums]:
+    def objective(self, model: LearningModel, batch: Batch, step: Int[Array, ""]) -> tuple[Float[Array, ""], Sums]:
         """What training descends, and the sums that are logged of it.
 
         Args:
-          model: runs the model that learns, as often as need be, and frozen ones; see `moejax.tasks.models.Model`.
+          model: runs the model that learns, as often as need be, and frozen ones; see `moejax.tasks.models.LearningModel`.
           batch: a microbatch.
           step: updates done.
 
@@ -79,7 +79,7 @@ class Task:
         sums = self.sums(model(inputs, ctx), batch)
         return sums["nll"] / jnp.maximum(sums["count"], 1), sums
 
-    def scores(self, model: Model, batch: Batch, step: Int[Array, ""]) -> Sums:
+    def scores(self, model: LearningModel, batch: Batch, step: Int[Array, ""]) -> Sums:
         """The sums of an evaluation batch, without noise."""
         inputs, ctx = self.inputs(batch, step, train=False)
         return self.sums(model(inputs, ctx), batch)

@@ -16,7 +16,7 @@ STREAMS = ("router", "dropout")
 Tree = Any
 
 
-class Frozen:
+class FrozenModel:
     """A model that nobody trains: it runs in evaluation mode, draws nothing, and what its layers sow is dropped.
 
     Attributes:
@@ -37,7 +37,7 @@ class Frozen:
         return (outputs, sown) if also else outputs
 
 
-class Model:
+class LearningModel:
     """The model that learns, in one step of training or evaluation.
 
     A call gives the model's outputs. What its layers sow is collected here, for the step: losses and measurements of all calls add
@@ -45,7 +45,7 @@ class Model:
 
     Attributes:
       params: its parameters, with gradients: for penalties on them.
-      frozen: name -> `Frozen`, the models that the task names.
+      frozen: name -> `FrozenModel`, the models that the task names.
       key: a random key of the step, for the task's own noise; None in evaluation.
     """
 
@@ -55,7 +55,7 @@ class Model:
         params: Tree,
         collections: Mapping[str, Tree],
         key: Array | None,
-        frozen: Mapping[str, Frozen],
+        frozen: Mapping[str, FrozenModel],
     ):
         self.params, self.frozen = params, frozen
         self.key = None if key is None else jax.random.fold_in(key, len(STREAMS))

@@ -15,12 +15,12 @@ writes all files but the checkpoints, to which each adds its part; all of them s
 """
 
 import contextlib
-import itertools
 import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,15 @@ def fit(
     """Trains one model, on this process's default device or on the devices of `config.mesh`.
 
     Args:
-      config: sections model, data, task, optimizer, train, and optionally init, trainable, eval, checkpoint, mesh and exchange;
-        see `settings.py`.
+      config: sections model, data, task, optimizer, train, and optionally adapters, init, trainable, eval, checkpoint, mesh and
+        exchange; see `settings.py`.
       seed: of parameters, data order and all noise.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
         end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated.
       progress: called with a `Progress` whenever a phase begins and whenever metrics are logged; of several processes, in the
         first.
       label: name of the run in progress reports.
-      model: takes the place of `config.model`, and of that of runs that this one starts from if theirs is equal.
+      model: takes the place of `config.model` and `config.adapters`, and of those of runs that this one starts from if theirs are equal.
       make_iterator: takes the place of `moejax.data.make_iterator`; given shard_index and shard_count if there are several
         processes.
       info: takes the place of `moejax.data.info(config.data)`.
@@ -263,20 +263,12 @@ class _Run:
 
     def _start(self, init: Init, resolve: Resolve) -> TrainState:
         """The state before the first step of a run that starts from others."""
-        program, key = self.program, jax.random.key(self.seed)
-        variables, made_of = starting(
-            init,
-            config=self.plain,
-            shapes=program.state.variables,
-            parameters=program.parameters,
-            seed=self.seed,
-            resolve=resolve,
-            fresh=lambda paths: program.fresh(paths, key),
-            batches=lambda count: list(itertools.islice(self._iterator(split="train", seed=self.seed), count)),
-            label=self.label,
-        )
+        # Whole batches, the same in every process: each of them makes the whole start.
+        data = self.config.data
+        batches = lambda count: list(islice(self._make_iterator(data, split="train", seed=self.seed), count))  # noqa: E731
+        variables, made_of = starting(init, self.program, self.plain, self.seed, resolve, batches, self.label)
         self._made_of |= made_of
-        return program.begin(variables, key)
+        return self.program.begin(variables, jax.random.key(self.seed))
 
     def _resume(self, step: int) -> None:
         restored = self.checkpoints.restore(step, self.program.state)

@@ -18,6 +18,8 @@ from moejax import models
 from moejax.core.params import Path
 from moejax.core.roles import Notes, record
 from moejax.dispatch.expert_parallel import overlap_options
+from moejax.layers.adapters.places import record_adapted
+from moejax.layers.adapters.table import AdaptedLayer, layers_of
 from moejax.optim.base import Optimizer, optimizers
 from moejax.parallel import Parallel, rules, use
 from moejax.tasks.base import Batch, Task, tasks
@@ -46,7 +48,7 @@ class Program:
       spec: `config.model`, for errors that name a key of it.
       trainable: rules of what learns, `config.trainable`.
       steps: of the run, for rules about a part of it.
-      frozen: name -> `config.model` of the models that the task runs and nobody trains.
+      frozen: name -> model and adapters of the models that the task runs and nobody trains.
     """
 
     model: nn.Module
@@ -76,14 +78,32 @@ class Program:
         arrays = jax.tree.map(_put, dict(variables), self.state.variables)
         return self._begin(arrays, np.asarray(jax.random.key_data(key)))
 
-    def fresh(self, paths: Collection[Path], key: Array) -> dict[Path, Any]:
-        """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays."""
+    def fresh(self, paths: Collection[Path], key: Array, given: Mapping[Path, Any] | None = None) -> dict[Path, Any]:
+        """Some of the variables of an untrained model, by path with the collection first, as NumPy arrays.
 
-        def some(key_data: Array) -> dict[Path, Any]:
-            flat = flax.traverse_util.flatten_dict(self._variables(key_data))
+        Args:
+          paths: which.
+          key: of the run.
+          given: those that are there already, likewise. What starts beside them, an adapter, may look at them.
+        """
+
+        def some(key_data: Array, given: Mapping[str, Any] | None) -> dict[Path, Any]:
+            key = jax.random.wrap_key_data(key_data)
+            made = self._variables(key_data) if given is None else self._init_variables(key, given)
+            flat = flax.traverse_util.flatten_dict(made)
             return {path: flat[path] for path in paths}
 
-        return {path: np.asarray(x) for path, x in jax.jit(some)(np.asarray(jax.random.key_data(key))).items()}
+        if given is not None:
+            like = flax.traverse_util.flatten_dict(self.state.variables)
+            given = flax.traverse_util.unflatten_dict({path: _put(x, like[path]) for path, x in given.items()})
+        read = {} if self.parallel is None else {"out_shardings": rules.replicated(self.parallel.mesh)}
+        made = jax.jit(some, **read)(np.asarray(jax.random.key_data(key)), given)
+        return {path: np.asarray(x) for path, x in made.items()}
+
+    def is_adapter(self, path: Path) -> bool:
+        """Whether a variable, by path with the collection first, belongs to an adapter."""
+        _, _, notes = self._traced
+        return "adapters" in notes.roles(path[1:])
 
     @functools.cached_property
     def parameters(self) -> Any:
@@ -128,15 +148,20 @@ class Program:
         """Name -> frozen model and the shapes of its variables."""
         return {name: self._frozen_model(name, spec) for name, spec in self.frozen.items()}
 
+    def shapes_of(self, network: Mapping[str, Any]) -> Any:
+        """Shapes of the variables that the network of another config (`network_of`) has in the place of this program's."""
+        model = models.network(network)
+        return abstract(jax.eval_shape(lambda: init_variables(model, self.task.inputs, self.batch, jax.random.key(0))))
+
     def _frozen_model(self, name: str, spec: dict[str, Any]) -> tuple[nn.Module, Any]:
-        model = models.build(spec, f"task.{name}")
+        model = models.network(spec, f"task.{name}")
         inputs = functools.partial(_frozen_inputs, self.task, name)
         with record() as notes:
             shapes = jax.eval_shape(lambda: init_variables(model, inputs, self.batch, jax.random.key(0)))
         if self.parallel is None:
             return model, abstract(shapes)
         specs = jax.tree.map(lambda _: PartitionSpec(), shapes)
-        specs = {**specs, "params": rules.param_specs(shapes["params"], notes.axes, self.parallel.mesh, spec)}
+        specs = {**specs, "params": rules.param_specs(shapes["params"], notes.axes, self.parallel.mesh, spec["model"])}
         return model, _with_shardings(shapes, specs, self.parallel.mesh)
 
     @functools.cached_property
@@ -192,6 +217,14 @@ class Program:
         return models.active_params(self.model, self.state.params)
 
     @functools.cached_property
+    def adapted_layers(self) -> tuple[AdaptedLayer, ...]:
+        """What the model's adapters sit around; nothing if it has none."""
+        _ = self._traced  # made outside of the trace below, which it is a part of
+        with record_adapted() as found:
+            state = jax.eval_shape(self._fresh, _key_data())
+        return layers_of(found, state.params)
+
+    @functools.cached_property
     def _traced_train(self) -> Any:
         with use(self.parallel):
             step = make_train_step(
@@ -230,12 +263,15 @@ class Program:
         """
 
         def variables(key_data: Array) -> Any:
-            return init_variables(self.model, self.task.inputs, self.batch, jax.random.wrap_key_data(key_data))
+            return self._init_variables(jax.random.wrap_key_data(key_data))
 
         jitted = jax.jit(variables)
         with record() as notes:
             shapes = jax.eval_shape(jitted, _key_data())
         return jitted, shapes, notes
+
+    def _init_variables(self, key: Array, given: Mapping[str, Any] | None = None) -> Any:
+        return init_variables(self.model, self.task.inputs, self.batch, key, given)
 
     def _begun(self, variables: Any, key_data: Array) -> TrainState:
         return begin_state(variables, self.optimizer, jax.random.wrap_key_data(key_data), self.learning)
@@ -271,11 +307,11 @@ def get_program(
     """The program of a config, from the cache if another run of this process has made it.
 
     Args:
-      config: plain config; its model, task, optimizer and trainable matter here.
+      config: plain config; its model, adapters, task, optimizer and trainable matter here.
       settings: `config.train`.
       batch: a whole batch of training, over all hosts; shapes and dtypes are enough.
       context: what the data knows that the task asks for (`domains`, `bytes_per_token`).
-      model: takes the place of `config.model`; must be hashable, as Flax modules are.
+      model: takes the place of `config.model` and `config.adapters`; must be hashable, as Flax modules are.
       parallel: the mesh that the program is for; None for one device.
 
     Raises:
@@ -284,6 +320,7 @@ def get_program(
     spec = json.dumps(
         {
             "model": None if model is not None else config["model"],
+            "adapters": None if model is not None else config.get("adapters"),
             "task": config["task"],
             "optimizer": config["optimizer"],
             "trainable": config.get("trainable"),
@@ -302,7 +339,7 @@ def get_program(
 def _program(spec: str, shapes: BatchShapes, model: nn.Module | None, parallel: Parallel | None) -> Program:
     config = json.loads(spec)
     return Program(
-        model=models.build(config["model"]) if model is None else model,
+        model=models.network(config) if model is None else model,
         task=build_task(config["task"], config["context"]),
         optimizer=optimizers.build(config["optimizer"], "optimizer", steps=config["steps"]),
         accumulation=config["accumulation"],

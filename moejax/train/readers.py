@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.core.errors import ConfigError
 from moejax.surgery.base import Checkpoint
-from moejax.surgery.sources.base import Reader
+from moejax.surgery.sources.base import Reader, network_of
 from moejax.tasks.base import Task
 from moejax.train.checkpoints import MANIFEST, find_checkpoint, load, load_meta
 from moejax.train.results import ProgressCallback
@@ -42,7 +42,7 @@ def train_below(
       folder: where to.
       fit: `moejax.train.fit`.
       config: plain config of the run that starts from them.
-      model: what takes the place of its `config.model`; also of theirs, where that is equal.
+      model: what takes the place of its model and adapters; also of theirs, where those are equal.
       **given: further arguments of `fit`.
     """
 
@@ -50,7 +50,7 @@ def train_below(
         start = plain(start)
         text = json.dumps({"config": without_cosmetics(start), "seed": seed}, sort_keys=True)
         workdir = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-        same = model if start["model"] == config["model"] else None
+        same = model if network_of(start) == network_of(config) else None
         fit(start, seed, workdir, progress, label, model=same, resolve=resolve, **given)
         return workdir
 
@@ -58,12 +58,12 @@ def train_below(
 
 
 def frozen_specs(task: Task) -> dict[str, Any]:
-    """`config.model` of each frozen model of a task, by name; trains nothing."""
+    """What each frozen model of a task is made of (`network_of`), by name; trains nothing."""
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("a source that says what its model is must not ask for more")
 
-    return {name: source.model(make_reader(f"task.{name}", 0, refuse, refuse)) for name, source in task.frozen().items()}
+    return {name: source.network(make_reader(f"task.{name}", 0, refuse, refuse)) for name, source in task.frozen().items()}
 
 
 def contents(path: str | Path, step: int | None = None) -> str:

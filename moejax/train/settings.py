@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from moejax.core.errors import ConfigError, nearest
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
-OPTIONAL = ("init", "trainable", "eval", "checkpoint", "mesh", "exchange")
+OPTIONAL = ("adapters", "init", "trainable", "eval", "checkpoint", "mesh", "exchange")
 # What defines a run: one list. The other sections say how long it goes on, what is written down, and on which devices it runs.
-IDENTITY = ("model", "data", "task", "optimizer", "init", "trainable")
+IDENTITY = ("model", "adapters", "data", "task", "optimizer", "init", "trainable")
 # What cannot change a number of a finished run.
 COSMETIC = ("checkpoint", "train.log_every", "mesh", "exchange")
 # Where a run computes; a run that another one starts from computes in the same place.
@@ -99,15 +99,15 @@ def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
 
 
 def without_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain config whose `init` and `trainable` are as short as they can be, and left out where they say nothing."""
+    """A plain config whose `init`, `adapters` and `trainable` are as short as they can be, and left out where they say nothing."""
     found = dict(config)
     init = _named(found.pop("init", None), "init")
     init |= {k: _named(init[k], f"init.{k}") for k in ("others", "surgeries") if k in init}
     init = {k: v for k, v in init.items() if v or k == "source"}
-    trainable = _named(found.pop("trainable", None), "trainable")
+    others = {name: _named(found.pop(name, None), name) for name in ("adapters", "trainable")}
     if init and init != UNTRAINED:
         found["init"] = {**UNTRAINED, **init}
-    return found | ({"trainable": trainable} if trainable else {})
+    return found | {name: value for name, value in others.items() if value}
 
 
 def without_cosmetics(config: Mapping[str, Any]) -> dict[str, Any]:

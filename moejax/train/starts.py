@@ -10,7 +10,7 @@
     }
 
 The result has exactly the arrays of the model that `config.model` describes: what is missing or left over is an error. New
-parameters are new on purpose: by the surgery `extend`, or because they are an adapter's.
+parameters are new on purpose: by the surgery `extend`, or because they are an adapter's. Adapters are made last, beside the rest.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ import jax
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.params import Path
 from moejax.core.paths import listed
-from moejax.core.roles import Parameter
 from moejax.surgery.base import Checkpoint, Leaves, Surgery, Target, spelt, surgeries
-from moejax.surgery.sources.base import Source, sources
+from moejax.surgery.sources.base import Reader, Source, network_of, sources
+from moejax.surgery.sources.fresh import FreshSource
 from moejax.tasks.base import Task
+from moejax.train.program import Program
 from moejax.train.readers import Resolve, make_reader, on_host
 from moejax.train.settings import UNTRAINED
 
@@ -72,55 +73,60 @@ def parse_init(spec: Mapping[str, Any] | None) -> Init:
 
 
 def starting(
-    init: Init,
-    *,
-    config: Mapping[str, Any],
-    shapes: Any,
-    parameters: Any,
-    seed: int,
-    resolve: Resolve,
-    fresh: Callable[[Collection[Path]], Leaves],
-    batches: Batches,
-    label: str = "",
+    init: Init, program: Program, config: Mapping[str, Any], seed: int, resolve: Resolve, batches: Batches, label: str = ""
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The variables that a run starts with, as NumPy arrays, and what checkpoints they were made of.
 
     Args:
       init: the section.
+      program: of the run.
       config: plain config of the run.
-      shapes: its model's variables, as shapes.
-      parameters: a tree like its parameters, of `Parameter`s.
       seed: of the run.
       resolve: gives the folder of the finished run of another config.
-      fresh: some of the untrained model's variables, by path.
       batches: the first batches of its training data.
       label: its name, in progress reports.
 
     Raises:
       ConfigError: the arrays are not those of the model; names the first few.
     """
+    shapes, root = program.state.variables, jax.random.key(seed)
     wanted = Checkpoint(config, shapes).leaves
 
-    def untrained() -> Checkpoint:
-        return Checkpoint(config, {}).with_leaves(fresh(sorted(wanted)))
+    def fresh(paths: Collection[Path]) -> Leaves:
+        return program.fresh(paths, root)
+
+    def reader(place: str) -> Reader:
+        return make_reader(place, seed, lambda: Checkpoint(config, {}).with_leaves(fresh(sorted(wanted))), resolve, label)
 
     def read(source: Source, place: str) -> Checkpoint:
-        return on_host(source.read(make_reader(place, seed, untrained, resolve, label)))
+        return on_host(source.read(reader(place)))
 
+    def missing_from(found: Checkpoint) -> list[Path]:
+        """The adapters' own arrays that are not there yet, once everything else is found to fit."""
+        leaves = found.leaves
+        new = [path for path in wanted if path not in leaves and program.is_adapter(path)]
+        rest = {path: x for path, x in wanted.items() if path not in new}
+        check_fit(found, rest, "init", "rename, keep, extend or convert them with init.surgeries")
+        return sorted(new)
+
+    if not init.surgeries and not isinstance(init.source, FreshSource):
+        # What does not fit is said before it is trained.
+        network = init.source.network(reader("init.source"))
+        if network != network_of(config):
+            missing_from(Checkpoint(config, program.shapes_of(network)))
     found = read(init.source, "init.source")
     others = {name: read(source, f"init.others.{name}") for name, source in sorted(init.others.items())}
     given = {"init.source": found, **{f"init.others.{name}": one for name, one in others.items()}}
     for i, (name, operate) in enumerate(init.surgeries):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SURGERY), i)
-        target = Target(config, shapes, parameters, key, others, fresh, batches)
+        key = jax.random.fold_in(jax.random.fold_in(root, SURGERY), i)
+        target = Target(config, shapes, program.parameters, key, others, fresh, batches)
         try:
             found = operate(found, target)
         except ConfigError as error:
             raise ConfigError(f"{error} (in init.surgeries.{name})") from None
     found = on_host(found)
-    missing = [path for path in wanted if path not in found.leaves and _is_adapter(path, parameters)]
-    found = found.with_leaves({**found.leaves, **(fresh(sorted(missing)) if missing else {})})
-    check_fit(found, wanted, "init", "rename, keep, extend or convert them with init.surgeries")
+    new = missing_from(found)
+    found = found.with_leaves({**found.leaves, **(program.fresh(new, root, found.leaves) if new else {})})
     made_of = {place: one.meta["contents"] for place, one in given.items() if "contents" in one.meta}
     return _like(found, shapes), made_of
 
@@ -183,15 +189,6 @@ def _order(order: tuple[str, ...], operations: Mapping[str, Surgery]) -> tuple[s
     if order and sorted(order) != sorted(operations):
         raise ConfigError(f"init.order={order} must name each of init.surgeries once: {', '.join(operations)}")
     return order or tuple(operations)
-
-
-def _is_adapter(path: Path, parameters: Any) -> bool:
-    if path[0] != "params":
-        return False
-    node = parameters
-    for name in path[1:]:
-        node = node[name]
-    return isinstance(node, Parameter) and "adapters" in node.roles
 
 
 def _like(checkpoint: Checkpoint, shapes: Any) -> dict[str, Any]:

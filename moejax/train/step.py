@@ -18,7 +18,7 @@ from moejax.core.errors import ConfigError
 from moejax.optim.base import Optimizer
 from moejax.parallel import constrain
 from moejax.tasks.base import Batch, Sums, Task
-from moejax.tasks.models import Frozen, Model, streams
+from moejax.tasks.models import FrozenModel, LearningModel, streams
 from moejax.train.controllers import apply_controllers
 from moejax.train.metrics import flatten
 from moejax.train.trainable import Learning
@@ -70,8 +70,10 @@ def init_state(
     return begin_state(init_variables(model, task.inputs, batch, key), optimizer, key, learning)
 
 
-def init_variables(model: nn.Module, inputs: Callable[..., Any], batch: Batch, key: Array) -> dict[str, Tree]:
-    """The variables of an untrained model: parameters and `STATE`. `batch` gives shapes only.
+def init_variables(
+    model: nn.Module, inputs: Callable[..., Any], batch: Batch, key: Array, given: Mapping[str, Tree] | None = None
+) -> dict[str, Tree]:
+    """The variables of an untrained model: parameters and `STATE`. `batch` gives shapes only; what is `given` stays.
 
     Initialises in evaluation mode, so that no state is updated by a batch that is not data.
     """
@@ -79,7 +81,11 @@ def init_variables(model: nn.Module, inputs: Callable[..., Any], batch: Batch, k
     zeros = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch))
     arguments, ctx = inputs(zeros, jnp.int32(0), train=False)
     key, _ = jax.random.split(key)
-    variables = model.init({"params": key, **streams(key)}, arguments, ctx, mutable=["params", *STATE])
+    rngs, made = {"params": key, **streams(key)}, ["params", *STATE]
+    if given is None:
+        variables = model.init(rngs, arguments, ctx, mutable=made)
+    else:
+        _, variables = model.apply(given, arguments, ctx, rngs=rngs, mutable=made)
     return {"params": {}, **variables}
 
 
@@ -136,7 +142,7 @@ def make_train_step(
     transform = learning.transform(optimizer)
 
     def objective(learned: Tree, kept: Tree, state: TrainState, batch: Batch, key: Array) -> tuple[Array, tuple[Any, ...]]:
-        run = Model(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state))
+        run = LearningModel(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state))
         loss, sums = task.objective(run, batch, state.step)
         losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
         stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
@@ -202,7 +208,7 @@ def make_eval_step(model: nn.Module, task: Task, jit: bool = True, frozen: Model
     """
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        run = Model(model, state.params, state.collections, None, _frozen(frozen, state))
+        run = LearningModel(model, state.params, state.collections, None, _frozen(frozen, state))
         sums = task.scores(run, batch, state.step)
         stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
         weight = sums["count"] if len(run.sown) == 1 else sums["count"] / max(len(run.sown), 1)
@@ -246,8 +252,8 @@ def _accumulate(
     )
 
 
-def _frozen(models: Models | None, state: TrainState) -> dict[str, Frozen]:
-    return {name: Frozen(model, state.frozen[name]) for name, model in (models or {}).items()}
+def _frozen(models: Models | None, state: TrainState) -> dict[str, FrozenModel]:
+    return {name: FrozenModel(model, state.frozen[name]) for name, model in (models or {}).items()}
 
 
 def abstract(tree: Mapping[str, Any] | TrainState) -> Any:

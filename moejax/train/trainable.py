@@ -257,9 +257,9 @@ def _named(words: Collection[str], known: Mapping[str, Parameter], where: str) -
             continue
         try:
             found |= set(find(word, known, where))
-        except ConfigError as nothing:
-            error = f"no parameter of this model has the role '{word}' ({where})" if word in ROLES else str(nothing)
-            raise ConfigError(f"{error}; roles of its parameters: {', '.join(sorted(there)) or 'none'}") from None
+        except ConfigError as error:
+            wrong = f"no parameter of this model has the role '{word}' ({where})" if word in ROLES else str(error)
+            raise ConfigError(f"{wrong}; roles of its parameters: {', '.join(sorted(there)) or 'none'}") from None
     return found
 
 

@@ -52,15 +52,19 @@ def test_names_cover_every_parameter_of_a_language_model(scan: bool) -> None:
 
 def test_names_cover_lora_and_the_cosine_router() -> None:
     x = jnp.zeros((1, 3, 8))
+    lora = {"targets": ("*",), "rank": 3, "scale": 1.0}
+    mixture = mj.Adapted(Dense(5, axes=("embed", "mlp")), {"main": mj.LoRA(num_experts=2, **lora)})
     for layer in (
-        mj.LoRAMixture(features=5, num_experts=2, rank=3),
+        mixture,
+        mj.Adapted(Dense(5, axes=("embed", "mlp")), {"main": mj.LoRA(**lora)}),
         mj.SoftMoE(mj.GLU(4, num_experts=2), num_experts=2),
     ):
         shapes = flax.traverse_util.flatten_dict(jax.eval_shape(layer.init, jax.random.key(0), x)["params"])
         axes = logical_axes(layer, x)
         assert {path: len(names) for path, names in axes.items()} == {path: len(leaf.shape) for path, leaf in shapes.items()}
-    axes = logical_axes(mj.LoRAMixture(features=5, num_experts=2, rank=3), x)
-    assert axes["bank", "a"] == ("expert", "embed", "rank")
+    assert logical_axes(mixture, x)["adapter_main", "moe", "bank", "a"] == ("expert", "embed", "rank")
+    bias = mj.Adapted(Dense(5, use_bias=False, axes=("mlp", "embed")), {"main": mj.LoRA(**lora)})
+    assert logical_axes(bias, x)["adapter_main", "a"] == ("mlp", "rank")
 
 
 def test_dense_is_flaxs_with_names() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import moejax as mj
 from moejax.core.roles import describe
-from moejax.layers.adapters import WithLoRA
+from moejax.layers.adapters.adapted import adapt
 from moejax.models import build
 
 NORM, MIXER = {"kind": "rms_norm"}, {"kind": "attention", "num_heads": 2, "qk_norm": "head"}
@@ -74,11 +74,13 @@ def test_axes_say_which_dimensions_stack_layers_and_experts():
 
 
 def test_adapters_keep_the_roles_of_what_they_are_made_of():
-    adapted = WithLoRA(language_model(), ("*/q",), num_experts=2, rank=3)
+    spec = {"kind": "lora", "targets": ("*/q",), "num_experts": 2, "rank": 3, "scale": 1.0, "router": {"kind": "linear"}}
+    adapted = adapt(language_model(), {"extra": spec})
     found = described(adapted, jnp.zeros((1, 4), jnp.int32))
-    router = next(p for name, p in found.items() if "/q/lora/" in name and "router" in name)
-    assert {"adapters", "routers", "mixers"} <= router.roles
-    assert {name for name, p in found.items() if "adapters" in p.roles} == {name for name in found if "/lora/" in name}
+    new = set(found) - set(described(language_model(), jnp.zeros((1, 4), jnp.int32)))
+    assert {name for name, p in found.items() if "adapters" in p.roles} == new
+    router = next(p for name, p in found.items() if name in new and "router" in name)
+    assert {"adapters", "routers"} <= router.roles
 
 
 class Scale(nn.Module):

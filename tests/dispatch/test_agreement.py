@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.dispatch import ACCEPTS, BACKENDS, Experts, choose, dispatch, execute
-from moejax.experts import FFN, GLU, Bank, Constant, Copy, LoRA, Mixed, Null
+from moejax.experts import FFN, GLU, Bank, Constant, Copy, LowRank, Mixed, Null
 from moejax.parallel import Parallel, make_mesh, use
 from moejax.routing import ExpertChoice, ExpertPlan, MergePlan, NullExperts, Plan, ReLU, SoftSlots, TokenPlan, TopK
 
@@ -43,7 +43,7 @@ class Wrapped(Bank):
 BANKS = {
     "ffn": FFN(hidden=7, num_experts=E, use_bias=True),
     "glu": GLU(hidden=7, num_experts=E),
-    "lora": LoRA(rank=3, features=4, num_experts=E, scale=0.5),
+    "low_rank": LowRank(rank=3, features=4, num_experts=E, scale=0.5),
     "wrapped": Wrapped(FFN(hidden=7, num_experts=E, use_bias=True)),
     "mixed": Mixed((FFN(hidden=7, use_bias=True), Null(), GLU(hidden=3), Copy(), Constant())),
 }
@@ -137,7 +137,7 @@ def setup(bank_name: str, n: int = N) -> tuple:
     x = jax.random.normal(jax.random.key(20), (G, n, D))
     params = jax.jit(lambda key: bank.init(key, D))(jax.random.key(21))
     leaves, tree = jax.tree.flatten(params)
-    # Every parameter non-zero, biases and LoRA's B included, so that none can be ignored unnoticed.
+    # Every parameter non-zero, biases and a zero B included, so that none can be ignored unnoticed.
     leaves = [jax.random.normal(jax.random.key(30 + i), a.shape) * 0.5 for i, a in enumerate(leaves)]
     return bank, jax.tree.unflatten(tree, leaves), x
 
@@ -162,7 +162,7 @@ def numpy_expert(bank_name: str, params: dict, e: int, x: np.ndarray) -> np.ndar
             return np.asarray(part["params"]["v"][0])
         return np.zeros_like(x) if e == 1 else x if e == 3 else numpy_expert("ffn" if e == 0 else "glu", part, 0, x)
     p = {k: np.asarray(v[e], np.float64) for k, v in params["params"].items()}
-    if bank_name == "lora":
+    if bank_name == "low_rank":
         return 0.5 * (x @ p["a"] @ p["b"])
     if bank_name == "glu":
         gate = x @ p["w_gate"]
@@ -274,7 +274,7 @@ def test_what_are_no_experts_or_not_as_many_is_refused() -> None:
         dispatch(plan_of("top2"), bank, x)
     with pytest.raises(ConfigError, match="the plan has num_experts=5, but there are 3 experts"):
         dispatch(plan_of("top2"), bank.apply(params, D)[:3], x)
-    narrow = Mixed((FFN(hidden=3, num_experts=2), LoRA(rank=2, features=4, num_experts=3)))
+    narrow = Mixed((FFN(hidden=3, num_experts=2), LowRank(rank=2, features=4, num_experts=3)))
     experts = narrow.apply(jax.jit(lambda key: narrow.init(key, D))(jax.random.key(0)), D)
     with pytest.raises(ConfigError, match="experts of one layer give outputs of widths 4, 6; give all banks one width"):
         dispatch(plan_of("top2"), experts, x)

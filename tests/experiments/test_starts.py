@@ -278,6 +278,7 @@ def test_the_list_says_what_arms_start_from_and_what_learns():
     study = make(
         arms=(
             *make().arms,
+            Arm("whole", {"init": {"source": source()}}),
             Arm(
                 "merged",
                 {
@@ -293,6 +294,7 @@ def test_the_list_says_what_arms_start_from_and_what_learns():
         ("tuned", "arm pretrained (own seed)", "-", "head x 0.1 from 0.5; norms"),
         ("moved", "arm pretrained (own seed)", "keep", "everything"),
         ("longer", "arm switch (seed 0)", "-", "everything"),
+        ("whole", "arm pretrained (own seed)", "-", "everything"),
         ("merged", "checkpoint runs/x; a: arm dense of first_mixture (own seed)", "-", "everything"),
     )
     assert "Starts" not in [table.title for table in tables.describe(make_study())]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.dispatch import Batched, Experts, PerToken
-from moejax.experts import ACTIVATIONS, FFN, GLU, Adapter, Constant, LoRA, Residual, TrainOnly, banks, experts_of
+from moejax.experts import ACTIVATIONS, FFN, GLU, Bottleneck, Constant, LowRank, Residual, TrainOnly, banks, experts_of
 from moejax.layers import MoE
 from moejax.routing import Linear, TopK
 
@@ -19,8 +19,8 @@ D, F = 6, 5
 BANKS = {
     "ffn": lambda e: FFN(F, num_experts=e, use_bias=True),
     "glu": lambda e: GLU(F, num_experts=e),
-    "lora": lambda e: LoRA(rank=3, features=4, num_experts=e),
-    "adapter": lambda e: Adapter(F, num_experts=e),
+    "low_rank": lambda e: LowRank(rank=3, features=4, num_experts=e),
+    "bottleneck": lambda e: Bottleneck(F, num_experts=e),
     "residual": lambda e: Residual(F, num_experts=e, sublayers=2),
     "constant": lambda e: Constant(num_experts=e),
 }
@@ -71,9 +71,9 @@ def test_fan_in_is_that_of_one_expert() -> None:
     np.testing.assert_allclose(params["w_in"].std((1, 2)), 1 / np.sqrt(d), rtol=0.15)
 
 
-def test_lora_starts_at_zero_with_uniform_a() -> None:
+def test_low_rank_experts_start_at_zero_with_uniform_a() -> None:
     d, r, e = 64, 16, 32
-    bank = LoRA(rank=r, features=9, num_experts=e, scale=3.0)
+    bank = LowRank(rank=r, features=9, num_experts=e, scale=3.0)
     variables = jax.jit(lambda key: bank.init(key, d))(jax.random.key(0))
     np.testing.assert_array_equal(bank.apply(variables, d).run(jnp.ones((e, 2, d)), Batched()), np.zeros((e, 2, 9)))
     a, b = variables["params"]["a"], variables["params"]["b"]

@@ -188,6 +188,28 @@ class TestInterventions:
         with pytest.raises(ConfigError, match=r"interventions\.expert in .* needs token choice, not ExpertChoice"):
             jax.eval_shape(moe.apply, variables, x)
 
+    def test_another_k_at_inference(self, rng: np.random.Generator) -> None:
+        """As the layer with that k computes it, from a number that is data: what one scanned program takes for all its layers."""
+        x, ctx = inputs(rng), Context(valid=jnp.asarray(VALID))
+        moe = layer(TopK(k=2, normalise=True), backend="reference")
+        variables = draw(moe, x)
+        forced = compiled(moe, "stats")
+        for k in (1, 3):
+            other = layer(TopK(k=k, normalise=True, constant_gate=True), backend="reference")
+            y, state = forced({**variables, "interventions": {"k": jnp.int32(k)}}, x, ctx)
+            np.testing.assert_allclose(y, compiled(other)(variables, x, ctx), rtol=1e-5, atol=1e-6)
+            assert state["stats"]["experts_per_token"] == k
+
+    def test_what_cannot_be_forced(self, rng: np.random.Generator) -> None:
+        x, moe = inputs(rng), layer()
+        variables = draw(moe, x)
+        for forced, message in (
+            ({"logits_bias": jnp.zeros(E)}, "unknown 'logits_bias' in the interventions of MoE; did you mean 'logit_bias'"),
+            ({"k": jnp.int32(1), "expert": jnp.zeros((B, S, 1), jnp.int32)}, "give both expert and k"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                jax.eval_shape(moe.apply, {**variables, "interventions": forced}, x)
+
 
 class TestErrorsAndQuestions:
     def test_parts_that_do_not_fit(self, rng: np.random.Generator) -> None:

@@ -32,7 +32,7 @@ def test_padded_equals_compact(rng: np.random.Generator, name: str) -> None:
     # The reference backend compiles fastest; that backends agree on masked plans is tested with them.
     layer = MoE(Linear(E), rule, GLU(3, num_experts=E), losses=LOSSES, group_by=group_by, backend="reference")
     compact = jnp.asarray(rng.normal(size=(B, len(WHERE), D)), jnp.float32)
-    padded = jnp.asarray(9 * rng.normal(size=(B, S, D)), jnp.float32).at[:, jnp.array(WHERE)].set(compact)
+    padded = jnp.full((B, S, D), jnp.nan).at[0].set(jnp.inf).at[:, jnp.array(WHERE)].set(compact)
     valid = jnp.broadcast_to(jnp.isin(jnp.arange(S), jnp.array(WHERE)), (B, S))
     variables = draw(layer, compact)
 

@@ -14,7 +14,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.dispatch import Experts, choose, dispatch, execute, limit
 from moejax.dispatch.expert_parallel import count_hosts, exchanges
-from moejax.experts import FFN, GLU, Bank, Constant, Copy, LoRA, Mixed, Null
+from moejax.experts import FFN, GLU, Bank, Constant, Copy, LowRank, Mixed, Null
 from moejax.parallel import Exchange, Parallel, make_mesh, use
 from moejax.routing import ExpertChoice, MergePlan, Plan, SoftSlots, TokenPlan, TopK
 
@@ -35,7 +35,7 @@ class Wrapped(Bank):
 BANKS = {
     "ffn": FFN(hidden=6, num_experts=E, use_bias=True),
     "glu": GLU(hidden=6, num_experts=E),
-    "lora": LoRA(rank=2, features=5, num_experts=E, scale=0.5),
+    "low_rank": LowRank(rank=2, features=5, num_experts=E, scale=0.5),
     "wrapped": Wrapped(FFN(hidden=6, num_experts=E, use_bias=True)),
     "mixed": Mixed((FFN(hidden=6, num_experts=3, use_bias=True), GLU(hidden=4, num_experts=2), Null(), Copy(), Constant())),
 }
@@ -78,7 +78,7 @@ OTHERS: dict[str, Callable[[], Plan]] = {
 def params_of(bank: str) -> Any:
     shapes = jax.eval_shape(lambda key: BANKS[bank].init(key, D), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
-    # No zeros, biases and LoRA's B included, so that none can be ignored unnoticed.
+    # No zeros, biases and a zero B included, so that none can be ignored unnoticed.
     return tree.unflatten([jax.random.normal(jax.random.key(30 + i), a.shape) / 2 for i, a in enumerate(leaves)])
 
 
@@ -123,7 +123,7 @@ class TestTokens:
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_a_bank_without_pieces_along_tensor(self, routing: str) -> None:
-        check(ROUTINGS[routing](), "fsdp=2,expert=2,tensor=2", Exchange("padded"), "lora")
+        check(ROUTINGS[routing](), "fsdp=2,expert=2,tensor=2", Exchange("padded"), "low_rank")
 
     @pytest.mark.parametrize("routing", ["uneven", "ragged"])
     @pytest.mark.parametrize("bank", ["wrapped", "mixed"])

@@ -12,9 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import worker
 
-from moejax import models
+from moejax import Adapted, LoRA, models
 from moejax.aot.hlo import collectives
-from moejax.layers import WithLoRA
 from moejax.parallel import Parallel, make_mesh
 from moejax.routing.select import TopK
 from moejax.train.program import get_program
@@ -55,7 +54,10 @@ def language_model(*pattern):
 
 
 def with_lora(spec):
-    return WithLoRA(models.build(spec), ("*/q",), num_experts=8, rank=2, scale=2.0, select=TopK(k=2))
+    routed = LoRA(num_experts=8, rank=2, scale=2.0, select=TopK(k=2), targets=("*/q",))
+    return Adapted(
+        models.build(spec), {"routed": routed, "plain": LoRA(rank=2, scale=1.0, targets=("*/w_*", "*/v", "embedding"))}
+    )
 
 
 def image_model(*pattern):

@@ -1,6 +1,8 @@
 """The flags `causal` and `per_token` are true, and neither is merely cautious: one leak test over every rule and priority."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +60,16 @@ def logits(rng: np.random.Generator, rule: Select, n: int = N) -> np.ndarray:
 
 def what_tokens_get(rule: Select, x: np.ndarray, train: bool) -> tuple[np.ndarray, ...]:
     """Per token: its row of the combine matrix, and for soft plans also its row of the dispatch matrix."""
-    plan = rule(jnp.asarray(x), Context(train=train, key=jax.random.key(0)))
-    return (plan.dense(),) if hasattr(plan, "dense") else (plan.dispatch, plan.combine)
+    return _compiled(rule, train)(jnp.asarray(x))
+
+
+@functools.cache
+def _compiled(rule: Select, train: bool) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
+    def run(x: jax.Array) -> tuple[jax.Array, ...]:
+        plan = rule(x, Context(train=train, key=jax.random.key(0)))
+        return (plan.dense(),) if hasattr(plan, "dense") else (plan.dispatch, plan.combine)
+
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -1,5 +1,7 @@
 """Routing losses: closed forms, NumPy, where gradients go, and what does not change them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,10 @@ from numpy_routing import sigmoid, softmax, top_k
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.routing import Balance, ExpertChoice, Importance, Routing, SoftSlots, TokenPlan, TopK, ZLoss
+from moejax.experts import FFN
+from moejax.layers import MoE
+from moejax.routing import Balance, ExpertChoice, Importance, Linear, Routing, SoftSlots, TokenPlan, TopAnyLoss, TopK, ZLoss
+from moejax.routing.losses.base import Loss, losses, masked_mean
 
 G, N, E = 2, 9, 4
 VALID = np.array([[True] * N, [True, False, True, True, False, True, False, True, False]])
@@ -137,6 +142,38 @@ class TestZLoss:
 
     def test_zero_logits_cost_the_squared_log_of_the_number_of_experts(self) -> None:
         np.testing.assert_allclose(ZLoss(1.0)(decide(jnp.zeros((G, N, E)), TopK())), np.log(E) ** 2, rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroOneLoss(Loss):
+    """A user's own, registered nowhere."""
+
+    def cost(self, routing: Routing) -> jax.Array:
+        return masked_mean(routing.plan.assigned(), routing.valid, (0, 1)).max()
+
+
+class TestOnesOwn:
+    def test_a_layer_sows_it_weighted_under_its_own_name(self, rng: np.random.Generator) -> None:
+        x = jnp.asarray(rng.normal(size=(1, N, 5)), jnp.float32)
+        layer = MoE(Linear(E), TopK(), FFN(3, E), losses=(ZeroOneLoss(0.5), ZLoss()), backend="reference")
+        y, variables = layer.init_with_output(jax.random.key(0), x)
+        _, sown = jax.jit(lambda v: layer.apply(v, x, mutable=["losses", "stats"]))({"params": variables["params"]})
+        np.testing.assert_allclose(sown["losses"]["zero_one_loss"], 0.5 * sown["stats"]["load"].max(), rtol=1e-6)
+        assert set(sown["losses"]) == {"zero_one_loss", "z_loss"}
+
+    def test_names(self) -> None:
+        """Registered losses are called as they always were."""
+        assert {cls().name for _, cls in losses.items()} == {f"{kind}_loss" for kind in losses.kinds()}
+        assert (ZLoss().name, TopAnyLoss().name, ZeroOneLoss().kind) == ("z_loss", "top_any_loss", "zero_one_loss")
+        assert type("LogitSize", (Loss,), {})().name == "logit_size_loss"
+
+    def test_what_is_no_loss_is_refused(self) -> None:
+        for given, message in (
+            ((TopK(),), r"losses has a TopK, which is no routing loss; derive it from moejax\.Loss"),
+            (Balance(), r"losses=Balance\(.*\) must be a tuple, as in losses=\(Balance"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                MoE(Linear(E), TopK(), FFN(3, E), losses=given)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Routers: float32 whatever the model computes in, noise in training only, formulas against NumPy."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,14 @@ from numpy_routing import best
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.initializers import FanIn
-from moejax.routing import Cosine, Linear, Random, TopK
-from moejax.routing.routers.base import check_num_experts
+from moejax.core.layer import RowWise
+from moejax.experts import FFN
+from moejax.layers import MoE
+from moejax.models import build
+from moejax.models.inspection import why_not_decodable
+from moejax.routing import Cosine, ExpertPool, Hash, Linear, Random, TopAny, TopK
+from moejax.routing.routers.base import Router, check_num_experts, routers
+from moejax.routing.select.base import Select, selects
 
 G, N, D, E = 2, 256, 16, 64
 
@@ -101,6 +110,101 @@ def test_random_does_not_look_and_repeats_outside_training(rng: np.random.Genera
     draws = [router.apply({}, x, Context(train=True), rngs={"router": jax.random.key(i)}) for i in range(2)]
     assert (draws[0] != draws[1]).all()
     np.testing.assert_allclose([draws[0].mean(), draws[0].std()], [0, 2], atol=0.15)
+
+
+def test_random_differs_from_layer_to_layer_and_is_decoded_as_in_a_whole_pass() -> None:
+    router, x = Random(4), jnp.zeros((1, 6, D))
+    whole = [router.apply({}, x, Context(layer=jnp.int32(i))) for i in range(2)]
+    assert (whole[0] != whole[1]).all()
+    assert len(np.unique(whole[0][0, :, 0])) == 6
+    for t in range(6):
+        ctx = Context(positions=jnp.full((1, 1), t), layer=jnp.int32(1), decode=True)
+        np.testing.assert_array_equal(router.apply({}, x[:, :1], ctx)[:, 0], whole[1][:, t])
+
+
+class Own(Router, RowWise):
+    """A user's router, as small as it can be."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return nn.Dense(self.num_outputs)(x)
+
+
+class Mean(Router):
+    """One that looks at its whole sequence and says nothing about it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return jnp.broadcast_to(nn.Dense(self.num_outputs)(x.mean(1, keepdims=True)), (*x.shape[:2], self.num_outputs))
+
+
+def built(kind: str) -> Router:
+    """The registered router with no more said than it needs."""
+    needed = {f.name for f in dataclasses.fields(routers[kind])}
+    inner = {"router": {"kind": "linear", "num_experts": 4}} if "router" in needed else {}
+    return routers.build({"kind": kind, "num_experts": 4, **inner}, "router")
+
+
+def defaults(kind: str) -> Select:
+    inner = {"select": {"kind": "top_k", "k": 2}} if kind == "expert_dropout" else {}
+    return selects.build({"kind": kind, **inner}, "select")
+
+
+@pytest.mark.parametrize("kind", [*routers.kinds(), "own"])
+def test_every_router_serves_every_rule(kind: str) -> None:
+    router, x = Own(4) if kind == "own" else built(kind), jax.ShapeDtypeStruct((G, 6, D), jnp.float32)
+    for name in selects.kinds():
+        layer = MoE(router, defaults(name), FFN(3, 4), backend="reference")
+
+        def run(x: jax.Array, layer: MoE = layer) -> jax.Array:
+            ids = jnp.broadcast_to(jnp.arange(6), (G, 6))
+            rngs = {name: jax.random.key(0) for name in ("params", "router")}
+            y, variables = layer.init_with_output(rngs, x, Context(train=True, token_ids=ids, positions=ids))
+            return y, variables["routing"]["logits"]
+
+        y, logits = jax.eval_shape(run, x)
+        assert y.shape == x.shape, name
+        assert logits.shape == (G, 6, layer.select.num_outputs(4)), name
+
+
+def test_hash_and_pool_give_what_other_rules_read(rng: np.random.Generator) -> None:
+    ids = jnp.asarray(rng.integers(0, 50, (1, 9)))
+    chosen = np.asarray(Hash(4).expert(Context(token_ids=ids)))[0]
+    logits = np.asarray(Hash(4, outputs=(2, 3)).apply({}, jnp.zeros((1, 9, D)), Context(token_ids=ids)))[0]
+    np.testing.assert_array_equal(logits == 0, np.pad(np.repeat(np.eye(4, dtype=bool)[chosen], 2, 1), ((0, 0), (0, 3))))
+
+    x = jnp.asarray(rng.normal(size=(1, 64, D)), jnp.float32)
+    params = {"w": rng.normal(size=(D, 4)), "threshold": 0.1 * rng.normal(size=4), "temperature": np.float32(1)}
+    variables = {
+        "params": jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params),
+        "router_state": {"active": jnp.array([True, True, False, True])},
+    }
+    scores = ExpertPool(4).apply(variables, x, Context())
+    logits = ExpertPool(4, outputs=(1, 2)).apply(variables, x, Context())
+    taken = TopAny()(scores, Context(train=True)).assigned()
+    np.testing.assert_array_equal(logits[..., :4] > 0, taken > 0)
+    np.testing.assert_array_equal(logits[..., 4:], 0)
+    assert 0.2 < np.asarray(taken)[..., [0, 1, 3]].mean() < 0.8
+
+
+def test_a_router_that_says_nothing_is_refused_in_a_decoder() -> None:
+    def lm(router: Router) -> nn.Module:
+        moe = {
+            "kind": "moe",
+            "num_experts": 2,
+            "router": router,
+            "select": {"kind": "top_k"},
+            "bank": {"kind": "ffn", "hidden": 3},
+        }
+        blocks = {"a": {"kind": "feed_forward", "ffn": moe}}
+        return build(
+            {"kind": "decoder_lm", "vocab_size": 8, "d_model": 4, "num_layers": 1, "pattern": ("a",), "blocks": blocks}
+        )
+
+    with pytest.raises(ConfigError, match=r"ffn\.router \(Mean\) does not say whether its tokens see later ones"):
+        lm(Mean(2))
+    assert why_not_decodable(lm(Own(2))) is None
+    assert "does not say whether it can be decoded" in Mean(2).decodable()
 
 
 def test_router_and_bank_must_agree() -> None:

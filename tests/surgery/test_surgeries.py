@@ -115,6 +115,23 @@ def test_what_does_not_fit_is_named(spec, message):
         operate(spec, others={"code": checkpoint()})
 
 
+def test_layers_get_names_of_their_own_and_back():
+    def stacked():
+        leaves = {("params", "stack", "repeats", "0_a", "w"): np.arange(6.0).reshape(2, 3), ("params", "head"): np.ones(3)}
+        return Checkpoint({}, {}).with_leaves({**leaves, ("router_state", "stack", "repeats", "0_a", "load"): np.arange(2.0)})
+
+    unrolled = operate({"kind": "unroll"}, stacked())
+    found = by_name(unrolled)
+    assert set(found) == {
+        "stack/repeat_0/0_a/w", "stack/repeat_1/0_a/w", "head",
+        "router_state/stack/repeat_0/0_a/load", "router_state/stack/repeat_1/0_a/load",
+    }  # fmt: skip
+    np.testing.assert_array_equal(found["stack/repeat_1/0_a/w"], [3, 4, 5])
+    back = by_name(operate({"kind": "roll"}, unrolled))
+    for name, x in by_name(stacked()).items():
+        np.testing.assert_array_equal(back[name], x)
+
+
 def test_models_of_another_shape_are_not_averaged():
     with pytest.raises(ConfigError, match=r"'head' \[3\] of the source has no like in code"):
         operate({"kind": "average"}, others={"code": checkpoint(head=np.zeros(4)), "prose": checkpoint()})

@@ -18,7 +18,7 @@ from moejax.optim.base import optimizers
 from moejax.parallel import Parallel, make_mesh
 from moejax.surgery.sources.base import Source, sources
 from moejax.tasks.base import ratio, tasks
-from moejax.tasks.models import Model
+from moejax.tasks.models import LearningModel
 from moejax.tasks.next_token import NextToken
 from moejax.train import fit, load
 from moejax.train.program import get_program
@@ -129,7 +129,7 @@ def test_the_gradient_of_a_student_is_that_of_its_formula(accumulation):
 class Twice(NextToken):
     """Both directions of a sequence, with another weight each, and a penalty on the parameters."""
 
-    def objective(self, model: Model, batch, step):
+    def objective(self, model: LearningModel, batch, step):
         inputs, ctx = self.inputs(batch, step, train=True)
         there, back = self.sums(model(inputs, ctx), batch), self.sums(model(inputs[:, ::-1], ctx), batch)
         draw = jax.random.uniform(model.key)

@@ -1,6 +1,7 @@
 """Runs that start from others: what they start with, to the bit; who trains what, once; kills, resumption and refusals."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -9,13 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_harness import TinyLM, TinyText, registered, run_tiny, tiny_config
 
 from moejax.core.errors import ConfigError
-from moejax.surgery.base import spelt
+from moejax.models.registry import models
+from moejax.surgery.base import spelt, surgeries
 from moejax.train import NonFiniteLoss, load
 from moejax.train.settings import check_same_run, normalized, plain, without_cosmetics
 
@@ -196,35 +200,61 @@ def test_what_is_wrong_with_the_run_itself_is_said_before_its_start_is_trained(t
         run_tiny(tmp_path, init={"source": source()}, trainable={"norn": {}}, resolve=never)
 
 
+def test_a_start_that_will_not_fit_is_not_trained(tmp_path):
+    def never(*args):
+        raise AssertionError("trained")
+
+    class Wide(TinyLM):
+        width: int = 16
+
+    with registered(models, "toy_wide", Wide):
+        other = {**source(), "config": {**start_config(), "model": {"kind": "toy_wide"}}}
+        with pytest.raises(ConfigError, match=r"embedding float32\[11,16\], where the model has float32\[11,8\]"):
+            run_tiny(tmp_path, init={"source": other}, resolve=never)
+
+
 def test_a_fresh_run_of_no_steps_is_refused_however_it_says_so(tmp_path):
     for init in ({}, {"source": {"kind": "fresh"}}, {"source": {"kind": "fresh"}, "others": {"x": None}, "surgeries": {}}):
         with pytest.raises(ConfigError, match=r"train\.steps=0 must be a whole number of at least 1 unless"):
             run_tiny(tmp_path, train__steps=0, init=init)
 
 
-def test_adapters_are_new_without_saying_so(base, tmp_path):
-    import flax.linen as nn
+class Copy(nn.Module):
+    """A user's adapter: it starts from the array that it adapts, keeps state, and changes nothing at the start."""
 
-    class Adapter(nn.Module):
-        role = "adapters"
+    role = "adapters"
 
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(VOCAB_SIZE, use_bias=False, name="down")(x)
+    @nn.compact
+    def __call__(self, x, array):
+        start = self.param("start", lambda key: jnp.asarray(array, jnp.float32))
+        down = self.param("down", nn.initializers.zeros, (VOCAB_SIZE,))
+        self.variable("router_state", "seen", lambda: jnp.ones(()))
+        return x + (array - start).sum() + down
 
-    class Adapted(TinyLM):
-        @nn.compact
-        def __call__(self, tokens, ctx):
-            return super().__call__(tokens, ctx) + Adapter(name="adapter")(nn.one_hot(tokens, VOCAB_SIZE))
 
+class Adapted(TinyLM):
+    @nn.compact
+    def __call__(self, tokens, ctx):
+        y = super().__call__(tokens, ctx)
+        return Copy(name="copy")(y, self.variables["params"]["head"]["kernel"])
+
+
+@pytest.mark.parametrize("mesh", ["", "data=4,fsdp=2"])
+def test_adapters_are_new_without_saying_so_and_start_from_what_they_adapt(base, tmp_path, mesh):
     checkpoint = {"kind": "checkpoint", "path": str(base[0])}
-    found = run_tiny(tmp_path, model=Adapted(), train__steps=2, init={"source": checkpoint}, trainable={"adapters": {}})
-    before, after = arrays(base[1].variables), arrays(found.variables)
-    assert set(after) - set(before) == {"params/adapter/down/kernel"}
+    changes = {"model": Adapted(noise=0.0), "init": {"source": checkpoint}, "mesh": mesh, "data__batch_size": 8}
+    start = run_tiny(tmp_path / "start", train__steps=0, eval__batches=0, **changes)
+    without = evaluated(tmp_path / "without", source=checkpoint)
+    assert start.metrics["eval/loss"] == pytest.approx(without.metrics["eval/loss"], rel=1e-5)
+    found = run_tiny(tmp_path / "tuned", train__steps=2, trainable={"adapters": {}}, **changes)
+    before, after = arrays(base[1].variables), arrays(jax.device_get(found.variables))
+    assert set(after) - set(before) == {"params/copy/start", "params/copy/down", "router_state/copy/seen"}
     for name, x in before.items():
         if name.startswith("params"):
             np.testing.assert_array_equal(after[name], x)
-    assert found.trainable_params == VOCAB_SIZE**2
+    np.testing.assert_array_equal(arrays(jax.device_get(start.variables))["params/copy/start"], before["params/head/kernel"])
+    assert np.abs(after["params/copy/down"]).max() > 0
+    assert found.trainable_params == before["params/head/kernel"].size + VOCAB_SIZE
 
 
 VOCAB_SIZE = 11
@@ -340,10 +370,6 @@ def test_a_start_trained_on_one_device_is_gone_on_with_on_eight(base, tmp_path):
 
 
 def test_surgeries_see_calibration_data_keys_and_the_target(base, tmp_path):
-    import dataclasses
-
-    from moejax.surgery.base import surgeries
-
     seen = []
 
     @dataclasses.dataclass(frozen=True)

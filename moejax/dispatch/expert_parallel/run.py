@@ -32,6 +32,8 @@ def expert_parallel(plan: Plan, experts: Experts, x: Float[Array, "g n d"]) -> F
         raise ConfigError(
             "backend='expert_parallel' needs a mesh: set mesh='expert=8', or trace within moejax.parallel.use(...)"
         )
+    if parallel.mesh.shape["tensor"] > 1:
+        experts = experts.folded()
     shards = parallel.mesh.shape["expert"]
     padded = math.ceil(experts.num_experts / shards) * shards
     experts = experts.replace(params=pad_experts(experts.params, shards), num_experts=padded)

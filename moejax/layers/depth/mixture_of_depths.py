@@ -12,21 +12,21 @@ from moejax.core.errors import ConfigError, check_choice
 from moejax.core.initializers.usual import FanIn
 from moejax.core.layer import Layer
 from moejax.core.params import param
+from moejax.core.registry import Given
 from moejax.core.sowing import sow
 from moejax.dispatch.backends import gather_tokens, scatter_tokens
 from moejax.layers.registry import blocks
 from moejax.layers.routed import sow_routing
 from moejax.routing.losses.base import Routing, masked_mean
 from moejax.routing.plan import ExpertPlan
-from moejax.routing.routers.base import ask
+from moejax.routing.routers.base import ask, routers
 from moejax.routing.routers.linear import Linear
-from moejax.routing.routers.random import Random
 from moejax.routing.select import ExpertChoice
 
 GATES = {"raw": lambda r: r, "sigmoid": jax.nn.sigmoid, "one": jnp.ones_like}
 
 
-@blocks.register("mixture_of_depths", slots={"block": blocks})
+@blocks.register("mixture_of_depths", slots={"block": blocks, "router": Given(routers, {"num_experts": 1})})
 class MixtureOfDepths(Layer):
     """`y_t = x_t + gate(r_t) f(x_R)_t` for the tokens R with the largest router weights r, `y_t = x_t` for the others.
 
@@ -42,7 +42,7 @@ class MixtureOfDepths(Layer):
         own sigmoid to say so (and so touches the language loss); None has no causal rule and is refused in a decoder.
       remedy_coef: weight of the remedy's binary cross-entropy.
       gate: 'raw' multiplies by r, as the paper does; 'sigmoid' by its sigmoid (many ports); 'one' by nothing.
-      router: 'learned', or 'random' for the paper's control.
+      router: one logit a token; linear if left out. `random` is the paper's control.
       eval_select: 'causal' decides by the remedy outside training; 'top_k' as in training, which leaks and is only for measuring
         the leak.
       predictor_hidden: width of the predictor's hidden layer.
@@ -53,7 +53,7 @@ class MixtureOfDepths(Layer):
     remedy: Literal["predictor", "router"] | None = "predictor"
     remedy_coef: float = 0.01
     gate: Literal["raw", "sigmoid", "one"] = "raw"
-    router: Literal["learned", "random"] = "learned"
+    router: nn.Module | None = None
     eval_select: Literal["causal", "top_k"] = "causal"
     predictor_hidden: int = 64
 
@@ -64,7 +64,7 @@ class MixtureOfDepths(Layer):
             )
         for name, options in (
             ("gate", (*GATES,)), ("remedy", ("predictor", "router", None)),
-            ("router", ("learned", "random")), ("eval_select", ("causal", "top_k")),
+            ("eval_select", ("causal", "top_k")),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), options)
         super().__post_init__()
@@ -76,7 +76,7 @@ class MixtureOfDepths(Layer):
         if ctx.positions is None:
             ctx = ctx.replace(positions=jnp.broadcast_to(jnp.arange(s), (b, s)))
         valid = ctx.real(x)
-        router = Linear(1, init_w=FanIn(), name="router") if self.router == "learned" else Random(1, name="router")
+        router = Linear(1, init_w=FanIn(), name="router") if self.router is None else self.router
         r = ask(router, x, ctx)
         causal = self.eval_select == "causal" and self.remedy is not None and not ctx.train
         top_k = ExpertChoice(self.capacity_factor, score="logit", in_order=True)(r, ctx)

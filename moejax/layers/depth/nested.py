@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.core.carried import Declared, shared
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.layer import Layer
-from moejax.core.memory import Declared, shared
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.experts.registry import ACTIVATIONS
@@ -24,7 +24,7 @@ from moejax.parallel import constrain
 from moejax.routing.losses.base import Routing, masked_mean
 from moejax.routing.plan import dropless
 
-ROUTERS = ("learned", "random")
+CHOICES = ("learned", "random")
 Counts = tuple[int, ...]
 
 
@@ -51,7 +51,7 @@ class Nested(Layer):
         for all tokens the block has no router: a dense network of that width.
       pretrain_steps: in the first steps of training all tokens have one width, drawn anew each step (MatFormer).
       delta, beta: of the program, see `budget_capacities`.
-      router: 'learned', or 'random', the control.
+      choice: who gets which expert is 'learned', or 'random', the control.
       activation: of the feed-forward layer.
     """
 
@@ -65,12 +65,12 @@ class Nested(Layer):
     pretrain_steps: int = 0
     delta: float = 2.0
     beta: float = 10.0
-    router: Literal["learned", "random"] = "learned"
+    choice: Literal["learned", "random"] = "learned"
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        if self.router not in ROUTERS:
-            raise ConfigError(f"router='{self.router}' is unknown{nearest(self.router, ROUTERS)}")
+        if self.choice not in CHOICES:
+            raise ConfigError(f"choice='{self.choice}' is unknown{nearest(self.choice, CHOICES)}")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation='{self.activation}' is unknown{nearest(self.activation, ACTIVATIONS)}")
         if self.eval_budget is None and len(self.budgets) != 1:
@@ -128,7 +128,7 @@ class Nested(Layer):
             w = shared(self, ctx, "nested_router", declared)["w"] if declared else None
             keys = jax.random.split(self.make_rng("router") if ctx.train else jax.random.key(0), 3)
             decide = functools.partial(self._decide, ctx=ctx)
-            if ctx.memory is None:
+            if ctx.carried is None:
                 route = decide(x, w, keys)
             else:
                 route = jax.lax.cond(before["expert"].min() < 0, decide, lambda *_: before, x, w, keys)
@@ -204,7 +204,7 @@ class Nested(Layer):
 
     def shares(self, width: int) -> dict[str, dict[str, Declared]]:
         """The one router."""
-        if self._dense() or self.router == "random":
+        if self._dense() or self.choice == "random":
             return {}
         init = nn.initializers.lecun_normal()
         return {"nested_router": {"w": (init, (width, self.num_experts), ("embed", None))}}

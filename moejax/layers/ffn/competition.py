@@ -20,7 +20,7 @@ from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_losses, sow_routing
 from moejax.parallel import constrain
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, check_losses, losses, masked_mean
 from moejax.routing.plan import TokenPlan
 from moejax.routing.routers.base import ask, check_num_experts, routers, told
 from moejax.routing.select import TopK
@@ -101,6 +101,7 @@ class Competition(RowWise):
     num_experts: int | None = None
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         if not 0 <= self.rate <= 1:
             raise ConfigError(f"rate={self.rate} must lie between 0 and 1: the share of steps in which experts compete")
         check_choice("schedule", self.schedule, ("constant", "decaying"))

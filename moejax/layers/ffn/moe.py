@@ -17,7 +17,7 @@ from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
 from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
 from moejax.routing.balancers import STATE, Balancer, balancers
-from moejax.routing.losses.base import Loss, losses
+from moejax.routing.losses.base import Loss, check_losses, losses
 from moejax.routing.routers.base import ask, check_num_experts, routers, told
 from moejax.routing.select.base import Select, selects
 
@@ -71,6 +71,7 @@ class MoE(Layer):
     num_experts: int | None = None
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         check_choice("group_by", self.group_by, GROUPINGS)
         check_num_experts(self.router, self.bank)
         for rule in (self.select, self.eval_select or self.select):

@@ -16,8 +16,9 @@ from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns, mixers
 from moejax.layers.routed import run_plan, sow_routing
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, check_losses, losses, masked_mean
 from moejax.routing.plan import MergePlan, Plan, dropless
+from moejax.routing.scores import shares
 
 COMBINES = ("merge", "ensemble", "st_gumbel", "top1", "tag")
 ROUTE_BY = ("sequence", "previous", "prefix")
@@ -67,6 +68,7 @@ class SMEAR(Layer):
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         for name, options in (("combine", COMBINES), ("route_by", ROUTE_BY)):
             check_choice(name, getattr(self, name), options)
         if self.segment < 1:
@@ -166,8 +168,8 @@ class SMEAR(Layer):
 
 def drop_experts(probs: Float[Array, "g e"], rate: float, key: Key[Array, ""]) -> Float[Array, "g e"]:
     """Zeroes each entry with probability `rate` and normalises again; uniform where none is left."""
-    kept = jnp.where(jax.random.bernoulli(key, 1 - rate, probs.shape), probs, 0) + 1e-10
-    return kept / kept.sum(-1, keepdims=True)
+    kept = jnp.where(jax.random.bernoulli(key, 1 - rate, probs.shape), probs, 0)
+    return shares(jnp.where(kept.any(-1, keepdims=True), kept, 1.0))
 
 
 def _for_tokens(plan: Plan, valid: Bool[Array, "g n"]) -> Plan:

@@ -11,7 +11,7 @@ from moejax.core.registry import Many
 from moejax.layers.mixers.attention import INITS, Attention
 from moejax.layers.registry import mixers
 from moejax.layers.routed import plan_tokens, sow_routing
-from moejax.routing.losses.base import Loss, Routing, losses
+from moejax.routing.losses.base import Loss, Routing, check_losses, losses
 from moejax.routing.routers.base import ask, routers, told
 from moejax.routing.routers.linear import Linear
 from moejax.routing.select import Select, TopK, selects
@@ -36,6 +36,7 @@ class RoutedHeads(Attention):
     losses: tuple[Loss, ...] = ()
 
     def __post_init__(self) -> None:
+        check_losses(self.losses)
         if not 0 <= self.shared_heads < self.num_heads:
             raise ConfigError(f"shared_heads={self.shared_heads} must be at least 0 and less than num_heads={self.num_heads}")
         self.select.check_num_experts(self.num_heads - self.shared_heads)

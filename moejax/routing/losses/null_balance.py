@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.errors import check_choice
 from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
-from moejax.routing.select.base import best
+from moejax.routing.scores import best
 
 
 @losses.register("null_balance")

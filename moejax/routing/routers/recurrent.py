@@ -1,6 +1,6 @@
 """Routers that remember what was routed in the layers below (RMoE, Qiu et al. 2024), and a witness of how much they do.
 
-The recurrence runs over depth, never over tokens, so it is causal and needs no cache: see `moejax.core.memory`.
+The recurrence runs over depth, never over tokens, so it is causal and needs no cache: see `moejax.core.carried`.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.core.carried import Declared, shared
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.layer import RowWise
-from moejax.core.memory import Declared, shared
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.routing.routers.base import Router, float32_dot, routers, told

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing.plan import TokenPlan
-from moejax.routing.select.base import TokenChoice, selects, take
+from moejax.routing.scores import take
+from moejax.routing.select.base import TokenChoice, selects
 
 
 class SigmoidGated(TokenChoice):

@@ -22,17 +22,21 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.registry import Registry
 from moejax.routing.capacity import PRIORITIES, Priority, drop_over_capacity
 from moejax.routing.plan import Plan, TokenPlan, dropless
+from moejax.routing.scores import take
 
 selects = Registry("select", "moejax.routing.select")
 
 NO_CONTEXT = Context()
+
+# Far below every logit: a weight of 0, except as a raw logit, which the plan's `used` keeps out.
+_OUT_OF_REACH = -1e9
 
 # What a rule may need to know -> who gives it. Key and step are needed in training only.
 _GIVEN_BY = {
@@ -84,6 +88,10 @@ class Select:
     def probabilities(self, logits: Float[Array, "g n o"]) -> Float[Array, "g n e"]:
         """Each token's distribution over experts, rows summing to 1: what balance losses and entropies are about."""
         return jax.nn.softmax(logits, axis=-1)
+
+    def within_reach(self, logits: Float[Array, "g n o"], ctx: Context) -> Float[Array, "g n o"]:
+        """The logits on which a token's choice and its probabilities rest: all of them."""
+        return logits
 
     def mean_experts(self, num_experts: int) -> float:
         """How many experts process a token on average, before drops: for counting active parameters. Without a `k`, all of them."""
@@ -143,6 +151,10 @@ class TokenChoice(Select):
         """The weight of each choice; what it is where a choice is not wanted does not matter."""
         return take(self.probabilities(logits), expert)
 
+    def reach(self, logits: Float[Array, "g n o"], ctx: Context) -> Bool[Array, "g n e"] | None:
+        """Which experts a token may choose at all; None for all. Logits of others are far below the rest in `choose` and `weights`."""
+        return None
+
     def accepts(self, logits: Float[Array, "g n o"], expert: Int[Array, "g n k"], ctx: Context) -> Bool[Array, "g n k"]:
         """Which of the experts that are given to a token from outside it takes: all of them."""
         return jnp.ones(expert.shape, bool)
@@ -173,12 +185,28 @@ class TokenChoice(Select):
         """The plan with another `k`, which may be data: as many of a token's experts as the rule can rank."""
         self.check(logits.shape[-1], ctx)
         logits = ctx.clean(logits)
-        expert, wanted = self.widest(self.num_experts(logits.shape[-1])).choose(logits, ctx, bias)
-        return self.assemble(logits, expert, wanted & (jnp.arange(expert.shape[-1]) < k), ctx)
+        return self.plan_among(self.reach(logits, ctx), logits, ctx, bias, k)
 
     def plan(self, logits: Float[Array, "g n o"], ctx: Context, bias: Float[Array, "b"] | None) -> TokenPlan:
-        """Choices, their weights, and who finds room."""
-        return self.assemble(logits, *self.choose(logits, ctx, bias), ctx)
+        return self.plan_among(self.reach(logits, ctx), logits, ctx, bias)
+
+    def plan_among(
+        self,
+        reach: Bool[Array, "g n e"] | None,
+        logits: Float[Array, "g n o"],
+        ctx: Context,
+        bias: Float[Array, "b"] | None,
+        k: Int[Array, ""] | None = None,
+    ) -> TokenPlan:
+        """The plan of tokens that choose among the experts in their reach; with a `k`, so many of them."""
+        logits = self._hide(logits, reach)
+        rule = self if k is None else self.widest(self.num_experts(logits.shape[-1]))
+        expert, wanted = rule.choose(logits, ctx, bias)
+        if k is not None:
+            wanted = wanted & (jnp.arange(expert.shape[-1]) < k)
+        if reach is not None:
+            wanted = wanted & take(self._with_null(reach), expert)
+        return self.assemble(logits, expert, wanted, ctx)
 
     def assemble(
         self, logits: Float[Array, "g n o"], expert: Int[Array, "g n k"], wanted: Bool[Array, "g n k"], ctx: Context
@@ -193,6 +221,18 @@ class TokenChoice(Select):
         if ctx.valid is not None:
             wanted = wanted & ctx.valid[..., None]
         return self.limit(dropless(expert, weight, wanted, num_experts), logits, ctx)
+
+    def within_reach(self, logits: Float[Array, "g n o"], ctx: Context) -> Float[Array, "g n o"]:
+        return self._hide(logits, self.reach(logits, ctx))
+
+    def _hide(self, logits: Float[Array, "g n o"], reach: Bool[Array, "g n e"] | None) -> Float[Array, "g n o"]:
+        if reach is None:
+            return logits
+        return jnp.where(self._with_null(jnp.repeat(reach, self.outputs_per_expert, axis=-1)), logits, _OUT_OF_REACH)
+
+    def _with_null(self, reach: Bool[Array, "g n e"]) -> Bool[Array, "g n o"]:
+        """Null experts are in everybody's reach."""
+        return jnp.pad(reach, ((0, 0), (0, 0), (0, self.null_outputs)), constant_values=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,29 +279,3 @@ class CapacityLimited(TokenChoice):
         if factor is None:
             return plan
         return drop_over_capacity(plan, ctx.valid, factor, self.priority, score=self.token_score(logits))
-
-
-def best(scores: Float[Array, "*b e"], k: int) -> Int[Array, "*b k"]:
-    """The indices of the k largest scores, the largest first; ties go to the lowest index."""
-    # `top_k` ranks 0 above -0, which are equal.
-    _, index = jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)
-    return index
-
-
-def take(values: Shaped[Array, "*b e"], expert: Int[Array, "*b k"]) -> Shaped[Array, "*b k"]:
-    """The values of these experts."""
-    return jnp.take_along_axis(values, expert, axis=-1)
-
-
-def softmax_over(logits: Float[Array, "*b k"], where: Bool[Array, "*b k"]) -> Float[Array, "*b k"]:
-    """The softmax over those of the last axis that `where` says, and 0 for the others: exact however small their sum is."""
-    floor = jnp.where(where.any(-1, keepdims=True), -jnp.inf, 0)
-    return jnp.where(where, jax.nn.softmax(jnp.where(where, logits, floor), axis=-1), 0)
-
-
-def shares(values: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
-    """Values divided by their sum along the last axis, exact however small they are; where they sum to 0 they stay as they are."""
-    size = jax.lax.stop_gradient(jnp.abs(values).max(-1, keepdims=True))
-    values = values / jnp.where(size > 0, size, 1)
-    total = values.sum(-1, keepdims=True)
-    return values / jnp.where(total == 0, 1, total)

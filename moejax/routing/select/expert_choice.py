@@ -11,7 +11,8 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
 from moejax.routing.capacity import capacity_of
 from moejax.routing.plan import ExpertPlan
-from moejax.routing.select.base import Select, best, selects, shares, softmax_over
+from moejax.routing.scores import best, shares, softmax_over
+from moejax.routing.select.base import Select, selects
 
 SCORES = ("softmax", "sigmoid", "logit")
 

@@ -3,16 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing.plan import TokenPlan
-from moejax.routing.select.base import Select, TokenChoice, selects, take
-
-# Far below every logit: a weight of 0, except as a raw logit, which `used` keeps out.
-_MISSING = -1e9
+from moejax.routing.select.base import Select, TokenChoice, selects
 
 
 @selects.register("expert_dropout", slots={"select": selects})
@@ -63,13 +59,18 @@ class ExpertDropout(TokenChoice):
         if not ctx.train or not self.rate:
             return self.select.plan(logits, ctx, bias)
         here = jax.random.bernoulli(ctx.key, 1 - self.rate, (*logits.shape[:2], self.num_experts(logits.shape[-1])))
-        each = jnp.repeat(here, self.outputs_per_expert, axis=-1)
-        null = jnp.ones((*here.shape[:2], self.null_outputs), bool)
-        logits = jnp.where(jnp.concatenate([each, null], axis=-1), logits, _MISSING)
-        ctx = ctx.replace(key=jax.random.fold_in(ctx.key, 1))
-        expert, wanted = self.select.choose(logits, ctx, bias)
-        wanted = wanted & take(jnp.concatenate([here, null], axis=-1), expert)
-        return self.select.assemble(logits, expert, wanted, ctx)
+        reach = self.reach(logits, ctx)
+        reach = here if reach is None else here & reach
+        return self.select.plan_among(reach, logits, ctx.replace(key=jax.random.fold_in(ctx.key, 1)), bias)
+
+    def reach(self, logits: Float[Array, "g n o"], ctx: Context) -> Bool[Array, "g n e"] | None:
+        """That of `select`: what goes missing is no part of probabilities."""
+        return self.select.reach(logits, ctx)
+
+    def choose(
+        self, logits: Float[Array, "g n o"], ctx: Context, bias: Float[Array, "b"] | None
+    ) -> tuple[Int[Array, "g n k"], Bool[Array, "g n k"]]:
+        return self.select.choose(logits, ctx, bias)
 
     def accepts(self, logits: Float[Array, "g n o"], expert: Int[Array, "g n k"], ctx: Context) -> Bool[Array, "g n k"]:
         return self.select.accepts(logits, expert, ctx)

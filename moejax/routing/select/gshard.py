@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.routing.capacity import Priority
-from moejax.routing.select.base import CapacityLimited, best, selects, softmax_over, take
+from moejax.routing.scores import best, softmax_over, take
+from moejax.routing.select.base import CapacityLimited, selects
 
 
 @selects.register("gshard")

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.routing.select.base import TokenChoice, best, selects, shares, take
+from moejax.routing.scores import best, shares, take
+from moejax.routing.select.base import TokenChoice, selects
 
 
 @selects.register("relu")

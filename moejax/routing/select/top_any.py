@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.routing.select.base import TokenChoice, selects, shares, take
+from moejax.routing.scores import shares, take
+from moejax.routing.select.base import TokenChoice, selects
 
 
 @selects.register("top_any")

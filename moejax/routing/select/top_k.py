@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
-from moejax.routing.select.base import CapacityLimited, best, selects, shares, softmax_over, take
+from moejax.routing.scores import best, shares, softmax_over, take
+from moejax.routing.select.base import CapacityLimited, selects
 
 SCORES = ("softmax", "softmax_selected", "sigmoid", "logit")
 

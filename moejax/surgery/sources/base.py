@@ -32,6 +32,11 @@ class Reader:
     train: Callable[[Mapping[str, Any], int], Checkpoint]
 
 
+def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plain config makes its network: its model, and its adapters if it has any."""
+    return {name: config[name] for name in ("model", "adapters") if config.get(name)}
+
+
 class Source:
     """Where parameters come from. A frozen dataclass; its fields are the keys of its config."""
 
@@ -39,6 +44,6 @@ class Source:
         """The checkpoint; may take as long as a training."""
         raise NotImplementedError
 
-    def model(self, reader: Reader) -> Mapping[str, Any]:
-        """`config.model` of what `read` will give, at once and without any array."""
+    def network(self, reader: Reader) -> Mapping[str, Any]:
+        """`network_of` the config of what `read` will give, at once and without any array."""
         raise ConfigError(f"{reader.place} ({type(self).__name__}) has no model of its own; take another kind of source")

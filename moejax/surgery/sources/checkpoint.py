@@ -7,7 +7,7 @@ from typing import Any
 
 from moejax.core.errors import ConfigError
 from moejax.surgery.base import Checkpoint
-from moejax.surgery.sources.base import Reader, Source, sources
+from moejax.surgery.sources.base import Reader, Source, network_of, sources
 
 
 @sources.register("checkpoint")
@@ -40,9 +40,9 @@ class CheckpointSource(Source):
         """See the class."""
         return reader.load(*self.place)
 
-    def model(self, reader: Reader) -> Mapping[str, Any]:
+    def network(self, reader: Reader) -> Mapping[str, Any]:
         """Of the checkpoint's config."""
-        return reader.config_of(*self.place)["model"]
+        return network_of(reader.config_of(*self.place))
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from moejax.core.errors import ConfigError
 from moejax.surgery.base import Checkpoint
-from moejax.surgery.sources.base import Reader, Source, sources
+from moejax.surgery.sources.base import Reader, Source, network_of, sources
 
 OWN = "own"
 
@@ -34,6 +34,6 @@ class RunSource(Source):
         """See the class."""
         return reader.train(self.config, reader.seed if self.seed == OWN else int(self.seed))
 
-    def model(self, reader: Reader) -> Mapping[str, Any]:
+    def network(self, reader: Reader) -> Mapping[str, Any]:
         """Of the config: nothing has to be trained to know it."""
-        return self.config["model"]
+        return network_of(self.config)

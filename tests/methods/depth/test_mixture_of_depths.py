@@ -13,6 +13,9 @@ from moejax.layers.blocks.transformer import Transformer
 from moejax.layers.depth.mixture_of_depths import MixtureOfDepths
 from moejax.layers.mixers.attention import Attention
 from moejax.layers.registry import blocks
+from moejax.models.inspection import check_causal
+from moejax.models.parts import NamedBlock
+from moejax.routing import Random
 
 B, S, D = 2, 8, 5
 VALID = np.array([[True] * S, [True, False, True, True, False, True, True, True]])
@@ -172,7 +175,7 @@ def test_the_raw_gate_is_what_teaches_the_router(rng: np.random.Generator) -> No
 
 
 def test_random_routing_draws_in_training_and_repeats_at_evaluation(rng: np.random.Generator) -> None:
-    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5, router="random", gate="one", eval_select="top_k"), inputs(rng)
+    layer, x = MixtureOfDepths(Block(), capacity_factor=0.5, router=Random(1), gate="one", eval_select="top_k"), inputs(rng)
     variables = draw(layer, jnp.asarray(x))
     assert "router" not in variables["params"]
 
@@ -207,7 +210,6 @@ class TestErrorsAndQuestions:
             (dict(capacity_factor=1.5), r"capacity_factor=1\.5 must lie in \(0, 1\]"),
             (dict(gate="tanh"), "gate='tanh' is unknown; valid names: raw, sigmoid, one"),
             (dict(remedy="none"), "remedy='none' is unknown; valid names: predictor, router, None"),
-            (dict(router="hash"), "router='hash' is unknown; valid names: learned, random"),
             (dict(eval_select="none"), "eval_select='none' is unknown; valid names: causal, top_k"),
         ],
     )
@@ -220,7 +222,7 @@ class TestErrorsAndQuestions:
             MixtureOfDepths(Block(), remedy=None).check_causal("model.mod")
         MixtureOfDepths(Block()).check_causal("model.mod")
         with pytest.raises(ConfigError, match=r"model\.mod\.block\.remedy=None"):
-            MixtureOfDepths(MixtureOfDepths(Block(), remedy=None)).check_causal("model.mod")
+            check_causal((NamedBlock("mod", "model.mod", MixtureOfDepths(MixtureOfDepths(Block(), remedy=None))),))
         assert "selects over the whole sequence" in MixtureOfDepths(Block(), eval_select="top_k").decodable()
         assert MixtureOfDepths(Block()).decodable() is None
         x = jnp.ones((B, S, D))
@@ -233,9 +235,9 @@ class TestErrorsAndQuestions:
             kind="moe", num_experts=4, router=dict(kind="linear"), select=dict(kind="top_k"), bank=dict(kind="glu", hidden=3)
         )
         inner = dict(kind="transformer", mixer=dict(kind="attention", num_heads=1), norm=dict(kind="rms_norm"), ffn=moe)
-        spec = dict(kind="mixture_of_depths", eval_select="top_k", router="random", block=inner)
+        spec = dict(kind="mixture_of_depths", eval_select="top_k", router=dict(kind="random"), block=inner)
         built = blocks.build(spec, where="mod")
-        assert (built.eval_select, built.router) == ("top_k", "random")
+        assert (built.eval_select, built.router) == ("top_k", Random(1))
         assert isinstance(built.block, Transformer)
         assert isinstance(built.block.mixer, Attention)
         assert built.block.ffn.eval_select is None

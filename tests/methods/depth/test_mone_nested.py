@@ -213,7 +213,7 @@ def test_one_model_serves_several_budgets() -> None:
 
 
 def test_random_and_dense_arms_have_no_router() -> None:
-    for nested in (layer(router="random"), layer(capacities=(0, 1.0, 0))):
+    for nested in (layer(choice="random"), layer(capacities=(0, 1.0, 0))):
         shapes = jax.eval_shape(nested.init, jax.random.key(0), inputs(), Context())["params"]
         assert "w" not in shapes
         assert shapes["q"].shape == (D, D)
@@ -225,7 +225,7 @@ def test_bad_settings_raise() -> None:
         ({"budgets": (0.1,)}, r"budget=0\.1 must lie between 0\.25"),
         ({"budgets": (0.3, 0.5)}, "set eval_budget"),
         ({"capacities": (0.5, 0.4, 0.3)}, r"capacities=\(0\.5, 0\.4, 0\.3\)"),
-        ({"router": "learnt"}, "did you mean 'learned'"),
+        ({"choice": "learnt"}, "did you mean 'learned'"),
         ({"beta": 0.0}, r"beta=0\.0 must be positive"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -11,7 +11,7 @@ from numpy_layers import close, draw
 from numpy_routing import sigmoid
 
 from moejax import ConfigError, Context
-from moejax.core.memory import Memory
+from moejax.core.carried import Carried
 from moejax.layers.depth.mixture_of_depths import MixtureOfDepths
 from moejax.layers.routed import group_tokens
 from moejax.models import Stack, build, to_scanned, to_unrolled
@@ -86,8 +86,8 @@ def test_one_router_is_numpys_gru(rng: np.random.Generator) -> None:
         {"projector": jnp.asarray(rng.normal(size=(D, P))), "w": jnp.asarray(rng.normal(size=(P, E)))} for _ in range(LAYERS)
     ]
     cell = {k: jnp.asarray(rng.normal(size=s[1]), jnp.float32) for k, s in router.shares(D)["recurrent_router"].items()}
-    memory = Memory(router.carries(1, 4))
-    ctx = Context(shared={"recurrent_router": cell}, memory=memory)
+    carried = Carried(router.carries(1, 4))
+    ctx = Context(shared={"recurrent_router": cell}, carried=carried)
     h = np.zeros((4, P))
     for layer in range(LAYERS):
         logits = router.apply({"params": own[layer]}, jnp.asarray(x[layer], jnp.float32), ctx)
@@ -150,11 +150,11 @@ def test_detached_has_the_values_and_none_of_the_gradient() -> None:
 
 @pytest.mark.parametrize("by", ["sequence", "position", "batch"])
 def test_grouped_tokens_find_their_own_memory_and_leave_it_in_its_place(by: str) -> None:
-    memory = Memory({"x": tokens()})
-    grouped, ctx = group_tokens(tokens(), Context(memory=memory), by)
+    carried = Carried({"x": tokens()})
+    grouped, ctx = group_tokens(tokens(), Context(carried=carried), by)
     np.testing.assert_array_equal(ctx.recall("x", None), grouped)
     ctx.remember("x", grouped + 1)
-    np.testing.assert_array_equal(memory["x"], tokens() + 1)
+    np.testing.assert_array_equal(carried["x"], tokens() + 1)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -166,15 +166,15 @@ def test_tokens_that_skip_a_block_keep_their_state(train: bool) -> None:
 
     @jax.jit
     def run(variables, start):
-        memory = Memory({"recurrent_router": start})
-        _, sown = depth.apply(variables, tokens(), Context(memory=memory, train=train), mutable=["routing"])
-        return memory["recurrent_router"], sown["routing"]["plan"].assigned()
+        carried = Carried({"recurrent_router": start})
+        _, sown = depth.apply(variables, tokens(), Context(carried=carried, train=train), mutable=["routing"])
+        return carried["recurrent_router"], sown["routing"]["plan"].assigned()
 
     state, assigned = run(variables, start)
     chosen = np.asarray(assigned)[..., 0] > 0
-    alone = Memory({"recurrent_router": start})
+    alone = Carried({"recurrent_router": start})
     inner = {"params": variables["params"]["block"]["router"]}
-    Recurrent(E, width=P).apply(inner, tokens(), Context(memory=alone))
+    Recurrent(E, width=P).apply(inner, tokens(), Context(carried=alone))
     np.testing.assert_allclose(state, np.where(chosen[..., None], alone["recurrent_router"], start), rtol=1e-4, atol=1e-6)
     assert 0 < chosen.sum() < chosen.size
 
@@ -184,8 +184,8 @@ def test_other_cells_are_numpys(rng: np.random.Generator, cell: str) -> None:
     router = Recurrent(E, width=P, cell=cell)
     weights = {k: jnp.asarray(rng.normal(size=s[1]), jnp.float32) for k, s in router.shares(D)["recurrent_router"].items()}
     own = {"projector": jnp.asarray(rng.normal(size=(D, P))), "w": jnp.asarray(rng.normal(size=(P, E)))}
-    memory = Memory(router.carries(1, 2))
-    ctx, h, c = Context(shared={"recurrent_router": weights}, memory=memory), np.zeros((2, P)), np.zeros((2, P))
+    carried = Carried(router.carries(1, 2))
+    ctx, h, c = Context(shared={"recurrent_router": weights}, carried=carried), np.zeros((2, P)), np.zeros((2, P))
     for _ in range(2):
         x = rng.normal(size=(1, 2, D))
         logits = router.apply({"params": own}, jnp.asarray(x, jnp.float32), ctx)
@@ -213,9 +213,9 @@ def test_logits_of_the_layer_below_are_added() -> None:
 
 def test_mutual_information_is_numpys(rng: np.random.Generator) -> None:
     router = Witnessed(E, Linear(E))
-    memory = Memory(router.carries(2, 40))
+    carried = Carried(router.carries(2, 40))
     valid = rng.random((2, 40)) < 0.7
-    ctx = Context(memory=memory, valid=jnp.asarray(valid))
+    ctx = Context(carried=carried, valid=jnp.asarray(valid))
     x, seen = rng.normal(size=(2, 40, E)), []
     for i in range(2):
         w = jnp.asarray(np.eye(E) + i * 0.5 * rng.normal(size=(E, E)))
@@ -244,4 +244,4 @@ def test_bad_settings_raise() -> None:
     with pytest.raises(ConfigError, match=wrong.replace("carries", "(carries|shares)")):
         shapes(a=block_spec({}), b=block_spec({"width": P + 1}))
     with pytest.raises(ConfigError, match="remembers 'x', which no layer's carries"):
-        Context(memory=Memory({})).remember("x", tokens())
+        Context(carried=Carried({})).remember("x", tokens())

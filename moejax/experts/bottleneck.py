@@ -1,4 +1,4 @@
-"""Adapters: small bottlenecks beside a layer (Houlsby et al. 2019; SMEAR, Muqeeth et al. 2023)."""
+"""Bottlenecks: small feed-forward experts, such as stand beside a layer (Houlsby et al. 2019; SMEAR, Muqeeth et al. 2023)."""
 
 from moejax.core.initializers.usual import Normal
 from moejax.core.params import Initializer
@@ -6,8 +6,8 @@ from moejax.experts.ffn import FFN, INITS
 from moejax.experts.registry import banks
 
 
-@banks.register("adapter", slots=INITS)
-class Adapter(FFN):
+@banks.register("bottleneck", slots=INITS)
+class Bottleneck(FFN):
     """`swish(x W_down + b_down) W_up + b_up` with a narrow hidden layer: an `FFN` with other defaults, which starts small."""
 
     activation: str = "silu"

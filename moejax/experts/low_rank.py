@@ -7,19 +7,19 @@ from moejax.core.context import Context
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn, Zeros
 from moejax.core.params import Initializer, per_expert
-from moejax.dispatch.experts import Experts
+from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
 from moejax.experts.registry import banks, declare
 
 
-@banks.register("lora", slots={"init_a": initializers, "init_b": initializers})
-class LoRA(Bank):
+@banks.register("low_rank", slots={"init_a": initializers, "init_b": initializers})
+class LowRank(Bank):
     """`scale * (x A_e) B_e` with `A[e, d, r]` and `B[e, r, features]`; B starts at zero, so the bank starts as zero.
 
     Attributes:
       rank: r, of each expert.
-      features: output width.
+      features: output width; the input's by default.
       num_experts: e.
       scale: explicit, since repositories divide alpha by total, active, per-expert or initial rank.
       init_a, init_b: how A and B start. A: Kaiming-uniform with a = sqrt(5), as in the reference implementation, which is
@@ -27,7 +27,7 @@ class LoRA(Bank):
     """
 
     rank: int
-    features: int
+    features: int | None = None
     num_experts: int = 1
     scale: float = 1.0
     init_a: Initializer = FanIn(1 / 3, "uniform")
@@ -40,11 +40,11 @@ class LoRA(Bank):
             self,
             {
                 "a": (per_expert(self.init_a), (e, width, r), ("expert", "embed", "rank")),
-                "b": (per_expert(self.init_b), (e, r, self.features), ("expert", "rank", "mlp")),
+                "b": (per_expert(self.init_b), (e, r, self.features or width), ("expert", "rank", "mlp")),
             },
         )
 
-        def expert(p: dict[str, Array], x: Array, layout: Layout) -> Array:
+        def expert(p: Matrices, x: Array, layout: Layout) -> Array:
             return scale * layout.low_rank(x, p["a"], p["b"])
 
         return Experts(expert, params, axes)

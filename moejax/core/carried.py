@@ -28,7 +28,7 @@ from moejax.core.params import Initializer, param
 Declared: TypeAlias = tuple[Initializer, tuple[int, ...], tuple[str | None, ...]]
 
 
-class Memory:
+class Carried:
     """Named pytrees of arrays `[b, s, ...]`: a box that lives while one block runs.
 
     The stack fills it before the block and empties it after, so nothing but arrays crosses a scan or a rematerialisation.
@@ -48,22 +48,22 @@ class Memory:
             )
         self.values[name] = jax.tree.map(lambda new, old: new.astype(old.dtype), value, self.values[name])
 
-    def view(self, take: Callable[[Array], Array], put: Callable[[Array, Array], Array] | None) -> "Memory":
-        """The memory of rearranged tokens: reads give `take(value)`, writes leave `put(new, old)`."""
+    def view(self, take: Callable[[Array], Array], put: Callable[[Array, Array], Array] | None) -> "Carried":
+        """The carried of rearranged tokens: reads give `take(value)`, writes leave `put(new, old)`."""
         return _View(self, take, put)
 
 
-class _View(Memory):
-    def __init__(self, memory: Memory, take: Callable[[Array], Array], put: Callable[[Array, Array], Array] | None):
-        self.memory, self.take, self.put = memory, take, put
+class _View(Carried):
+    def __init__(self, carried: Carried, take: Callable[[Array], Array], put: Callable[[Array, Array], Array] | None):
+        self.carried, self.take, self.put = carried, take, put
 
     def __getitem__(self, name: str) -> Any:
-        return jax.tree.map(self.take, self.memory[name])
+        return jax.tree.map(self.take, self.carried[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
         if self.put is None:
             raise ConfigError(f"a layer remembers '{name}' of tokens that cannot be put back; give map_tokens its `put`")
-        self.memory[name] = jax.tree.map(self.put, value, self.memory[name])
+        self.carried[name] = jax.tree.map(self.put, value, self.carried[name])
 
 
 def shared(module: nn.Module, ctx: Any, name: str, declared: Mapping[str, Mapping[str, Declared]]) -> dict[str, Array]:
