@@ -25,11 +25,13 @@ from experiments.battery.subjects import VOCABULARY, WIDTH, Subject, build
 from moejax import dispatch
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.layers.adapters.adapted import adapt
+from moejax.models.registry import network
 from moejax.models.stack import Stack, to_scanned, to_unrolled
 from moejax.optim.base import optimizers
-from moejax.parallel import Parallel, make_mesh
+from moejax.parallel import Parallel, make_mesh, use
 from moejax.tasks.base import Task
-from moejax.tasks.models import STREAMS, Frozen, Model
+from moejax.tasks.models import STREAMS, FrozenModel, LearningModel
 from moejax.train.metrics import flatten
 from moejax.train.program import Program, build_task
 from moejax.train.readers import frozen_specs
@@ -78,7 +80,7 @@ class Programs:
     def frozen(self) -> dict[str, tuple[nn.Module, dict[str, Tree]]]:
         """Models of the task's own, with drawn parameters."""
         specs = frozen_specs(self.task)
-        made = {name: build({"model": spec}) for name, spec in specs.items()}
+        made = {name: network(spec) for name, spec in specs.items()}
         return {name: (model, draw(functools.partial(self._init, model))) for name, model in made.items()}
 
     def batch(self, seed: int = 0, rows: int = ROWS) -> Batch:
@@ -145,7 +147,7 @@ class Programs:
         state = begin_state(variables, optimizer, jax.random.key(0)).replace(
             step=jnp.int32(STEP), frozen={name: variables for name, (_, variables) in self.frozen.items()}
         )
-        with fixed_draws():
+        with fixed_draws(), use(mesh):
             like = program.state
             state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, like)
             after, metrics = program.train(state, self._on(batch, program.batch))
@@ -162,7 +164,7 @@ class Programs:
     @functools.cached_property
     def _oracle(self) -> Callable[..., Tree]:
         def objective(params: Tree, state: Tree, frozen: Tree, batch: Batch) -> tuple[Any, Tree]:
-            models = {name: Frozen(model, frozen[name]) for name, (model, _) in self.frozen.items()}
+            models = {name: FrozenModel(model, frozen[name]) for name, (model, _) in self.frozen.items()}
             run = _Watched(self.model, params, state, jax.random.key(0), models)
             loss, _ = self.task.objective(run, batch, jnp.int32(STEP))
             losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
@@ -187,9 +189,10 @@ class Programs:
         x = jnp.zeros((GROUPS, LENGTH, WIDTH))
         return draw(lambda keys: self._stack("reference").init(keys, x, _layer_context(jnp.ones(x.shape[:2], bool))))
 
-    def _stack(self, backend: str) -> Stack:
+    def _stack(self, backend: str) -> nn.Module:
         model = build(self.config, {"backend": backend}, **self._fields(scan=False))
-        return Stack(model.blocks, model.pattern, len(model.pattern), scan=False)
+        stack = Stack(model.blocks, model.pattern, len(model.pattern), scan=False)
+        return adapt(stack, self.config.get("adapters"))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (a subject's programs live as long as the process)
     def _layer(self, backends: tuple[str, ...], shape: tuple[int, ...]) -> Callable[..., Tree]:
@@ -198,7 +201,7 @@ class Programs:
         def run(variables: Tree, x: Any, valid: Any) -> Tree:
             out = {}
             for backend in backends:
-                def objective(params: Tree, x: Any, stack: Stack) -> tuple[Any, Tree]:
+                def objective(params: Tree, x: Any, stack: nn.Module) -> tuple[Any, Tree]:
                     y, sown = stack.apply({**variables, "params": params}, x, _layer_context(valid), mutable=["losses", "stats"])
                     losses = flatten(sown.get("losses", {}), "losses", total=True)
                     y = jnp.where(valid[..., None], y, 0)
@@ -238,7 +241,7 @@ def programs(subject: Subject) -> Programs:
     return Programs(subject)
 
 
-class _Watched(Model):
+class _Watched(LearningModel):
     """A model that keeps what it gave last."""
 
     outputs: Any = None

@@ -20,9 +20,10 @@ from experiments.battery.kinds import inside
 from experiments.battery.programs import GROUPS, LENGTH, ROWS, STEP, Batch, able, programs
 from experiments.battery.subjects import WIDTH, Subject, build
 from experiments.study import resolve
-from moejax import dispatch, models
+from moejax import dispatch
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.models.registry import network
 from moejax.optim.base import optimizers
 from moejax.serve import generate
 from moejax.tasks.models import STREAMS
@@ -41,7 +42,7 @@ Tree = Any
 
 
 def lm(subject: Subject) -> str:
-    """A decoder of it can be trained: its gradient traces in bfloat16, scanned and rematerialised."""
+    """A decoder of it can be trained: a pass traces in bfloat16, scanned and rematerialised; where it is at home, with gradients."""
     _traced(subject, "LM")
     return "yes"
 
@@ -67,18 +68,20 @@ def backends(subject: Subject) -> str:
 def padding(subject: Subject) -> str:
     """Padding is never routed, counted or balanced: values, losses and gradients are those of the tokens without it.
 
-    In training, where draws would differ, other junk in the padding must change nothing.
+    In training, where draws would differ, other junk in the padding must change nothing. 'counted' of layers that say that they
+    count it, see `moejax.Layer.counts_padding`: of them only the junk is tried.
     """
-    x, valid = _rows(), np.broadcast_to(np.isin(np.arange(LENGTH), AMONG), (GROUPS, LENGTH))
+    x, counted = _rows(), any(getattr(part, "counts_padding", False) for part in inside(programs(subject).model))
     padded = _layer(subject)["reference"]
-    every = np.ones((GROUPS, len(AMONG)), bool)
-    compact = programs(subject).layer(x[:, AMONG], every, ("reference",))["reference"]
-    assert valid.sum() == every.sum()
-    (d_params, dx), (compact_d_params, compact_dx) = padded["gradients"], compact["gradients"]
-    same(padded["y"][:, AMONG], compact["y"], "outputs with padding and without")
-    same(padded["losses"], compact["losses"], "losses with padding and without")
-    same(d_params, compact_d_params, "gradients with padding and without")
-    same(dx[:, AMONG], compact_dx, "gradients of tokens with padding and without")
+    (d_params, dx) = padded["gradients"]
+    if not counted:
+        every = np.ones((GROUPS, len(AMONG)), bool)
+        compact = programs(subject).layer(x[:, AMONG], every, ("reference",))["reference"]
+        compact_d_params, compact_dx = compact["gradients"]
+        same(padded["y"][:, AMONG], compact["y"], "outputs with padding and without")
+        same(padded["losses"], compact["losses"], "losses with padding and without")
+        same(d_params, compact_d_params, "gradients with padding and without")
+        same(dx[:, AMONG], compact_dx, "gradients of tokens with padding and without")
     assert not dx[:, np.setdiff1d(np.arange(LENGTH), AMONG)].any(), "padding has a gradient"
     if subject.home == "LM":
         one, other = (_with_padding(programs(subject).batch(), junk) for junk in (1, 2))
@@ -86,7 +89,7 @@ def padding(subject: Subject) -> str:
         for out in found:
             out["outputs"] = np.where(one["valid"][..., None], out["outputs"], 0)
         same(*found, "a training step with one junk in the padding and with another")
-    return "inert"
+    return "counted" if counted else "inert"
 
 
 def causal(subject: Subject) -> str:
@@ -214,7 +217,7 @@ REFUSABLE = frozenset({"LM", "ViT", "causal", "decode"})
 
 def paper_size(config: Mapping[str, Any]) -> int:
     """Number of parameters of a config whose training forward pass traces on two examples."""
-    model = models.build(config["model"])
+    model = network(config)
     inputs, ctx = _example(config, rows=2)
     rngs = _keys()
     variables = jax.eval_shape(lambda x: model.init(rngs, x, ctx), inputs)
@@ -265,6 +268,7 @@ def _together(subject: Subject, parts: Mapping[str, Any]) -> None:
         what = "a step with " + ", ".join(f"{key}={value}" for key, value in parts.items())
         if count == 1:
             batch = made.oracle(made.batch(rows=ROWS))
+            same(got["losses"], batch["losses"], f"{what} and the oracle", 1e-3)
             same(got["gradients"], batch["gradients"], f"{what} and the oracle", 1e-3)
             return
         same(got["losses"], mean("losses", count), f"{what} and the oracle", 1e-3)
@@ -329,7 +333,7 @@ def _decoder(subject: Subject) -> Any:
 def _traced(subject: Subject, home: str) -> tuple[Tree, Tree, Tree]:
     """Shapes of gradients, outputs and sown collections of a training pass under bfloat16, scan and rematerialisation."""
     config = plain(subject.place(home))
-    own = {name: value for name, value in {"scan": True, "remat": "full", "dtype": "bfloat16"}.items()}
+    own = {"scan": True, "remat": "full", "dtype": "bfloat16"}
     model = build(config, **{name: value for name, value in own.items() if name in config["model"]})
     inputs, ctx = _example(config)
     rngs = _keys()
@@ -342,7 +346,10 @@ def _traced(subject: Subject, home: str) -> tuple[Tree, Tree, Tree]:
 
     def run(x: Any) -> tuple[Tree, Tree, Tree]:
         variables = dict(model.init(rngs, x, ctx, mutable=["params", "router_state"]))
-        gradients, (out, sown) = jax.grad(objective, has_aux=True)(variables.pop("params"), variables, x)
+        params = variables.pop("params")
+        if home != subject.home:
+            return None, *objective(params, variables, x)[1]
+        gradients, (out, sown) = jax.grad(objective, has_aux=True)(params, variables, x)
         return gradients, out, sown
 
     return jax.eval_shape(run, inputs)

@@ -15,19 +15,17 @@ from configs import base_vit, small_lm
 from experiments import overrides
 from experiments.battery.kinds import Kind, kinds, made_of, registries
 from experiments.study import Study, load, resolve, study_files
-from moejax import models
 from moejax.core.errors import ConfigError
 from moejax.core.registry import Given, Many, Registry
 from moejax.models import DecoderLM, ViT
+from moejax.models.registry import network
 from moejax.train.settings import plain
 
 WIDTH, VOCABULARY, MAX_LENGTH = 16, 32, 32
 # Sizes that a subject has instead of its study's, wherever a field has the name. A token travels as before.
 TINY = {"hidden": 8, "segment": 4}
 # What stands around a method and is none itself: blocks made of these alone are left out.
-PLAIN = frozenset(
-    {"transformer", "feed_forward", "attention", "ffn", "glu", "rms_norm", "layer_norm"}
-)  # fmt: skip
+PLAIN = frozenset({"transformer", "feed_forward", "attention", "ffn", "glu", "rms_norm", "layer_norm"})
 HOMES = {"LM": "decoder_lm", "ViT": "vit"}
 
 # Where in a config a kind of each slot stands. Slots that are not here are no part of a model; see `pieces`.
@@ -106,9 +104,9 @@ class Subject:
 
 
 def build(config: Mapping[str, Any] | ConfigDict, context: Mapping[str, Any] | None = None, **changes: Any) -> nn.Module:
-    """The model of a config, with some of its own fields changed; `context` is what its parts are told, such as a backend."""
-    spec = plain(config)["model"]
-    return models.build({**spec, **changes}, **(context or {}))
+    """The network of a config, with some fields of its model changed; `context` is what its parts are told, such as a backend."""
+    config = plain(config)
+    return network({**config, "model": {**config["model"], **changes}}, **(context or {}))
 
 
 @functools.cache
