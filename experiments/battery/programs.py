@@ -2,7 +2,8 @@
 
     oracle     a training step's objective and gradients: layer by layer, float32, `reference`, one device
     evaluate   a forward pass in evaluation
-    layer      the subject's blocks alone, in evaluation, with gradients, on every backend that takes them
+    layer      the subject's blocks alone, in evaluation, with gradients
+    backends   its layers that dispatch, alone, on every backend that takes them
     together   a whole train step with everything at once: scan, remat, microbatches, eight devices
 
 Parameters are drawn rather than initialised: none is zero, so that none can be ignored unnoticed. Every draw of a layer is from the
@@ -26,8 +27,9 @@ from moejax import dispatch
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.layers.adapters.adapted import adapt
+from moejax.models.parts import Part, walk
 from moejax.models.registry import network
-from moejax.models.stack import Stack, to_scanned, to_unrolled
+from moejax.models.stack import Stack, pattern_blocks, to_scanned, to_unrolled
 from moejax.optim.base import optimizers
 from moejax.parallel import Parallel, make_mesh, use
 from moejax.tasks.base import Task
@@ -45,6 +47,10 @@ RATE = 1024.0
 STEP = 3
 # Of a layer, where tokens are vectors.
 GROUPS = 2
+LOCAL_BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "expert_parallel")  # which needs a mesh
+
+# Subjects whose programs are kept: they are looked at one after the other.
+KEPT = 4
 
 Tree = Any
 Batch = dict[str, np.ndarray]
@@ -107,15 +113,28 @@ class Programs:
         """The outputs for a batch in evaluation."""
         return np.asarray(self._evaluate(variables or self.variables, batch))
 
-    def layer(self, x: np.ndarray, valid: np.ndarray, backends: tuple[str, ...]) -> dict[str, Tree]:
-        """Backend -> 'y', 'losses' and 'gradients' (in parameters and x) of one repeat of the blocks, in evaluation.
-
-        Backends that do not take the subject are left out, and their refusals are under 'refused'.
-        """
-        refused: dict[str, str] = {}
+    def layer(self, x: np.ndarray, valid: np.ndarray) -> dict[str, Tree]:
+        """'y', 'losses' and 'gradients' (in parameters and x) of one repeat of the blocks, in evaluation."""
         with fixed_draws():
-            out = host(self._layer(backends, x.shape)(self._stack_variables, x, valid, refused_into=refused))
-        return {**out, "refused": refused}
+            return host(self._layer(x, valid))
+
+    def backends(self, x: np.ndarray, valid: np.ndarray) -> tuple[dict[str, Tree], dict[str, str]]:
+        """The same of the layers alone that have a backend, on every backend: name -> what came out, and name -> why it refused."""
+        refused: dict[str, str] = {}
+        layers = {name: self._with_backend(name) for name in LOCAL_BACKENDS}
+
+        def run(variables: Tree, x: Any, valid: Any) -> Tree:
+            out = {}
+            for name in LOCAL_BACKENDS:
+                try:
+                    out[name] = _value_and_gradients(layers[name], variables, x, valid)
+                except ConfigError as refusal:
+                    refused[name] = " ".join(str(refusal).split())
+            return out
+
+        with fixed_draws():
+            variables = draw(lambda keys: layers["reference"].init(keys, jnp.asarray(x), _layer_context(jnp.asarray(valid))))
+            return host(jax.jit(run)(variables, x, valid)), refused
 
     def together(self, parts: Mapping[str, Any]) -> dict[str, Tree]:
         """'losses' and 'gradients' of a step of two microbatches on a mesh.
@@ -185,46 +204,22 @@ class Programs:
         return _drawing(jax.jit(forward))
 
     @functools.cached_property
-    def _stack_variables(self) -> dict[str, Tree]:
+    def _layer(self) -> Callable[..., Tree]:
+        stack = Stack(self.model.blocks, self.model.pattern, len(self.model.pattern), scan=False)
+        layers = adapt(stack, self.config.get("adapters"))
         x = jnp.zeros((GROUPS, LENGTH, WIDTH))
-        return draw(lambda keys: self._stack("reference").init(keys, x, _layer_context(jnp.ones(x.shape[:2], bool))))
+        variables = draw(lambda keys: layers.init(keys, x, _layer_context(jnp.ones(x.shape[:2], bool))))
+        return jax.jit(functools.partial(_value_and_gradients, layers, variables))
 
-    def _stack(self, backend: str) -> nn.Module:
+    def _with_backend(self, backend: str) -> nn.Module:
+        """The outermost layers of the subject that have a backend, side by side."""
         model = build(self.config, {"backend": backend}, **self._fields(scan=False))
-        stack = Stack(model.blocks, model.pattern, len(model.pattern), scan=False)
-        return adapt(stack, self.config.get("adapters"))
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 (a subject's programs live as long as the process)
-    def _layer(self, backends: tuple[str, ...], shape: tuple[int, ...]) -> Callable[..., Tree]:
-        refused: dict[str, str] = {}
-
-        def run(variables: Tree, x: Any, valid: Any) -> Tree:
-            out = {}
-            for backend in backends:
-                def objective(params: Tree, x: Any, stack: nn.Module) -> tuple[Any, Tree]:
-                    y, sown = stack.apply({**variables, "params": params}, x, _layer_context(valid), mutable=["losses", "stats"])
-                    losses = flatten(sown.get("losses", {}), "losses", total=True)
-                    y = jnp.where(valid[..., None], y, 0)
-                    total = (y * jnp.cos(jnp.arange(y.shape[-1]))).sum() + sum(losses.values())
-                    return total, {"y": y, "losses": losses}
-
-                try:
-                    gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
-                    gradients, aux = gradient(variables["params"], x, self._stack(backend))
-                except ConfigError as refusal:
-                    refused[backend] = " ".join(str(refusal).split())
-                    continue
-                out[backend] = {**aux, "gradients": gradients}
-            return out
-
-        jitted = jax.jit(run)
-
-        def call(*args: Any, refused_into: dict[str, str]) -> Tree:
-            out = jitted(*args)
-            refused_into |= refused
-            return out
-
-        return call
+        found: list[Part] = []
+        for part in (part for block in pattern_blocks(model) for part in walk(block)):
+            inner = any(part.where.startswith(f"{outer.where}.") for outer in found)
+            if hasattr(part.value, "backend") and isinstance(part.value, nn.Module) and not inner:
+                found.append(part)
+        return _Side(tuple(part.value for part in found))
 
     def _init(self, model: nn.Module, keys: Mapping[str, Any]) -> Tree:
         batch = jax.tree.map(jnp.asarray, self.batch())
@@ -235,10 +230,20 @@ class Programs:
         return {name: value for name, value in {"dtype": "float32", **fields}.items() if name in self.config["model"]}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=KEPT)
 def programs(subject: Subject) -> Programs:
-    """The programs of a subject, compiled once."""
+    """The programs of a subject, compiled once while it is looked at."""
     return Programs(subject)
+
+
+class _Side(nn.Module):
+    """Layers that are all given the same; the sum of what they give."""
+
+    layers: tuple[nn.Module, ...]
+
+    @nn.compact
+    def __call__(self, x: Any, ctx: Context) -> Any:
+        return sum(layer.copy(name=f"layer_{i}")(x, ctx) for i, layer in enumerate(self.layers))
 
 
 class _Watched(LearningModel):
@@ -293,6 +298,19 @@ def draw(init: Callable[[Mapping[str, Any]], Tree]) -> dict[str, Tree]:
     return {"params": params, **host({name: tree for name, tree in state.items() if name in STATE})}
 
 
+def _value_and_gradients(layers: nn.Module, variables: Mapping[str, Tree], x: Any, valid: Any) -> Tree:
+    """'y', 'losses', and 'gradients' of a projection of y and of the losses, in parameters and x."""
+
+    def objective(params: Tree, x: Any) -> tuple[Any, Tree]:
+        y, sown = layers.apply({**variables, "params": params}, x, _layer_context(valid), mutable=["losses", "stats"])
+        losses = flatten(sown.get("losses", {}), "losses", total=True)
+        y = jnp.where(valid[..., None], y, 0)
+        return (y * jnp.cos(jnp.arange(y.shape[-1]))).sum() + sum(losses.values()), {"y": y, "losses": losses}
+
+    gradients, out = jax.grad(objective, argnums=(0, 1), has_aux=True)(variables["params"], x)
+    return {**out, "gradients": gradients}
+
+
 def _layer_context(valid: Any) -> Context:
     """Of vectors without a text: ids are made up."""
     # Counts the valid tokens, so that padding between them changes no position.
@@ -307,15 +325,9 @@ def _layer_context(valid: Any) -> Context:
     )
 
 
-def able(found: Mapping[str, Any]) -> list[str]:
-    """The backends that `Programs.layer` could run."""
-    return [name for name in dispatch.BACKENDS if name in found]
-
-
 def without(tree: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in tree.items() if name not in names}
 
 
 def host(tree: Tree) -> Tree:
     return jax.tree.map(np.asarray, tree)
-

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.battery.kinds import inside
-from experiments.battery.programs import GROUPS, LENGTH, ROWS, STEP, Batch, able, programs
+from experiments.battery.programs import GROUPS, KEPT, LENGTH, ROWS, STEP, Batch, programs
 from experiments.battery.subjects import WIDTH, Subject, build
 from experiments.study import resolve
-from moejax import dispatch
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.models.registry import network
@@ -42,7 +41,7 @@ Tree = Any
 
 
 def lm(subject: Subject) -> str:
-    """A decoder of it can be trained: a pass traces in bfloat16, scanned and rematerialised; where it is at home, with gradients."""
+    """A decoder of it can be trained: a pass traces in bfloat16, scanned and rematerialised."""
     _traced(subject, "LM")
     return "yes"
 
@@ -55,14 +54,14 @@ def vit(subject: Subject) -> str:
 
 def backends(subject: Subject) -> str:
     """Every backend that takes it agrees with `reference`, in value and in gradient; names them."""
-    found = _layer(subject)
-    if "reference" in found["refused"]:
-        raise ConfigError(found["refused"]["reference"])
     if not _has_backend(subject):
         return "-"
-    for name in able(found):
-        same(found[name], found["reference"], f"backend '{name}' and 'reference'")
-    return ", ".join(able(found))
+    found, refused = programs(subject).backends(*_rows())
+    if "reference" in refused:
+        raise ConfigError(refused["reference"])
+    for name, out in found.items():
+        same(out, found["reference"], f"backend '{name}' and 'reference'")
+    return ", ".join(found)
 
 
 def padding(subject: Subject) -> str:
@@ -71,12 +70,12 @@ def padding(subject: Subject) -> str:
     In training, where draws would differ, other junk in the padding must change nothing. 'counted' of layers that say that they
     count it, see `moejax.Layer.counts_padding`: of them only the junk is tried.
     """
-    x, counted = _rows(), any(getattr(part, "counts_padding", False) for part in inside(programs(subject).model))
-    padded = _layer(subject)["reference"]
-    (d_params, dx) = padded["gradients"]
+    (x, valid), made = _rows(), programs(subject)
+    counted = any(getattr(part, "counts_padding", False) for part in inside(made.model))
+    padded = made.layer(x, valid)
+    d_params, dx = padded["gradients"]
     if not counted:
-        every = np.ones((GROUPS, len(AMONG)), bool)
-        compact = programs(subject).layer(x[:, AMONG], every, ("reference",))["reference"]
+        compact = made.layer(x[:, AMONG], valid[:, AMONG])
         compact_d_params, compact_dx = compact["gradients"]
         same(padded["y"][:, AMONG], compact["y"], "outputs with padding and without")
         same(padded["losses"], compact["losses"], "losses with padding and without")
@@ -84,8 +83,8 @@ def padding(subject: Subject) -> str:
         same(dx[:, AMONG], compact_dx, "gradients of tokens with padding and without")
     assert not dx[:, np.setdiff1d(np.arange(LENGTH), AMONG)].any(), "padding has a gradient"
     if subject.home == "LM":
-        one, other = (_with_padding(programs(subject).batch(), junk) for junk in (1, 2))
-        found = [programs(subject).oracle(batch) for batch in (one, other)]
+        one, other = (_with_padding(made.batch(), junk) for junk in (1, 2))
+        found = [made.oracle(batch) for batch in (one, other)]
         for out in found:
             out["outputs"] = np.where(one["valid"][..., None], out["outputs"], 0)
         same(*found, "a training step with one junk in the padding and with another")
@@ -135,9 +134,9 @@ def devices(subject: Subject) -> str:
 
 
 def bfloat16(subject: Subject) -> str:
-    """In a bfloat16 model routing, losses, parameters' gradients and the model's outputs are float32."""
-    gradients, outputs, sown = _traced(subject, subject.home)
-    for what, tree in {"gradients": gradients, "outputs": outputs, "losses": sown.get("losses", {})}.items():
+    """In a bfloat16 model routing, losses, parameters and outputs are float32."""
+    outputs, sown = _traced(subject, subject.home)
+    for what, tree in {"outputs": outputs, "parameters": sown["params"], "losses": sown.get("losses", {})}.items():
         wrong = {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} - {"float32"}
         assert not wrong, f"{what} of a bfloat16 model are {wrong}"
     floats = [leaf for leaf in jax.tree.leaves(sown.get("routing", {})) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -211,21 +210,17 @@ PROPERTIES: dict[str, Callable[[Subject], str]] = {
     "saved": saved,
     "paper": paper,
 }
+# Of a kind that no headline arm holds, what costs most is not tried again.
+OF_KINDS = {name: PROPERTIES[name] for name in PROPERTIES if name not in ("devices", "saved", "paper")}
 # What a method may be without; the others every one must have.
 REFUSABLE = frozenset({"LM", "ViT", "causal", "decode"})
 
 
 def paper_size(config: Mapping[str, Any]) -> int:
     """Number of parameters of a config whose training forward pass traces on two examples."""
-    model = network(config)
-    inputs, ctx = _example(config, rows=2)
-    rngs = _keys()
-    variables = jax.eval_shape(lambda x: model.init(rngs, x, ctx), inputs)
-    _, sown = jax.eval_shape(
-        lambda v, x: model.apply(v, x, ctx.replace(train=True), rngs=rngs, mutable=["losses", "stats"]), variables, inputs
-    )
+    _, sown = _pass(network(config), *_example(config, rows=2))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(sown.get("losses", {})))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(sown["params"]))
 
 
 def same(one: Tree, other: Tree, what: str, tolerance: float = 2e-4) -> None:
@@ -292,19 +287,12 @@ def _has_backend(subject: Subject) -> bool:
     return any(hasattr(part, "backend") for part in inside(programs(subject).model))
 
 
-@functools.cache
-def _layer(subject: Subject) -> dict[str, Any]:
-    """The blocks on rows with junk between them, on every backend."""
-    local = tuple(name for name in dispatch.BACKENDS if name != "expert_parallel")
-    valid = np.broadcast_to(np.isin(np.arange(LENGTH), AMONG), (GROUPS, LENGTH))
-    return programs(subject).layer(_rows(), valid, local if _has_backend(subject) else ("reference",))
-
-
-def _rows() -> np.ndarray:
+def _rows() -> tuple[np.ndarray, np.ndarray]:
+    """Rows with junk between them, and which are none."""
     rng = np.random.default_rng(1)
     x = 9 * rng.normal(size=(GROUPS, LENGTH, WIDTH)).astype(np.float32)
     x[:, AMONG] = rng.normal(size=(GROUPS, len(AMONG), WIDTH))
-    return x
+    return x, np.broadcast_to(np.isin(np.arange(LENGTH), AMONG), (GROUPS, LENGTH))
 
 
 def _with_padding(batch: Batch, junk: int) -> Batch:
@@ -329,30 +317,20 @@ def _decoder(subject: Subject) -> Any:
     return programs(subject)
 
 
-@functools.cache
-def _traced(subject: Subject, home: str) -> tuple[Tree, Tree, Tree]:
-    """Shapes of gradients, outputs and sown collections of a training pass under bfloat16, scan and rematerialisation."""
+@functools.lru_cache(maxsize=2 * KEPT)
+def _traced(subject: Subject, home: str) -> tuple[Tree, Tree]:
+    """Shapes of outputs and sown collections of a training pass under bfloat16, scan and rematerialisation."""
     config = plain(subject.place(home))
     own = {"scan": True, "remat": "full", "dtype": "bfloat16"}
     model = build(config, **{name: value for name, value in own.items() if name in config["model"]})
-    inputs, ctx = _example(config)
-    rngs = _keys()
+    return _pass(model, *_example(config))
 
-    def objective(params: Tree, rest: Tree, x: Any) -> tuple[Any, Tree]:
-        variables = {**rest, "params": params}
-        mutable = ["losses", "stats", "measured", "routing"]
-        out, sown = model.apply(variables, x, ctx.replace(train=True), rngs=rngs, mutable=mutable)
-        return out.sum() + sum(leaf.sum() for leaf in jax.tree.leaves(sown.get("losses", {}))), (out, sown)
 
-    def run(x: Any) -> tuple[Tree, Tree, Tree]:
-        variables = dict(model.init(rngs, x, ctx, mutable=["params", "router_state"]))
-        params = variables.pop("params")
-        if home != subject.home:
-            return None, *objective(params, variables, x)[1]
-        gradients, (out, sown) = jax.grad(objective, has_aux=True)(params, variables, x)
-        return gradients, out, sown
-
-    return jax.eval_shape(run, inputs)
+def _pass(model: Any, inputs: jax.ShapeDtypeStruct, ctx: Context) -> tuple[Tree, Tree]:
+    """Shapes of outputs and of variables and sown collections of a training pass that makes its own variables."""
+    ctx = ctx.replace(train=True)
+    mutable = ["params", "router_state", "losses", "stats", "measured", "routing"]
+    return jax.eval_shape(lambda x: model.init_with_output(_keys(), x, ctx, mutable=mutable), inputs)
 
 
 def _example(config: Mapping[str, Any], rows: int = ROWS) -> tuple[jax.ShapeDtypeStruct, Context]:

@@ -5,6 +5,7 @@ A subject is tiny: one repeat of the blocks that are the method's own, twice; 16
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from moejax.core.errors import ConfigError
 from moejax.core.registry import Given, Many, Registry
 from moejax.models import DecoderLM, ViT
 from moejax.models.registry import network
+from moejax.train.program import build_task
 from moejax.train.settings import plain
 
 WIDTH, VOCABULARY, MAX_LENGTH = 16, 32, 32
@@ -41,6 +43,7 @@ PLACES = {
     "norm": f"{BLOCK}.norm",
     "block": BLOCK,
     "adapter": "adapters.tried",
+    "task": "task",
 }
 # Required fields that are no slots, by name; where two kinds mean two things by a name, also by type.
 VALUES: dict[str, Any] = {
@@ -55,6 +58,10 @@ VALUES: dict[str, Any] = {
     "steps": 10,
     "learning_rate": 0.01,
     "targets": ("*/mixer",),
+    "path": "runs/start",
+    "config": {"model": {"kind": "decoder_lm"}},
+    "paths": ("new",),
+    "paths: Mapping": {"old": "older"},
 }
 # What fills a required slot.
 PARTS: dict[str, Any] = {
@@ -65,7 +72,7 @@ PARTS: dict[str, Any] = {
     "initializer": {"kind": "fan_in"},
     "ffn": {"kind": "ffn", "hidden": 8},
     "mixer": {"kind": "attention", "num_heads": 4},
-    "source": {"kind": "fresh"},
+    "source": {"kind": "run", "config": plain(small_lm.get_config())},
 }
 PARTS["block"] = {"kind": "transformer", **{slot: PARTS[slot] for slot in ("norm", "mixer", "ffn")}}
 
@@ -99,8 +106,9 @@ class Subject:
 
     @functools.cached_property
     def holds(self) -> frozenset[type]:
-        """The classes that it is made of."""
-        return made_of(build(self.place(self.home)))
+        """The classes that it is made of, its task's included."""
+        config = self.place(self.home)
+        return made_of((build(config), build_task(plain(config)["task"], {})))
 
 
 def build(config: Mapping[str, Any] | ConfigDict, context: Mapping[str, Any] | None = None, **changes: Any) -> nn.Module:
@@ -142,7 +150,9 @@ def of_kind(slot: str, name: str) -> Subject:
 def made_for(kind: Kind) -> Subject:
     """A small decoder around a kind, or a small model of images where a decoder would be refused it."""
     if kind.slot not in PLACES:
-        raise ConfigError(f"{kind}: nobody says where in a model a {kind.slot} stands; say it in experiments/battery/subjects.py")
+        raise ConfigError(
+            f"{kind}: nobody says where in a model a {kind.slot} stands; say it in experiments/battery/subjects.py"
+        )
     config = small(small_lm.get_config())
     with config.unlocked(), config.ignore_type():
         *path, last = PLACES[kind.slot].split(".")
@@ -166,13 +176,15 @@ def spec_of(kind: Kind) -> dict[str, Any]:
         given = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if not field.init or given or field.name in ("parent", "name"):
             continue
-        slot = slots.get(field.name)
+        slot, typed = slots.get(field.name), f"{field.name}: {_type_name(field.type)}"
         if slot is not None:
             spec[field.name] = _part(slot)
-        elif field.name in VALUES:
-            spec[field.name] = VALUES[field.name]
+        elif typed in VALUES or field.name in VALUES:
+            spec[field.name] = VALUES.get(typed, VALUES.get(field.name))
         else:
-            raise ConfigError(f"{kind} needs '{field.name}', of which the battery has no example; give it one in {__name__}.VALUES")
+            raise ConfigError(
+                f"{kind} needs '{field.name}', of which the battery has no example; give it one in {__name__}.VALUES"
+            )
     return spec
 
 
@@ -241,6 +253,11 @@ def _part(slot: Registry | Many | Given) -> Any:
         part = _part(slot.registry)
         return {f"{i}": {**part["one"], "num_experts": 4} for i in range(2)} if isinstance(slot.registry, Many) else part
     return PARTS[slot.slot]
+
+
+def _type_name(annotation: Any) -> str:
+    """`Mapping` of `Mapping[str, str]`."""
+    return getattr(typing.get_origin(annotation) or annotation, "__name__", str(annotation))
 
 
 def _shrink(spec: ConfigDict) -> None:
