@@ -10,7 +10,7 @@ from moejax.core.params import Initializer, per_expert
 from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
-from moejax.experts.registry import banks, declare
+from moejax.experts.registry import banks, declare, dropout, dropout_key
 
 
 @banks.register("low_rank", slots={"init_a": initializers, "init_b": initializers})
@@ -21,6 +21,7 @@ class LowRank(Bank):
       rank: r, of each expert.
       features: output width; the input's by default.
       num_experts: e.
+      dropout: rate of dropout on x in training, drawn anew for each expert.
       scale: explicit, since repositories divide alpha by total, active, per-expert or initial rank.
       init_a, init_b: how A and B start. A: Kaiming-uniform with a = sqrt(5), as in the reference implementation, which is
         U(-1/sqrt(d), 1/sqrt(d)).
@@ -30,12 +31,13 @@ class LowRank(Bank):
     features: int | None = None
     num_experts: int = 1
     scale: float = 1.0
+    dropout: float = 0.0
     init_a: Initializer = FanIn(1 / 3, "uniform")
     init_b: Initializer = Zeros()
 
     @nn.compact
     def __call__(self, width: int, ctx: Context | None = None) -> Experts:
-        e, r, scale = self.num_experts, self.rank, self.scale
+        e, r, scale, rate = self.num_experts, self.rank, self.scale, self.dropout
         params, axes = declare(
             self,
             {
@@ -44,7 +46,7 @@ class LowRank(Bank):
             },
         )
 
-        def expert(p: Matrices, x: Array, layout: Layout) -> Array:
-            return scale * layout.low_rank(x, p["a"], p["b"])
+        def expert(p: Matrices, x: Array, layout: Layout, key: Array | None = None) -> Array:
+            return scale * layout.low_rank(x if key is None else dropout(x, rate, key), p["a"], p["b"])
 
-        return Experts(expert, params, axes)
+        return Experts(expert, params, axes, key=dropout_key(self, rate, ctx))

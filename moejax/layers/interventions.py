@@ -17,6 +17,7 @@ choices as there are: with `k`, that is room for as many as the rule can rank. W
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError, nearest
@@ -32,7 +33,7 @@ def interventions(module: nn.Module) -> dict[str, Array]:
       ConfigError: an unknown name, or two interventions that both say who is chosen.
     """
     here: Any = module.variables.get(COLLECTION, {})
-    found = {name: value for name, value in here.items() if not hasattr(value, "items")}
+    found = {name: jnp.asarray(value) for name, value in here.items() if not hasattr(value, "items")}
     where = f"{COLLECTION} of {'/'.join(module.path) or type(module).__name__}"
     for name in found:
         if name not in NAMES:

@@ -44,7 +44,9 @@ def plan_tokens(
     """
     _check_fit(logits.shape[-1], select, num_experts)
     forced = interventions(module)
-    logits = ctx.clean(logits + forced.pop("logit_bias", 0))
+    if "logit_bias" in forced:
+        logits = logits + forced.pop("logit_bias")
+    logits = ctx.clean(logits)
     if forced and not isinstance(select, TokenChoice):
         raise ConfigError(
             f"interventions.{', '.join(forced)} in {'/'.join(module.path)} needs token choice, not {type(select).__name__}"
@@ -110,10 +112,9 @@ def sow_losses(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], sc
 def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float[Array, "g n d"], Context]:
     """Tokens and context in the groups that compete for capacity: one 'sequence', the whole 'batch', or each 'position'.
 
-    Padding becomes zeros, so that whatever lies there touches neither router nor experts.
-
     With 'position', tokens compete only with those of other sequences at the same position, so that rules which select over
-    tokens (expert choice) do not see the future of their own sequence.
+    tokens (expert choice) do not see the future of their own sequence. Padding becomes zeros, so that whatever lies there touches
+    neither router nor experts.
     """
     x = ctx.clean(x)
     if by == "batch":

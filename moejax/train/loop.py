@@ -195,14 +195,16 @@ class _Run:
     def train(self, signals: Signals) -> RunResult:
         """Runs to the last step and evaluates."""
         settings = self.training
-        self._report("compile")
-        train_step = self.program.train if self.step < settings.steps else None
+        train_step = None
+        if self.step < settings.steps:
+            self._report("compile")
+            train_step = self.program.train
+            self._report("train")
         tokens = self.program.task.size(self.program.batch)
         recent = RecentBatches(settings.log_every)
         # A signal reaches one process; the step at which all of them stop is one that all of them know.
         agree = None if jax.process_count() == 1 else hosts.Agreement(self.parallel.mesh)
         first_step_seconds = None
-        self._report("train")
         while self.step < settings.steps:
             batch = next(self.batches)
             self.state, metrics = train_step(self.state, self._place(batch))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -33,6 +33,16 @@ from moejax.train.trainable import Learning, learning
 KEPT = 8
 
 BatchShapes = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+class _Traced(NamedTuple):
+    """An untrained model: the jitted function from a key to its variables, their shapes, what it says of its parameters, and what its
+    adapters sit around."""
+
+    variables: Callable[[Array], Any]
+    shapes: Any
+    notes: Notes
+    adapted: tuple[Any, ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,23 +103,19 @@ class Program:
             flat = flax.traverse_util.flatten_dict(made)
             return {path: flat[path] for path in paths}
 
-        if given is not None:
-            like = flax.traverse_util.flatten_dict(self.state.variables)
-            given = flax.traverse_util.unflatten_dict({path: _put(x, like[path]) for path, x in given.items()})
-        read = {} if self.parallel is None else {"out_shardings": rules.replicated(self.parallel.mesh)}
-        made = jax.jit(some, **read)(np.asarray(jax.random.key_data(key)), given)
+        there = None if given is None else flax.traverse_util.unflatten_dict(dict(given))
+        # Of what is there, only what something looks at goes to a device.
+        made = jax.jit(some)(np.asarray(jax.random.key_data(key)), there)
         return {path: np.asarray(x) for path, x in made.items()}
 
     def is_adapter(self, path: Path) -> bool:
         """Whether a variable, by path with the collection first, belongs to an adapter."""
-        _, _, notes = self._traced
-        return "adapters" in notes.roles(path[1:])
+        return "adapters" in self._traced.notes.roles(path[1:])
 
     @functools.cached_property
     def parameters(self) -> Any:
         """A tree of `moejax.core.roles.Parameter`: axes and roles of each parameter."""
-        _, shapes, notes = self._traced
-        return notes.describe(shapes["params"])
+        return self._traced.notes.describe(self._traced.shapes["params"])
 
     @functools.cached_property
     def learning(self) -> Learning:
@@ -132,7 +138,7 @@ class Program:
     @functools.cached_property
     def _own(self) -> TrainState:
         """Shapes of the state without the frozen models."""
-        _, _, notes = self._traced
+        notes = self._traced.notes
         state = jax.eval_shape(self._fresh, _key_data())
         if self.parallel is None:
             return abstract(state)
@@ -219,10 +225,7 @@ class Program:
     @functools.cached_property
     def adapted_layers(self) -> tuple[AdaptedLayer, ...]:
         """What the model's adapters sit around; nothing if it has none."""
-        _ = self._traced  # made outside of the trace below, which it is a part of
-        with record_adapted() as found:
-            state = jax.eval_shape(self._fresh, _key_data())
-        return layers_of(found, state.params)
+        return layers_of(self._traced.adapted, self._traced.shapes["params"])
 
     @functools.cached_property
     def _traced_train(self) -> Any:
@@ -252,23 +255,19 @@ class Program:
         return self._begun(self._variables(key_data), key_data)
 
     def _variables(self, key_data: Array) -> Any:
-        variables, _, _ = self._traced
-        return variables(key_data)
+        return self._traced.variables(key_data)
 
     @functools.cached_property
-    def _traced(self) -> tuple[Callable[[Array], Any], Any, Notes]:
-        """The function from a key to an untrained model's variables, their shapes, and what the model says of its parameters.
-
-        Jitted, so that the model is traced here and nowhere else, however many programs this is a part of.
-        """
+    def _traced(self) -> _Traced:
+        """What is known of the untrained model. It is traced here and nowhere else, however many programs this is a part of."""
 
         def variables(key_data: Array) -> Any:
             return self._init_variables(jax.random.wrap_key_data(key_data))
 
         jitted = jax.jit(variables)
-        with record() as notes:
+        with record() as notes, record_adapted() as adapted:
             shapes = jax.eval_shape(jitted, _key_data())
-        return jitted, shapes, notes
+        return _Traced(jitted, shapes, notes, tuple(adapted))
 
     def _init_variables(self, key: Array, given: Mapping[str, Any] | None = None) -> Any:
         return init_variables(self.model, self.task.inputs, self.batch, key, given)
@@ -358,7 +357,8 @@ def build_task(spec: dict[str, Any], context: dict[str, Any]) -> Task:
 
 
 def _key_data() -> np.ndarray:
-    return np.zeros_like(jax.random.key_data(jax.random.key(0)))
+    with jax.ensure_compile_time_eval():  # may be asked for while something else is traced
+        return np.zeros_like(jax.random.key_data(jax.random.key(0)))
 
 
 def _frozen_inputs(task: Task, name: str, batch: Batch, step: Any, train: bool) -> tuple[Any, Any]:

@@ -52,7 +52,7 @@ def test_a_stack_may_start_alike_or_by_the_width_of_all() -> None:
     [
         (banks, {"kind": "ffn", "hidden": F, "init_out": {"kind": "zeros"}}, (D,), "w_out"),
         (banks, {"kind": "glu", "hidden": F, "init_in": {"kind": "zeros"}}, (D,), "w_up"),
-        (banks, {"kind": "lora", "rank": 2, "features": 3, "init_a": {"kind": "zeros"}}, (D,), "a"),
+        (banks, {"kind": "low_rank", "rank": 2, "features": 3, "init_a": {"kind": "zeros"}}, (D,), "a"),
         (banks, {"kind": "residual", "hidden": F, "init_in": {"kind": "zeros"}}, (D,), "w_in_0"),
         (banks, {"kind": "constant", "init_v": {"kind": "zeros"}}, (D,), "v"),
         (ffns, {"kind": "ffn", "hidden": F, "init_in": {"kind": "zeros"}}, (jnp.ones((1, 2, D)),), "w_in"),

@@ -99,13 +99,34 @@ class TestContext:
         assert wheels.build(dict(kind="round"), where="w", size=5, colour="red") == Round(5)
         assert wheels.build(dict(kind="round", size=7), where="w", size=5) == Round(7)
 
-    def test_what_a_spec_says_is_the_context_of_its_parts(self) -> None:
+    def test_what_is_not_handed_down_stays_where_it_is_said(self) -> None:
+        """A field of a part that has the same name by chance is its own."""
         built = cars.build(saloon(size=3, engines=dict(diesel=dict(power=1.0))), where="car", size=9)
-        assert built == Saloon(Square(3), engines=(Diesel(1.0, size=3),), size=3)
+        assert built == Saloon(Square(9), engines=(Diesel(1.0, size=9),), size=3)
+
+    def test_what_is_handed_down_reaches_all_parts(self) -> None:
+        inner, outer = Registry("inner"), Registry("outer")
+
+        @inner.register("in")
+        @dataclasses.dataclass(frozen=True)
+        class In:
+            num_experts: int = 1
+            coef: float = 0.5
+
+        @outer.register("out", slots={"part": inner, "parts": Many(inner)})
+        @dataclasses.dataclass(frozen=True)
+        class Out:
+            part: Any
+            parts: tuple[Any, ...] = ()
+            num_experts: int = 2
+            coef: float = 1.0
+
+        spec = dict(kind="out", part=dict(kind="in"), parts={"in": {}}, num_experts=7, coef=3.0)
+        assert outer.build(spec, where="x") == Out(In(7), (In(7),), 7, 3.0)
 
     def test_a_slot_may_give_its_parts_other_values(self) -> None:
-        built = cars.build(saloon(size=3, spare=dict(kind="square")), where="car")
-        assert (built.wheel, built.spare) == (Square(3), Square(2))
+        built = cars.build(saloon(size=3, spare=dict(kind="square")), where="car", size=9)
+        assert (built.wheel, built.spare) == (Square(9), Square(2))
         assert cars.build(saloon(size=3, spare=dict(kind="square", size=8)), where="car").spare == Square(8)
 
     def test_a_slot_is_filled_only_where_it_is_written(self) -> None:

@@ -199,6 +199,8 @@ class TestInterventions:
             y, state = forced({**variables, "interventions": {"k": jnp.int32(k)}}, x, ctx)
             np.testing.assert_allclose(y, compiled(other)(variables, x, ctx), rtol=1e-5, atol=1e-6)
             assert state["stats"]["experts_per_token"] == k
+        by_number = moe.apply({**variables, "interventions": {"k": 3}}, x, ctx)
+        np.testing.assert_allclose(by_number, y, rtol=1e-5, atol=1e-6)
 
     def test_what_cannot_be_forced(self, rng: np.random.Generator) -> None:
         x, moe = inputs(rng), layer()
@@ -217,6 +219,8 @@ class TestErrorsAndQuestions:
             MoE(Linear(8), TopK(), GLU(hidden=3, num_experts=4))
         with pytest.raises(ConfigError, match="k=5 exceeds num_experts=4; lower k or add experts"):
             layer(TopK(k=5))
+        with pytest.raises(ConfigError, match=r"select=Linear\((.|\n)*\) is no select rule; derive it from moejax.TokenChoice"):
+            MoE(Linear(4), Linear(4), GLU(hidden=3, num_experts=4))
         with pytest.raises(ConfigError, match="group_by='sentence' is unknown; valid names: sequence, batch, position"):
             layer(group_by="sentence")
         x = inputs(rng)

@@ -56,7 +56,7 @@ def language_model(*pattern):
 def with_lora(spec):
     routed = LoRA(num_experts=8, rank=2, scale=2.0, select=TopK(k=2), targets=("*/q",))
     return Adapted(
-        models.build(spec), {"routed": routed, "plain": LoRA(rank=2, scale=1.0, targets=("*/w_*", "*/v", "embedding"))}
+        models.build(spec), {"routed": routed, "plain": LoRA(rank=2, scale=0.1, targets=("*/w_*", "*/v", "embedding"))}
     )
 
 

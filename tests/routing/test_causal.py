@@ -66,7 +66,7 @@ def what_tokens_get(rule: Select, x: np.ndarray, train: bool) -> tuple[np.ndarra
 @functools.cache
 def _compiled(rule: Select, train: bool) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
     def run(x: jax.Array) -> tuple[jax.Array, ...]:
-        plan = rule(x, Context(train=train, key=jax.random.key(0)))
+        plan = rule(x, Context(train=train, key=jax.random.key(0), step=jnp.int32(0)))
         return (plan.dense(),) if hasattr(plan, "dense") else (plan.dispatch, plan.combine)
 
     return jax.jit(run)

@@ -132,7 +132,7 @@ class TestTinyTotals:
 
     def test_winners_of_equal_zeros(self) -> None:
         """A token whose outputs are all zero answers nobody: weights of 0 and finite gradients, not 0 / 0."""
-        layer = Competition(Linear(3), FFN(4, 3), k=2, affinity="silu", rate=1.0)
+        layer = Competition(Linear(3), FFN(4, num_experts=3), k=2, affinity="silu", rate=1.0)
         x = jnp.zeros((1, 2, 5)).at[0, 0].set(1.0)
         variables = jax.jit(layer.init)({"params": jax.random.key(0)}, x)
 
@@ -155,7 +155,7 @@ class TestPadding:
         clean = rng.normal(size=(G, N, rule.num_outputs(E))).astype(np.float32)
 
         def run(x: jax.Array) -> tuple[jax.Array, tuple]:
-            ctx = Context(valid=jnp.asarray(VALID), train=True, key=jax.random.key(0))
+            ctx = Context(valid=jnp.asarray(VALID), train=True, key=jax.random.key(0), step=jnp.int32(0))
             plan, logits = rule(x, ctx), ctx.clean(x)  # what layers do
             real = Routing(logits, rule.probabilities(logits), plan, jnp.asarray(VALID))
             return plan.assigned().sum() + Importance(1.0)(real), (plan, routing_stats(real))

@@ -155,7 +155,7 @@ class ZeroOneLoss(Loss):
 class TestOnesOwn:
     def test_a_layer_sows_it_weighted_under_its_own_name(self, rng: np.random.Generator) -> None:
         x = jnp.asarray(rng.normal(size=(1, N, 5)), jnp.float32)
-        layer = MoE(Linear(E), TopK(), FFN(3, E), losses=(ZeroOneLoss(0.5), ZLoss()), backend="reference")
+        layer = MoE(Linear(E), TopK(), FFN(3, num_experts=E), losses=(ZeroOneLoss(0.5), ZLoss()), backend="reference")
         y, variables = layer.init_with_output(jax.random.key(0), x)
         _, sown = jax.jit(lambda v: layer.apply(v, x, mutable=["losses", "stats"]))({"params": variables["params"]})
         np.testing.assert_allclose(sown["losses"]["zero_one_loss"], 0.5 * sown["stats"]["load"].max(), rtol=1e-6)
@@ -173,7 +173,7 @@ class TestOnesOwn:
             (Balance(), r"losses=Balance\(.*\) must be a tuple, as in losses=\(Balance"),
         ):
             with pytest.raises(ConfigError, match=message):
-                MoE(Linear(E), TopK(), FFN(3, E), losses=given)
+                MoE(Linear(E), TopK(), FFN(3, num_experts=E), losses=given)
 
 
 @pytest.mark.parametrize(

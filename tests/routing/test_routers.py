@@ -142,7 +142,10 @@ def built(kind: str) -> Router:
     """The registered router with no more said than it needs."""
     needed = {f.name for f in dataclasses.fields(routers[kind])}
     inner = {"router": {"kind": "linear", "num_experts": 4}} if "router" in needed else {}
-    return routers.build({"kind": kind, "num_experts": 4, **inner}, "router")
+    counted = (
+        {"frequencies": (5.0, 4.0, 3.0, 2.0, 1.0, 1.0), "head_experts": 3, "tail_experts": 2} if kind == "token_mask" else {}
+    )
+    return routers.build({"kind": kind, "num_experts": 4, **inner, **counted}, "router")
 
 
 def defaults(kind: str) -> Select:
@@ -154,12 +157,12 @@ def defaults(kind: str) -> Select:
 def test_every_router_serves_every_rule(kind: str) -> None:
     router, x = Own(4) if kind == "own" else built(kind), jax.ShapeDtypeStruct((G, 6, D), jnp.float32)
     for name in selects.kinds():
-        layer = MoE(router, defaults(name), FFN(3, 4), backend="reference")
+        layer = MoE(router, defaults(name), FFN(3, num_experts=4), backend="reference")
 
         def run(x: jax.Array, layer: MoE = layer) -> jax.Array:
             ids = jnp.broadcast_to(jnp.arange(6), (G, 6))
             rngs = {name: jax.random.key(0) for name in ("params", "router")}
-            y, variables = layer.init_with_output(rngs, x, Context(train=True, token_ids=ids, positions=ids))
+            y, variables = layer.init_with_output(rngs, x, Context(train=True, token_ids=ids, positions=ids, step=jnp.int32(0)))
             return y, variables["routing"]["logits"]
 
         y, logits = jax.eval_shape(run, x)

@@ -35,8 +35,8 @@ class Adapted(nn.Module):
         logits = model.apply(variables, tokens)
 
     The tree of parameters is the model's own, with an entry `adapter_<name>` more beside each adapted kernel, so a pretrained tree fits
-    as it is (`split_adapters`, `join_adapters`). Works inside scanned and rematerialised layers. Several adapters of one layer are applied in order;
-    those that change its matrix come first.
+    as it is (`split_adapters`, `join_adapters`). Works inside scanned and rematerialised layers. Several adapters of one layer are
+    applied in order; those that change its matrix come first.
 
     For each call, `using` says which adapters are on, and `Context.adapter` which one each token uses.
 

@@ -1,6 +1,5 @@
 """LoRA: a matrix of low rank beside a frozen one (Hu et al. 2021), one for all tokens or a routed mixture of several."""
 
-import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.layer import Layer, RowWise
 from moejax.core.params import param, per_expert
+from moejax.core.paths import matches
 from moejax.experts.low_rank import LowRank
 from moejax.experts.registry import dropout
 from moejax.layers.adapters.base import Adapter, Site, as_tokens
@@ -82,7 +82,7 @@ class LowRankAdapter(Adapter, RowWise):
         return (w if isinstance(w, LowRankSum) else LowRankSum(w)).plus(a, self.multiplier(site) * b, inner, outer)
 
     def factors(self, site: Site) -> tuple[Float[Array, "d r"], Float[Array, "r o"]]:
-        """A and B of a matrix `[d, o]`. For a table A, whose rows are looked up, is what starts at zero, as in the reference implementation."""
+        """A and B of a matrix `[d, o]`. Of a table, whose rows are looked up, A is what starts at zero, as in the reference code."""
         (d, o), (inner, outer), r = site.shape, site.axes, self.rank_at(site)
         start = (_ZEROS, nn.initializers.normal(1.0)) if site.table else (_UNIFORM, _ZEROS)
         a = param(self, "a", start[0], (d, r), (inner, "rank"))
@@ -103,7 +103,7 @@ class LowRankAdapter(Adapter, RowWise):
         if not isinstance(self.rank, Mapping):
             return self.rank
         for pattern, rank in self.rank.items():
-            if fnmatch.fnmatchcase(site.path, pattern):
+            if matches(site.path, pattern):
                 return rank
         raise ConfigError(f"rank={dict(self.rank)} gives no rank for {site.path}; add a pattern that matches it, such as '*'")
 
@@ -152,6 +152,12 @@ class LoRA(LowRankAdapter):
             raise ConfigError(f"num_experts=1 is plain LoRA, which has no {given[0]}; set num_experts to the number of experts")
         if self.bank is not None and (self.rank, self.scale) != (None, None):
             raise ConfigError("rank and scale are those of the low-rank bank; leave them out beside a bank of your own")
+        if self.bank is not None and not hasattr(self.bank, "features"):
+            raise ConfigError(
+                f"bank={type(self.bank).__name__} has no output width to choose; take one with a field 'features'"
+            )
+        if self.bank is not None and self.dropout:
+            raise ConfigError(f"dropout={self.dropout} is that of the low-rank bank; set it in a bank of your own")
         if self.bank is None:
             super().__post_init__()
         else:
@@ -172,7 +178,7 @@ class LoRA(LowRankAdapter):
         y = site.call(x)
         rows = site.rows(x).astype(y.dtype)
         tokens, ctx = as_tokens(rows, ctx)
-        mixture = self._mixture(site.shape[-1], self.rank_at(site) if self.bank is None else 0).clone(parent=self, name="moe")
+        mixture = self._mixture(site).clone(parent=self, name="moe")
         return y + site.put(mixture(tokens, ctx).reshape(*rows.shape[:-1], -1).astype(y.dtype))
 
     def stack(self, w: Any, site: Site, ctx: Context | None = None) -> LowRankSum:
@@ -199,10 +205,12 @@ class LoRA(LowRankAdapter):
         """Share of the experts' parameters that a token uses, on average at most."""
         return self._mixture().active_fraction() if self.num_experts > 1 else 1.0
 
-    def _mixture(self, features: int = 1, rank: int = 1) -> MoE:
-        e = self.num_experts
+    def _mixture(self, site: Site | None = None) -> MoE:
+        """The routed layer beside the frozen one; of any size where only questions are asked of it."""
+        e, features = self.num_experts, site.shape[-1] if site else 1
         if self.bank is None:
-            experts = LowRank(rank, features, num_experts=e, scale=self.scale, parent=None)
+            rank, scale = (self.rank_at(site), self.multiplier(site)) if site else (1, 1.0)
+            experts = LowRank(rank, features, num_experts=e, scale=scale, dropout=self.dropout, parent=None)
         else:
             experts = self.bank.copy(features=features, parent=None)
         router = Linear(e, parent=None) if self.router is None else self.router.copy(parent=None)

@@ -19,7 +19,7 @@ from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan,
 from moejax.routing.balancers import STATE, Balancer, balancers
 from moejax.routing.losses.base import Loss, check_losses, losses
 from moejax.routing.routers.base import ask, check_num_experts, routers, told
-from moejax.routing.select.base import Select, selects
+from moejax.routing.select.base import Select, check_select, selects
 
 SLOTS = {
     "router": routers,
@@ -74,7 +74,8 @@ class MoE(Layer):
         check_losses(self.losses)
         check_choice("group_by", self.group_by, GROUPINGS)
         check_num_experts(self.router, self.bank)
-        for rule in (self.select, self.eval_select or self.select):
+        for name, rule in (("select", self.select), ("eval_select", self.eval_select or self.select)):
+            check_select(name, rule)
             rule.check_num_experts(self.bank.num_experts)
         object.__setattr__(self, "router", told(self.router, self.select.outputs))
         super().__post_init__()

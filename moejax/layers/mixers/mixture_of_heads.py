@@ -14,7 +14,7 @@ from moejax.layers.routed import plan_tokens, sow_routing
 from moejax.routing.losses.base import Loss, Routing, check_losses, losses
 from moejax.routing.routers.base import ask, routers, told
 from moejax.routing.routers.linear import Linear
-from moejax.routing.select import Select, TopK, selects
+from moejax.routing.select import Select, TopK, check_select, selects
 
 
 class RoutedHeads(Attention):
@@ -39,6 +39,7 @@ class RoutedHeads(Attention):
         check_losses(self.losses)
         if not 0 <= self.shared_heads < self.num_heads:
             raise ConfigError(f"shared_heads={self.shared_heads} must be at least 0 and less than num_heads={self.num_heads}")
+        check_select("select", self.select)
         self.select.check_num_experts(self.num_heads - self.shared_heads)
         super().__post_init__()
 
@@ -102,7 +103,7 @@ class MixtureOfHeads(RoutedHeads):
         super().__post_init__()
 
     def _gates(self, x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context) -> Float[Array, "b s h"]:
-        routed = self.num_heads - self.shared_heads
+        x, routed = ctx.clean(x), self.num_heads - self.shared_heads
         router = Linear(routed, outputs=self.select.outputs, name="router") if self.router is None else self.router
         r, _ = self._route(ask(router, x, ctx), ctx)
         if not self.shared_heads:
@@ -119,8 +120,8 @@ class QueryNormHeads(RoutedHeads):
     """Gates without parameters, for continued training of a model that has none: a token takes the heads with the longest queries.
 
     The logits are the norms of the routed heads' queries before rotary positions, divided by their standard deviation over these
-    heads (the unbiased one, as in the release). Gates are binary, shared heads 1, so that outputs keep the scale that the model was trained with; the gradient passes
-    as if each gate were its weight in the plan (straight-through).
+    heads (the unbiased one, as in the release). Gates are binary, shared heads 1, so that outputs keep the scale that the model was
+    trained with; the gradient passes as if each gate were its weight in the plan (straight-through).
     """
 
     def _gates(self, x: Float[Array, "b s d"], q: Float[Array, "b s h c"], ctx: Context) -> Float[Array, "b s h"]:

@@ -18,7 +18,7 @@ business.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,9 @@ class Select:
         self.check_num_experts(self.num_experts(num_outputs))
         for name in self.needs:
             if getattr(ctx, name) is None and (ctx.train or name not in ("key", "step")):
-                raise ConfigError(f"the select rule {type(self).__name__} lacks Context.{name}: {_GIVEN_BY[name]}")
+                raise ConfigError(
+                    f"the select rule {type(self).__name__} lacks Context.{name}: {_GIVEN_BY.get(name, 'it cannot do without')}"
+                )
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raises ConfigError if tokens are to take more experts than there are."""
@@ -130,6 +132,12 @@ class Select:
             value = getattr(self, name, None)
             if value is not None and value > num_experts + self.null_outputs:
                 raise ConfigError(f"{name}={value} exceeds num_experts={num_experts}{null}; lower {name} or add experts")
+
+
+def check_select(name: str, rule: Any) -> None:
+    """Raises ConfigError if the field `name` of a layer holds something else than a select rule."""
+    if not isinstance(rule, Select):
+        raise ConfigError(f"{name}={rule!r} is no select rule; derive it from moejax.TokenChoice, or from moejax.Select")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +167,7 @@ class TokenChoice(Select):
         """Which of the experts that are given to a token from outside it takes: all of them."""
         return jnp.ones(expert.shape, bool)
 
-    def limit(self, plan: TokenPlan, logits: Float[Array, "g n o"], ctx: Context) -> TokenPlan:
+    def within_capacity(self, plan: TokenPlan, logits: Float[Array, "g n o"], ctx: Context) -> TokenPlan:
         """The plan without the choices for which there is no room: dropless."""
         return plan
 
@@ -220,7 +228,7 @@ class TokenChoice(Select):
             expert = jnp.minimum(expert, num_experts - 1)
         if ctx.valid is not None:
             wanted = wanted & ctx.valid[..., None]
-        return self.limit(dropless(expert, weight, wanted, num_experts), logits, ctx)
+        return self.within_capacity(dropless(expert, weight, wanted, num_experts), logits, ctx)
 
     def within_reach(self, logits: Float[Array, "g n o"], ctx: Context) -> Float[Array, "g n o"]:
         return self._hide(logits, self.reach(logits, ctx))
@@ -274,7 +282,7 @@ class CapacityLimited(TokenChoice):
     def per_token(self) -> bool:
         return self.factor(train=False) is None
 
-    def limit(self, plan: TokenPlan, logits: Float[Array, "g n o"], ctx: Context) -> TokenPlan:
+    def within_capacity(self, plan: TokenPlan, logits: Float[Array, "g n o"], ctx: Context) -> TokenPlan:
         factor = self.factor(ctx.train)
         if factor is None:
             return plan
