@@ -58,14 +58,15 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(eq=False)
 class Programs:
-    """The programs of a subject in its home."""
+    """The programs of a subject as a language model ('LM') or as one of images ('ViT')."""
 
     subject: Subject
+    home: str
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Plain config of the home."""
-        return plain(self.subject.place(self.subject.home))
+        """Plain config."""
+        return plain(self.subject.place(self.home))
 
     @functools.cached_property
     def task(self) -> Task:
@@ -92,7 +93,7 @@ class Programs:
     def batch(self, seed: int = 0, rows: int = ROWS) -> Batch:
         """A random batch of the task, without padding."""
         rng = np.random.default_rng(seed)
-        if self.subject.home == "LM":
+        if self.home == "LM":
             tokens = rng.integers(0, VOCABULARY, (2, rows, LENGTH)).astype(np.int32)
             ones = np.ones((rows, LENGTH), np.int32)
             places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ones.shape)
@@ -134,7 +135,8 @@ class Programs:
 
         with fixed_draws():
             variables = draw(lambda keys: layers["reference"].init(keys, jnp.asarray(x), _layer_context(jnp.asarray(valid))))
-            return host(jax.jit(run)(variables, x, valid)), refused
+            out = host(jax.jit(run)(variables, x, valid))
+        return {name: out[name] for name in LOCAL_BACKENDS if name in out}, refused
 
     def together(self, parts: Mapping[str, Any]) -> dict[str, Tree]:
         """'losses' and 'gradients' of a step of two microbatches on a mesh.
@@ -231,9 +233,9 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=KEPT)
-def programs(subject: Subject) -> Programs:
-    """The programs of a subject, compiled once while it is looked at."""
-    return Programs(subject)
+def programs(subject: Subject, home: str = "") -> Programs:
+    """The programs of a subject, where it is at home unless another place is named; compiled once while it is looked at."""
+    return Programs(subject, home or subject.home)
 
 
 class _Side(nn.Module):

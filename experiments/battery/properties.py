@@ -175,7 +175,7 @@ def saved(subject: Subject) -> str:
     config = json.loads(json.dumps(made.config))
     assert build(config) == build(made.config), "a model built from the saved config differs"
     optimizer = optimizers.build(made.config["optimizer"], "optimizer", steps=10)
-    state = begin_state(made.variables, optimizer, jax.random.key(0))
+    state = begin_state(jax.tree.map(jnp.asarray, made.variables), optimizer, jax.random.key(0))
     with tempfile.TemporaryDirectory() as folder:
         with_files = Checkpoints(Path(folder) / "checkpoints", keep=1, asynchronous=False)
         with_files.save(1, state, {}, {"config": config})
@@ -210,8 +210,14 @@ PROPERTIES: dict[str, Callable[[Subject], str]] = {
     "saved": saved,
     "paper": paper,
 }
-# Of a kind that no headline arm holds, what costs most is not tried again.
-OF_KINDS = {name: PROPERTIES[name] for name in PROPERTIES if name not in ("devices", "saved", "paper")}
+# Of a kind that no headline arm holds, what it can change is tried, and not what costs most.
+OF_KINDS = {
+    "loss": ("LM", "padding", "bfloat16", "degenerate"),
+    "router": ("LM", "ViT", "causal", "decode", "padding", "bfloat16", "degenerate"),
+    "bank": ("LM", "ViT", "backends", "padding", "bfloat16", "degenerate"),
+    "task": ("LM", "degenerate", "saved"),
+}
+OF_A_KIND = ("LM", "ViT", "backends", "causal", "decode", "padding", "bfloat16", "degenerate")
 # What a method may be without; the others every one must have.
 REFUSABLE = frozenset({"LM", "ViT", "causal", "decode"})
 
@@ -311,10 +317,8 @@ def _with_padding(batch: Batch, junk: int) -> Batch:
 
 def _decoder(subject: Subject) -> Any:
     """The programs of a subject as a decoder; raises the refusal if it can be none."""
-    if subject.home != "LM":
-        build(subject.place("LM"))
-        raise ConfigError(f"{subject.name} is no decoder")
-    return programs(subject)
+    build(subject.place("LM"))
+    return programs(subject) if subject.home == "LM" else programs(subject, "LM")
 
 
 @functools.lru_cache(maxsize=2 * KEPT)

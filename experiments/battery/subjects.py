@@ -61,7 +61,7 @@ VALUES: dict[str, Any] = {
     "path": "runs/start",
     "config": {"model": {"kind": "decoder_lm"}},
     "paths": ("new",),
-    "paths: Mapping": {"old": "older"},
+    "paths: Mapping": {"old/*": "older/*"},
 }
 # What fills a required slot.
 PARTS: dict[str, Any] = {
@@ -73,6 +73,7 @@ PARTS: dict[str, Any] = {
     "ffn": {"kind": "ffn", "hidden": 8},
     "mixer": {"kind": "attention", "num_heads": 4},
     "source": {"kind": "run", "config": plain(small_lm.get_config())},
+    "task": {"kind": "next_token"},
 }
 PARTS["block"] = {"kind": "transformer", **{slot: PARTS[slot] for slot in ("norm", "mixer", "ffn")}}
 
@@ -95,20 +96,15 @@ class Subject:
         """The config as a language model ('LM') or as one of images ('ViT')."""
         return _placed(self, home)
 
-    @functools.cached_property
+    @property
     def home(self) -> str:
-        """Where it is run: as a language model if it can be one, else as one of images."""
-        try:
-            build(self.place("LM"))
-        except ConfigError:
-            return "ViT"
-        return "LM"
+        """Where it lives: as a language model, or as one of images."""
+        return "ViT" if "image_size" in self.config.model else "LM"
 
     @functools.cached_property
     def holds(self) -> frozenset[type]:
         """The classes that it is made of, its task's included."""
-        config = self.place(self.home)
-        return made_of((build(config), build_task(plain(config)["task"], {})))
+        return made_of((build(self.config), build_task(plain(self.config)["task"], {})))
 
 
 def build(config: Mapping[str, Any] | ConfigDict, context: Mapping[str, Any] | None = None, **changes: Any) -> nn.Module:
@@ -140,7 +136,7 @@ def of_kind(slot: str, name: str) -> Subject:
     for slug in names():
         if kind.cls in of_study(slug).holds:
             return of_study(slug)
-    for study, arm in _arms_that_name(kind):
+    for study, arm in arms_that_name(kind):
         subject = Subject(str(kind), small(resolve(study, "smoke", arm)))
         if kind.cls in subject.holds:
             return subject
@@ -163,6 +159,10 @@ def made_for(kind: Kind) -> Subject:
             node = node[part]
         node[last] = ConfigDict(spec_of(kind))
     subject = Subject(str(kind), config)
+    try:
+        build(config)
+    except ConfigError:  # no decoder may hold it
+        subject = Subject(str(kind), subject.place("ViT"))
     if kind.cls not in subject.holds:
         raise ConfigError(f"{kind}: the model made for it does not hold it; mend experiments/battery/subjects.py")
     return subject
@@ -223,22 +223,35 @@ def _placed(subject: Subject, home: str) -> ConfigDict:
     return other
 
 
-def _arms_that_name(kind: Kind) -> Iterator[tuple[Study, str]]:
+def arms_that_name(kind: Kind) -> Iterator[tuple[Study, str]]:
     """Arms of studies in whose words the kind occurs; what they are is seen when they are built."""
     for slug in names():
         study = of_study(slug).study
         for arm in study.every_arm.values():
-            if kind.name in _named(arm.overrides):
+            if kind.name in _words(arm.overrides):
                 yield study, arm.name
 
 
+def _words(overrides: Any) -> Iterator[str]:
+    """The kinds that overrides name, and the parts of their keys: of some slots these are kinds too."""
+    if isinstance(overrides, Mapping | ConfigDict):
+        for key, value in overrides.items():
+            yield from str(key).split(".")
+            yield from _words(value)
+    elif isinstance(overrides, tuple | list):
+        for value in overrides:
+            yield from _words(value)
+    elif isinstance(overrides, str):
+        yield overrides
+
+
 def _named(spec: Any) -> Iterator[str]:
-    """The kinds that a config names, and the names of its mappings, which may be kinds."""
+    """The kinds that a config names."""
     if isinstance(spec, Mapping | ConfigDict):
         for key, value in spec.items():
-            if str(key).split(".")[-1] == "kind":
+            if key == "kind":
                 yield str(value)
-            elif isinstance(value, Mapping | ConfigDict):
+            else:
                 yield from _named(value)
     elif isinstance(spec, tuple | list):
         for value in spec:
@@ -247,8 +260,10 @@ def _named(spec: Any) -> Iterator[str]:
 
 def _part(slot: Registry | Many | Given) -> Any:
     """What fills a slot."""
-    if isinstance(slot, Many):
+    if type(slot) is Many:
         return {"one": PARTS[slot.registry.slot]}
+    if isinstance(slot, Many):  # of one item or of several
+        return PARTS[slot.registry.slot]
     if isinstance(slot, Given):
         part = _part(slot.registry)
         return {f"{i}": {**part["one"], "num_experts": 4} for i in range(2)} if isinstance(slot.registry, Many) else part

@@ -16,7 +16,7 @@ from configs import small_lm
 from experiments.battery import subjects
 from experiments.battery.kinds import Kind, kinds, registries
 from experiments.battery.pieces import PIECES
-from experiments.battery.properties import OF_KINDS, PROPERTIES, REFUSABLE
+from experiments.battery.properties import OF_A_KIND, OF_KINDS, PROPERTIES, REFUSABLE
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.layer import RowWise
@@ -25,7 +25,7 @@ from moejax.layers.registry import ffns
 
 SLOW = {"devices", "paper"}
 # The parameters of the largest arm at the paper's size are at least this many; 1e8 where nothing is said.
-FULL_SIZE = {"switch": 7e9, "expert_choice": 1e9, "soft_moe": 1e10, "mixture_of_depths": 1e9, "shootout": 5e7}
+FULL_SIZE = {"switch": 7e9, "expert_choice": 1e9, "soft_moe": 1e10, "mixture_of_depths": 1e9, "shootout": 5e7, "smoe_dropout": 1e7}
 # Cells that are known from the papers. 'no' is a refusal.
 KNOWN = {
     ("switch", "backends"): "reference, einsum, capacity, grouped, gather",
@@ -76,7 +76,7 @@ def test_kind(kind: Kind) -> None:
     subject = subjects.of_kind(kind.slot, kind.name)
     assert kind.cls in subject.holds
     if subject.study is None:
-        for name in OF_KINDS:
+        for name in OF_KINDS.get(kind.slot, OF_A_KIND):
             ask(subject, name)
 
 
