@@ -117,7 +117,8 @@ class Programs:
     def layer(self, x: np.ndarray, valid: np.ndarray) -> dict[str, Tree]:
         """'y', 'losses' and 'gradients' (in parameters and x) of one repeat of the blocks, in evaluation."""
         with fixed_draws():
-            return host(self._layer(x, valid))
+            variables, run = self._layer
+            return host(run(variables, x, valid))
 
     def backends(self, x: np.ndarray, valid: np.ndarray) -> tuple[dict[str, Tree], dict[str, str]]:
         """The same of the layers alone that have a backend, on every backend: name -> what came out, and name -> why it refused."""
@@ -206,12 +207,12 @@ class Programs:
         return _drawing(jax.jit(forward))
 
     @functools.cached_property
-    def _layer(self) -> Callable[..., Tree]:
+    def _layer(self) -> tuple[Tree, Callable[..., Tree]]:
         stack = Stack(self.model.blocks, self.model.pattern, len(self.model.pattern), scan=False)
         layers = adapt(stack, self.config.get("adapters"))
         x = jnp.zeros((GROUPS, LENGTH, WIDTH))
         variables = draw(lambda keys: layers.init(keys, x, _layer_context(jnp.ones(x.shape[:2], bool))))
-        return jax.jit(functools.partial(_value_and_gradients, layers, variables))
+        return variables, jax.jit(functools.partial(_value_and_gradients, layers))
 
     def _with_backend(self, backend: str) -> nn.Module:
         """The outermost layers of the subject that have a backend, side by side."""

@@ -20,7 +20,8 @@ class Layer(nn.Module):
     """A part of a model: `layer(x[b, s, d], ctx) -> y[b, s, o]`. A model asks it the questions below before it runs it.
 
     Attributes:
-      counts_padding: the layer takes shares of a sequence's whole length, padding included. No other layer may count what is no token.
+      counts_padding: the layer divides a sequence by its places, padding included: into segments, or into shares of its length. No
+        other layer may count what is no token.
     """
 
     counts_padding: ClassVar[bool] = False

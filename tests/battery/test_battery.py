@@ -25,7 +25,14 @@ from moejax.layers.registry import ffns
 
 SLOW = {"devices", "paper"}
 # The parameters of the largest arm at the paper's size are at least this many; 1e8 where nothing is said.
-FULL_SIZE = {"switch": 7e9, "expert_choice": 1e9, "soft_moe": 1e10, "mixture_of_depths": 1e9, "shootout": 5e7, "smoe_dropout": 1e7}
+FULL_SIZE = {
+    "switch": 7e9,
+    "expert_choice": 1e9,
+    "soft_moe": 1e10,
+    "mixture_of_depths": 1e9,
+    "shootout": 5e7,
+    "smoe_dropout": 1e7,
+}
 # Cells that are known from the papers. 'no' is a refusal.
 KNOWN = {
     ("switch", "backends"): "reference, einsum, capacity, grouped, gather",
