@@ -174,7 +174,7 @@ def saved(subject: Subject) -> str:
     made = programs(subject)
     config = json.loads(json.dumps(made.config))
     assert build(config) == build(made.config), "a model built from the saved config differs"
-    optimizer = optimizers.build(made.config["optimizer"], "optimizer", steps=10)
+    optimizer = optimizers.build(made.config["optimizer"], "optimizer", steps=made.config["train"]["steps"])
     state = begin_state(jax.tree.map(jnp.asarray, made.variables), optimizer, jax.random.key(0))
     with tempfile.TemporaryDirectory() as folder:
         with_files = Checkpoints(Path(folder) / "checkpoints", keep=1, asynchronous=False)

@@ -1,6 +1,7 @@
 """What the battery tries: the headline arm of every study, and a small model around every kind that no headline arm holds.
 
-A subject is tiny: one repeat of the blocks that are the method's own, twice; 16 wide. Everything else that makes the method stays.
+A subject is tiny: one repeat of the blocks that are the method's own, twice, without their attention where that is the usual one; 16
+wide. Everything that makes the method stays.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from moejax.train.settings import plain
 WIDTH, VOCABULARY, MAX_LENGTH = 16, 32, 32
 # Sizes that a subject has instead of its study's, wherever a field has the name. A token travels as before.
 TINY = {"hidden": 8, "segment": 4}
-# What stands around a method and is none itself: blocks made of these alone are left out.
+# What stands around a method and is none itself: blocks made of these alone are left out, and attention in other blocks.
 PLAIN = frozenset({"transformer", "feed_forward", "attention", "ffn", "glu", "rms_norm", "layer_norm"})
 HOMES = {"LM": "decoder_lm", "ViT": "vit"}
 
@@ -137,7 +138,7 @@ def of_kind(slot: str, name: str) -> Subject:
         if kind.cls in of_study(slug).holds:
             return of_study(slug)
     for study, arm in arms_that_name(kind):
-        subject = Subject(str(kind), small(resolve(study, "smoke", arm)))
+        subject = Subject(str(kind), small(resolve(study, "smoke", arm), repeats=1))
         if kind.cls in subject.holds:
             return subject
     return made_for(kind)
@@ -149,7 +150,7 @@ def made_for(kind: Kind) -> Subject:
         raise ConfigError(
             f"{kind}: nobody says where in a model a {kind.slot} stands; say it in experiments/battery/subjects.py"
         )
-    config = small(small_lm.get_config())
+    config = small(small_lm.get_config(), repeats=1, attention=kind.slot in ("mixer", "adapter"))
     with config.unlocked(), config.ignore_type():
         *path, last = PLACES[kind.slot].split(".")
         node = config
@@ -188,16 +189,22 @@ def spec_of(kind: Kind) -> dict[str, Any]:
     return spec
 
 
-def small(config: ConfigDict) -> ConfigDict:
-    """Tiny sizes, and only the blocks that are the method's own; everything that makes the method stays."""
+def small(config: ConfigDict, repeats: int = 2, attention: bool = False) -> ConfigDict:
+    """Tiny sizes, and of the blocks what is the method's own; everything that makes the method stays.
+
+    Args:
+      repeats: of the pattern.
+      attention: keeps it. It stays anyway where adapters sit, which may be around it.
+    """
     config = overrides.copy(config)
     model = config.model
     with config.ignore_type():
         pattern = tuple(dict.fromkeys(model.pattern))
         own = tuple(name for name in pattern if set(_named(model.blocks[name])) - PLAIN)
         model.pattern = own or pattern[-1:]
-        model.num_layers = 2 * len(model.pattern)
-        model.blocks = {name: model.blocks[name] for name in model.pattern}
+        model.num_layers = repeats * len(model.pattern)
+        keep = attention or config.get("adapters") or not own
+        model.blocks = {name: model.blocks[name] if keep else _alone(model.blocks[name]) for name in model.pattern}
         model.d_model = WIDTH
         if "vocab_size" in model:
             model.vocab_size, model.max_length = VOCABULARY, MAX_LENGTH
@@ -256,6 +263,13 @@ def _named(spec: Any) -> Iterator[str]:
     elif isinstance(spec, tuple | list):
         for value in spec:
             yield from _named(value)
+
+
+def _alone(block: ConfigDict) -> ConfigDict:
+    """A transformer block without its attention, if that is the usual one: its feed-forward part."""
+    if block.kind != "transformer" or set(_named(block.mixer)) - PLAIN:
+        return block
+    return ConfigDict({**{name: block[name] for name in block if name != "mixer"}, "kind": "feed_forward"})
 
 
 def _part(slot: Registry | Many | Given) -> Any:
