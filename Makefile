@@ -6,6 +6,7 @@
 
 PYTHON  ?= python3
 WORKERS ?= 2
+BASE    ?= main
 ARGS    ?=
 BIN     := .venv/bin
 STAMP   := .venv/installed
@@ -13,7 +14,7 @@ STAMP   := .venv/installed
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format coverage clean
+.PHONY: help demo test test-fast test-changed lint format coverage clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -26,6 +27,10 @@ test: lint ## lint and every test
 
 test-fast: lint ## lint and the tests that are not marked slow
 	@$(PYTEST) -m 'not slow' -ra $(ARGS)
+
+test-changed: lint ## the tests that differences from BASE (main) can have touched
+	@touched=$$($(BIN)/python tests/changed.py $(BASE)) && if [ -z "$$touched" ]; then echo "no test is touched"; else \
+	  echo "$$touched" | sed -E 's/(test_battery.py)::.*/\1 (some)/' | uniq && echo "$$touched" | tr '\n' '\0' | xargs -0 $(PYTEST) -ra $(ARGS); fi
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/ruff check --quiet .

@@ -316,7 +316,7 @@ def _where(study: Study, arm: str) -> str:
 def study_files() -> dict[str, Path]:
     """Slug -> file of every study, found by name without importing any."""
     files = sorted(ROOT.glob("*/*.py"))
-    return {f.stem: f for f in files if not f.stem.startswith("_") and f.parent.name not in ("bench", "ledger")}
+    return {f.stem: f for f in files if not f.stem.startswith("_") and f.parent.name not in ("battery", "bench", "ledger")}
 
 
 def load(slug: str) -> Study:

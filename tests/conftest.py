@@ -1,14 +1,24 @@
 """Eight simulated devices in every run, CPU only, and run-time checks of shapes and types on the library."""
 
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Unoptimised machine code: the suite compiles hundreds of tiny programs and runs each a few times.
+# The suite compiles thousands of tiny programs and runs each a few times: unoptimised machine code, by the quicker of two emitters.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Programs that occur twice are compiled once in a run, whichever of its processes meets them first: those of xdist, and those that
+# tests start, find the folder in their environment.
+MADE_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if MADE_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moejax-tests-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 sys.path.insert(0, os.path.dirname(__file__))
 
@@ -33,6 +43,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def key(request: pytest.FixtureRequest) -> jax.Array:
     """JAX key seeded by the test's name."""
     return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_unconfigure() -> None:
+    """The programs are of one run."""
+    if MADE_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,21 +1,17 @@
 """The house rules that a machine can check: dependencies point one way, and no name decides behaviour."""
 
 import ast
-import functools
 import importlib
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from import_graph import ROOT, home, imported, modules
 
 import moejax
-from moejax.core import folders
 from moejax.core.registry import Registry
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # The floors of the house, from the ground up: a room imports only what lies below it, never a room of its own floor.
 FLOORS = [
@@ -35,29 +31,6 @@ FLOORS = [
     ["experiments"],
 ]
 ROOMS = [room for floor in FLOORS for room in floor if (ROOT / room.replace(".", "/")).is_dir()]
-
-
-@functools.cache
-def modules(package: str) -> dict[str, ast.Module]:
-    """Dotted name -> syntax tree of every module of a package, whether anybody imports it or not."""
-    folder = ROOT / package.replace(".", "/")
-    paths = [folder.with_suffix(".py")] if not folder.is_dir() else sorted(folder.rglob("*.py"))
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
-        for path in paths
-    }
-
-
-def imported(tree: ast.Module) -> Iterator[str]:
-    """Dotted names that a module imports, anywhere in it, also through `importlib.import_module('...')`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in line {node.lineno}"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
 
 
 def inside(name: str, package: str) -> bool:
@@ -91,19 +64,6 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     arrows = {name: {home(target, trees) for target in imported(tree)} - {None, name} for name, tree in trees.items()}
     assert sum(map(len, arrows.values())) > 500
     assert circle(arrows) == []
-
-
-def home(name: str, trees: dict[str, ast.Module]) -> str | None:
-    """The module that an imported name lies in; what a package finds on demand, where it finds it."""
-    while name:
-        if name in trees:
-            return name
-        package, _, last = name.rpartition(".")
-        if package in trees and (ROOT / package.replace(".", "/")).is_dir() and package.startswith("moejax"):
-            found = folders.homes(package).get(last, ())
-            return found[0] if len(found) == 1 else package
-        name = package
-    return None
 
 
 def circle(arrows: dict[str, set[str]]) -> list[str]:

@@ -9,7 +9,7 @@ silence is refused: a part that treats each token by itself derives from `RowWis
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 
@@ -17,7 +17,14 @@ from moejax.core.errors import ConfigError
 
 
 class Layer(nn.Module):
-    """A part of a model: `layer(x[b, s, d], ctx) -> y[b, s, o]`. A model asks it the questions below before it runs it."""
+    """A part of a model: `layer(x[b, s, d], ctx) -> y[b, s, o]`. A model asks it the questions below before it runs it.
+
+    Attributes:
+      counts_padding: the layer divides a sequence by its places, padding included: into segments, or into shares of its length. No
+        other layer may count what is no token.
+    """
+
+    counts_padding: ClassVar[bool] = False
 
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if a token's output may depend on later tokens of its sequence; `where` is the part's place.

@@ -120,6 +120,11 @@ class Registry:
                 return kind
         raise ConfigError(f"{type(item).__name__} is not a registered {self.slot}; valid kinds: {', '.join(self.kinds())}")
 
+    def slots(self, kind: str) -> Mapping[str, "Slot"]:
+        """The fields of a kind that are slots themselves."""
+        self._look()
+        return self._slots[kind]
+
     def items(self) -> Iterator[tuple[str, type]]:
         """Pairs of name and class, sorted by name."""
         self._look()

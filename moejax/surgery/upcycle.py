@@ -6,6 +6,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError
@@ -72,7 +73,7 @@ class Upcycle:
                 f"{list(shape)}; experts are as wide as the dense layer"
             )
 
-    def _noisy(self, copies: Array, dense: Array, key: Array) -> Array:
+    def _noisy(self, copies: Array, dense: Array | np.ndarray, key: Array) -> Array:
         if not self.noise:
             return copies
         return copies + self.noise * jnp.std(dense) * jax.random.normal(key, copies.shape, copies.dtype)

@@ -1,57 +1,28 @@
-"""The matrix tries what it says: methods whose abilities are known get the cells they must."""
+"""The matrix shows what the battery finds; what the battery finds is the business of tests/battery."""
 
 import pytest
 
 from experiments import matrix
-from experiments.study import load, resolve
+from experiments.battery.subjects import Subject
+from experiments.study import load
+from moejax.core.errors import ConfigError
 
 
-@pytest.mark.slow
-def test_token_choice_with_capacity() -> None:
-    """Switch evaluates with a capacity, so its tokens are planned together and cannot be decoded one by one."""
-    cells = matrix.examine(load("switch"))
-    assert {name: cell.text for name, cell in cells.items()} == {
-        "LM": "yes",
-        "ViT": "yes",
-        "backends": "reference, einsum, capacity, grouped, gather",
-        "8 devices": "experts",
-        "causal": "yes",
-        "decode": "no",
-    }
-    (reason,) = matrix.reasons(cells)
-    assert reason.startswith(
-        "decode: this model cannot be decoded token by token: model.blocks.moe.ffn: TopK plans several tokens"
-    )
-    shown = matrix.table({"switch": cells})
-    assert shown.rows == (("switch", *(cells[column].text for column in matrix.COLUMNS)),)
+def test_refusals_are_cells_and_mistakes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(subject: Subject) -> str:
+        raise ConfigError(f"{subject.name} cannot\n  do this")
 
+    monkeypatch.setattr(matrix, "PROPERTIES", {"name": lambda subject: subject.name, "able": refuses})
+    found = matrix.matrix([load("switch")])
+    assert found == {"switch": {"name": matrix.Cell("switch"), "able": matrix.Cell("no", "switch cannot do this")}}
+    assert matrix.reasons(found["switch"]) == ["able: switch cannot do this"]
+    shown = matrix.table(found)
+    assert shown.columns == ("method", "name", "able")
+    assert shown.rows == (("switch", "switch", "no"),)
 
-@pytest.mark.slow
-def test_soft_slots_are_refused_in_a_decoder() -> None:
-    cells = matrix.examine(load("soft_moe"))
-    assert [cells[name].text for name in ("LM", "ViT", "causal", "decode")] == ["no", "yes", "no", "no"]
-    assert "leaks the future in a decoder" in cells["LM"].why
+    def is_wrong(subject: Subject) -> str:
+        raise AssertionError("a bug")
 
-
-def test_causality_and_decoding_are_found_by_running() -> None:
-    """With models that only pretend."""
-
-    class Model:
-        vocab_size = 7
-
-    def sees_the_future(_, tokens, train):
-        return (tokens + tokens.sum(1, keepdims=True) * (2 if train else 1))[..., None].astype("float32")
-
-    def in_training(_, tokens, train):
-        return (tokens + tokens.sum(1, keepdims=True) * (1 if train else 0))[..., None].astype("float32")
-
-    assert matrix._causal(Model(), None, sees_the_future) == "no"
-    assert matrix._causal(Model(), None, in_training) == "at inference"
-    assert matrix._causal(Model(), None, lambda _, tokens, train: tokens[..., None].astype("float32")) == "yes"
-
-
-@pytest.mark.slow
-def test_experts_that_no_mesh_of_eight_divides_stay_together() -> None:
-    cell = matrix._split(matrix._small(resolve(load("smear"), "smoke", "smear")))
-    assert cell.text == "parameters"
-    assert "'expert' of size 3 does not divide" in cell.why
+    monkeypatch.setattr(matrix, "PROPERTIES", {"able": is_wrong})
+    with pytest.raises(AssertionError, match="a bug"):
+        matrix.examine(load("switch"))

@@ -1,4 +1,7 @@
-"""Padding is never routed, counted or balanced: padded and compact inputs give equal values, losses, stats and gradients."""
+"""Padding and capacity: padded and compact inputs give equal values, losses, stats and gradients.
+
+Without capacity, and for every other rule and layer, this is a property of the battery.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +9,7 @@ import numpy as np
 import pytest
 from numpy_layers import close, draw
 
-from moejax import GLU, Balance, Context, ExpertChoice, Importance, Linear, MoE, SoftSlots, TopK, ZLoss
-from moejax.routing import NullExperts, ReLU, TopAny
+from moejax import GLU, Balance, Context, Importance, Linear, MoE, TopK, ZLoss
 from moejax.routing.select import Select
 
 B, S, D, E = 2, 9, 5, 4
@@ -15,14 +17,8 @@ WHERE = [1, 2, 4, 5, 8]  # the tokens among the padding
 LOSSES = (Balance(0.5), Balance(0.5, over="batch"), Importance(0.5), ZLoss(0.5))
 
 RULES: dict[str, tuple[Select, str]] = {
-    "dropless": (TopK(k=2, normalise=True), "sequence"),
     "choice_over_the_batch": (TopK(k=2, capacity_factor=0.7, priority="choice"), "batch"),
     "score": (TopK(k=2, score="sigmoid", capacity_factor=0.7, priority="score"), "sequence"),
-    "null_experts": (NullExperts(k=2, num_null=3), "sequence"),
-    "relu": (ReLU(), "sequence"),
-    "top_any": (TopAny(), "sequence"),
-    "expert_choice": (ExpertChoice(1.5, normalise=True), "sequence"),
-    "soft_slots": (SoftSlots(slots=2), "sequence"),
 }
 
 

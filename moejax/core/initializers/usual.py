@@ -62,7 +62,8 @@ class Orthogonal:
     scale: float = 1.0
 
     def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
-        return nn.initializers.orthogonal(self.scale)(key, shape, dtype)
+        # Drawn in float32: there is no QR decomposition in less.
+        return nn.initializers.orthogonal(self.scale)(key, shape, jnp.float32).astype(dtype)
 
 
 @initializers.register("zeros")

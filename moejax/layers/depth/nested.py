@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -54,6 +54,8 @@ class Nested(Layer):
       choice: who gets which expert is 'learned', or 'random', the control.
       activation: of the feed-forward layer.
     """
+
+    counts_padding: ClassVar[bool] = True  # how many tokens an expert has is part of the program
 
     num_heads: int
     hidden: int

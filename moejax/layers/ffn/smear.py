@@ -67,6 +67,11 @@ class SMEAR(Layer):
     losses: tuple[Loss, ...] = ()
     backend: str = "auto"
 
+    @property
+    def counts_padding(self) -> bool:
+        """Segments are cut by places."""
+        return self.route_by != "sequence"
+
     def __post_init__(self) -> None:
         check_losses(self.losses)
         for name, options in (("combine", COMBINES), ("route_by", ROUTE_BY)):

@@ -1,0 +1,336 @@
+"""What is compiled for a subject: few programs, each of which serves several properties.
+
+    oracle     a training step's objective and gradients: layer by layer, float32, `reference`, one device
+    evaluate   a forward pass in evaluation
+    layer      the subject's blocks alone, in evaluation, with gradients
+    backends   its layers that dispatch, alone, on every backend that takes them
+    together   a whole train step with everything at once: scan, remat, microbatches, eight devices
+
+Parameters are drawn rather than initialised: none is zero, so that none can be ignored unnoticed. Every draw of a layer is from the
+same key, so that no way of running a model changes what it draws.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.battery.subjects import VOCABULARY, WIDTH, Subject, build
+from moejax import dispatch
+from moejax.core.context import Context
+from moejax.core.errors import ConfigError
+from moejax.layers.adapters.adapted import adapt
+from moejax.models.parts import Part, walk
+from moejax.models.registry import network
+from moejax.models.stack import Stack, pattern_blocks, to_scanned, to_unrolled
+from moejax.optim.base import optimizers
+from moejax.parallel import Parallel, make_mesh, use
+from moejax.tasks.base import Task
+from moejax.tasks.models import STREAMS, FrozenModel, LearningModel
+from moejax.train.metrics import flatten
+from moejax.train.program import Program, build_task
+from moejax.train.readers import frozen_specs
+from moejax.train.settings import plain
+from moejax.train.step import STATE, begin_state
+
+# One row a device.
+ROWS, LENGTH, DEVICES = 8, 8, 8
+# Large, so that what is subtracted from parameters is all gradient; a power of two, so that it is exactly that.
+RATE = 1024.0
+STEP = 3
+# Of a layer, where tokens are vectors.
+GROUPS = 2
+LOCAL_BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "expert_parallel")  # which needs a mesh
+
+# Subjects whose programs are kept: they are looked at one after the other.
+KEPT = 4
+
+Tree = Any
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(eq=False)
+class Programs:
+    """The programs of a subject as a language model ('LM') or as one of images ('ViT')."""
+
+    subject: Subject
+    home: str
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Plain config."""
+        return plain(self.subject.place(self.home))
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task; domains are not told apart."""
+        return build_task(self.config["task"], {})
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """Layer by layer, in float32, with the backend that is the definition."""
+        return build(self.config, {"backend": "reference"}, **self._fields(scan=False, remat="none"))
+
+    @functools.cached_property
+    def variables(self) -> dict[str, Tree]:
+        """Drawn parameters, and state as the model starts it."""
+        return draw(functools.partial(self._init, self.model))
+
+    @functools.cached_property
+    def frozen(self) -> dict[str, tuple[nn.Module, dict[str, Tree]]]:
+        """Models of the task's own, with drawn parameters."""
+        specs = frozen_specs(self.task)
+        made = {name: network(spec) for name, spec in specs.items()}
+        return {name: (model, draw(functools.partial(self._init, model))) for name, model in made.items()}
+
+    def batch(self, seed: int = 0, rows: int = ROWS) -> Batch:
+        """A random batch of the task, without padding."""
+        rng = np.random.default_rng(seed)
+        if self.home == "LM":
+            tokens = rng.integers(0, VOCABULARY, (2, rows, LENGTH)).astype(np.int32)
+            ones = np.ones((rows, LENGTH), np.int32)
+            places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ones.shape)
+            text = {"tokens": tokens[0], "targets": tokens[1], "segments": ones, "positions": places, "domain": 0 * ones}
+            return {**text, "valid": ones == 1}
+        model = self.config["model"]
+        image = rng.normal(size=(rows, model["image_size"], model["image_size"], model["channels"]))
+        label = rng.integers(0, model["num_classes"], rows)
+        return {"image": image.astype(np.float32), "label": label.astype(np.int32), "valid": np.ones(rows, bool)}
+
+    def oracle(self, batch: Batch, variables: dict[str, Tree] | None = None) -> dict[str, Tree]:
+        """'objective', 'losses' (each, summed over layers), 'outputs' and 'gradients' of a step on a batch."""
+        variables = variables or self.variables
+        frozen = {name: variables for name, (_, variables) in self.frozen.items()}
+        return host(self._oracle(variables["params"], without(variables, "params"), frozen, batch))
+
+    def evaluate(self, batch: Batch, variables: dict[str, Tree] | None = None) -> np.ndarray:
+        """The outputs for a batch in evaluation."""
+        return np.asarray(self._evaluate(variables or self.variables, batch))
+
+    def layer(self, x: np.ndarray, valid: np.ndarray) -> dict[str, Tree]:
+        """'y', 'losses' and 'gradients' (in parameters and x) of one repeat of the blocks, in evaluation."""
+        with fixed_draws():
+            variables, run = self._layer
+            return host(run(variables, x, valid))
+
+    def backends(self, x: np.ndarray, valid: np.ndarray) -> tuple[dict[str, Tree], dict[str, str]]:
+        """The same of the layers alone that have a backend, on every backend: name -> what came out, and name -> why it refused."""
+        refused: dict[str, str] = {}
+        layers = {name: self._with_backend(name) for name in LOCAL_BACKENDS}
+
+        def run(variables: Tree, x: Any, valid: Any) -> Tree:
+            out = {}
+            for name in LOCAL_BACKENDS:
+                try:
+                    out[name] = _value_and_gradients(layers[name], variables, x, valid)
+                except ConfigError as refusal:
+                    refused[name] = " ".join(str(refusal).split())
+            return out
+
+        with fixed_draws():
+            variables = draw(lambda keys: layers["reference"].init(keys, jnp.asarray(x), _layer_context(jnp.asarray(valid))))
+            out = host(jax.jit(run)(variables, x, valid))
+        return {name: out[name] for name in LOCAL_BACKENDS if name in out}, refused
+
+    def together(self, parts: Mapping[str, Any]) -> dict[str, Tree]:
+        """'losses' and 'gradients' of a step of two microbatches on a mesh.
+
+        Args:
+          parts: what to do: fields of the model ('scan', 'remat'), 'accumulation', 'mesh' and 'backend'.
+        """
+        own = {name: parts[name] for name in ("scan", "remat") if name in parts}
+        scan = own.get("scan", False)
+        model = build(self.config, {"backend": parts.get("backend", "reference")}, **self._fields(**{"scan": False, **own}))
+        count = parts.get("accumulation", 1)
+        mesh = Parallel(make_mesh(parts["mesh"], jax.devices()[:DEVICES])) if parts.get("mesh") else None
+        batch = self.batch(rows=count * ROWS)
+        optimizer = optimizers.build(
+            {"kind": "sgd", "learning_rate": RATE, "schedule": "constant", "clip_norm": None}, "optimizer", steps=10
+        )
+        program = Program(
+            model=model,
+            task=self.task,
+            optimizer=optimizer,
+            accumulation=count,
+            batch={name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
+            parallel=mesh,
+            spec=self.config["model"],
+            steps=10,
+            frozen=frozen_specs(self.task),
+        )
+        variables = host({name: to_scanned(tree) for name, tree in self.variables.items()}) if scan else self.variables
+        state = begin_state(variables, optimizer, jax.random.key(0)).replace(
+            step=jnp.int32(STEP), frozen={name: variables for name, (_, variables) in self.frozen.items()}
+        )
+        with fixed_draws(), use(mesh):
+            like = program.state
+            state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, like)
+            after, metrics = program.train(state, self._on(batch, program.batch))
+        gradients = jax.tree.map(lambda a, b: (np.asarray(a) - np.asarray(b)) / RATE, variables["params"], after.params)
+        return {
+            "losses": {name: np.asarray(x) for name, x in metrics.items() if name.startswith("losses/")},
+            "gradients": to_unrolled(gradients) if scan else gradients,
+        }
+
+    @staticmethod
+    def _on(batch: Batch, like: Mapping[str, Any]) -> Tree:
+        return {name: jax.device_put(x, like[name].sharding) for name, x in batch.items()}
+
+    @functools.cached_property
+    def _oracle(self) -> Callable[..., Tree]:
+        def objective(params: Tree, state: Tree, frozen: Tree, batch: Batch) -> tuple[Any, Tree]:
+            models = {name: FrozenModel(model, frozen[name]) for name, (model, _) in self.frozen.items()}
+            run = _Watched(self.model, params, state, jax.random.key(0), models)
+            loss, _ = self.task.objective(run, batch, jnp.int32(STEP))
+            losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
+            total = loss + sum(losses.values())
+            return total, {"objective": total, "losses": losses, "outputs": run.outputs}
+
+        def step(*args: Any) -> Tree:
+            gradients, out = jax.grad(objective, has_aux=True)(*args)
+            return {**out, "gradients": gradients}
+
+        return _drawing(jax.jit(step))
+
+    @functools.cached_property
+    def _evaluate(self) -> Callable[..., Any]:
+        def forward(variables: Tree, batch: Batch) -> Any:
+            return self.model.apply(variables, *self.task.inputs(batch, jnp.int32(STEP), train=False), mutable=["stats"])[0]
+
+        return _drawing(jax.jit(forward))
+
+    @functools.cached_property
+    def _layer(self) -> tuple[Tree, Callable[..., Tree]]:
+        stack = Stack(self.model.blocks, self.model.pattern, len(self.model.pattern), scan=False)
+        layers = adapt(stack, self.config.get("adapters"))
+        x = jnp.zeros((GROUPS, LENGTH, WIDTH))
+        variables = draw(lambda keys: layers.init(keys, x, _layer_context(jnp.ones(x.shape[:2], bool))))
+        return variables, jax.jit(functools.partial(_value_and_gradients, layers))
+
+    def _with_backend(self, backend: str) -> nn.Module:
+        """The outermost layers of the subject that have a backend, side by side."""
+        model = build(self.config, {"backend": backend}, **self._fields(scan=False))
+        found: list[Part] = []
+        for part in (part for block in pattern_blocks(model) for part in walk(block)):
+            inner = any(part.where.startswith(f"{outer.where}.") for outer in found)
+            if hasattr(part.value, "backend") and isinstance(part.value, nn.Module) and not inner:
+                found.append(part)
+        return _Side(tuple(part.value for part in found))
+
+    def _init(self, model: nn.Module, keys: Mapping[str, Any]) -> Tree:
+        batch = jax.tree.map(jnp.asarray, self.batch())
+        return model.init(keys, *self.task.inputs(batch, jnp.int32(0), train=False), mutable=["params", *STATE])
+
+    def _fields(self, **fields: Any) -> dict[str, Any]:
+        """Those of the fields that this model has."""
+        return {name: value for name, value in {"dtype": "float32", **fields}.items() if name in self.config["model"]}
+
+
+@functools.lru_cache(maxsize=KEPT)
+def programs(subject: Subject, home: str = "") -> Programs:
+    """The programs of a subject, where it is at home unless another place is named; compiled once while it is looked at."""
+    return Programs(subject, home or subject.home)
+
+
+class _Side(nn.Module):
+    """Layers that are all given the same; the sum of what they give."""
+
+    layers: tuple[nn.Module, ...]
+
+    @nn.compact
+    def __call__(self, x: Any, ctx: Context) -> Any:
+        return sum(layer.copy(name=f"layer_{i}")(x, ctx) for i, layer in enumerate(self.layers))
+
+
+class _Watched(LearningModel):
+    """A model that keeps what it gave last."""
+
+    outputs: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().__call__(*args, **kwargs)
+        self.outputs = found[0] if isinstance(found, tuple) else found
+        return found
+
+
+@contextlib.contextmanager
+def fixed_draws() -> Iterator[None]:
+    """While a model is traced in here, each of its layers draws from the same key."""
+
+    def make_rng(_: nn.Module, name: str = "params") -> Any:
+        return jax.random.key(1 + STREAMS.index(name) if name in STREAMS else 0)
+
+    with mock.patch.object(nn.Module, "make_rng", make_rng):
+        yield
+
+
+def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with fixed_draws():
+            return function(*args)
+
+    return call
+
+
+def draw(init: Callable[[Mapping[str, Any]], Tree]) -> dict[str, Tree]:
+    """Variables like those that `init(keys)` gives: drawn parameters, none of them zero; state as it is there."""
+
+    def made() -> Tree:
+        return init({name: jax.random.key(i) for i, name in enumerate(("params", *STREAMS))})
+
+    traced = jax.jit(made).trace()
+    rng = np.random.default_rng(0)
+
+    def leaf(path: Any, like: Any) -> Any:
+        fan_in = like.shape[-2] if len(like.shape) > 1 else 4
+        value = rng.normal(size=like.shape) / np.sqrt(fan_in)
+        return value.astype(like.dtype)
+
+    out = dict(traced.out_info)
+    params = jax.tree_util.tree_map_with_path(leaf, out.pop("params", {}))
+    # Of the initialisation only the state is compiled; most models have none.
+    state = jax.jit(lambda: without(made(), "params"))() if any(name in out for name in STATE) else {}
+    # NumPy's: a step that is given its state for good must not take it from the next one.
+    return {"params": params, **host({name: tree for name, tree in state.items() if name in STATE})}
+
+
+def _value_and_gradients(layers: nn.Module, variables: Mapping[str, Tree], x: Any, valid: Any) -> Tree:
+    """'y', 'losses', and 'gradients' of a projection of y and of the losses, in parameters and x."""
+
+    def objective(params: Tree, x: Any) -> tuple[Any, Tree]:
+        y, sown = layers.apply({**variables, "params": params}, x, _layer_context(valid), mutable=["losses", "stats"])
+        losses = flatten(sown.get("losses", {}), "losses", total=True)
+        y = jnp.where(valid[..., None], y, 0)
+        return (y * jnp.cos(jnp.arange(y.shape[-1]))).sum() + sum(losses.values()), {"y": y, "losses": losses}
+
+    gradients, out = jax.grad(objective, argnums=(0, 1), has_aux=True)(variables["params"], x)
+    return {**out, "gradients": gradients}
+
+
+def _layer_context(valid: Any) -> Context:
+    """Of vectors without a text: ids are made up."""
+    # Counts the valid tokens, so that padding between them changes no position.
+    positions = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0).astype(jnp.int32)
+    return Context(
+        valid=valid,
+        positions=positions,
+        segments=valid.astype(jnp.int32),
+        token_ids=(5 * positions + 3) % VOCABULARY,
+        domain=jnp.zeros_like(positions),
+        step=jnp.int32(STEP),
+    )
+
+
+def without(tree: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name not in names}
+
+
+def host(tree: Tree) -> Tree:
+    return jax.tree.map(np.asarray, tree)
