@@ -7,6 +7,7 @@ tiny      65,536 rank-one experts found by product keys (PEER)
 router    what routing costs, step by step
 memory    what a training step of a layer needs, by XLA's account; nothing is timed
 train     training steps of the demo's models, end to end, and where the time goes
+gpu       on the GPU at hand: every kernel's values, then a layer and a training step in bfloat16
 kernels   the TPU kernels, compiled ahead of time, against other libraries' (--chip=v5e,v5p,v6e,tpu7x), or timed (--chip=gpu)
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from experiments.environment import machine
 from moejax.core.errors import ConfigError, nearest
 
-BENCHES = ("dispatch", "decode", "scaling", "tiny", "router", "memory", "train", "kernels")
+BENCHES = ("dispatch", "decode", "scaling", "tiny", "router", "memory", "train", "gpu", "kernels")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +54,8 @@ def _run(options: argparse.Namespace) -> int:
     against = tuple(a for a in options.against.split(",") if a)
     if options.bench == "memory":
         return _memory(options)
+    if options.bench == "gpu":
+        return _gpu(options)
     if options.bench == "kernels":
         return _gpu_kernels(options, against) if options.chip == "gpu" else _tpu_kernels(options, against)
     from experiments.bench import table
@@ -83,6 +86,25 @@ def _memory(options: argparse.Namespace) -> int:
     memory.plot(accounts, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png')}")
     return 0
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from experiments.bench import gpu, table
+    from experiments.environment import device
+
+    names = [c for c in options.cases.split(",") if c] or list(gpu.CASES)
+    check("--cases", names, gpu.CASES)
+    status, done = 0, []
+    if "values" in names:
+        lines = gpu.values()
+        status = int(any(" ok " not in line for line in lines))
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "gpu_values.txt").write_text("\n".join([device(), *lines]) + "\n")
+    for outcome in (o for name in names if name != "values" for o in gpu.CASES[name](options.repeats)):
+        table.show(outcome)
+        done.append(outcome)
+        table.save("gpu", device(), done, options.out)  # after each: the next may not fit
+    return status
 
 
 def _tpu_kernels(options: argparse.Namespace, against: tuple[str, ...]) -> int:

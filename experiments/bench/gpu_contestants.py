@@ -6,6 +6,7 @@ All are functions of the operation's operands and the rows of each group.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ class Operation:
       sums: accumulators of a program.
       products: grouped products, of 2 m d f FLOPs each.
       ours: (tiles, or None for those of the table; interpret) -> function.
-      ragged_dot, dense: JAX's own grouped product; a dense product of the same FLOPs, which takes the first matrix for all rows.
+      ragged: grouped products of somebody else's: takes a function like `jax.lax.ragged_dot_general` first.
+      dense: a dense product of the same FLOPs, which takes the first matrix for all rows.
       torch: takes the torch module first, and the ends of the groups on the device last.
       exact: in NumPy.
     """
@@ -82,7 +84,7 @@ class Operation:
     sums: int
     products: int
     ours: Callable[[Tiles | None, bool], Callable[..., Array]]
-    ragged_dot: Callable[..., Array]
+    ragged: Callable[..., Array]
     dense: Callable[..., Array]
     torch: Callable[..., Any]
     exact: Callable[..., np.ndarray]
@@ -119,9 +121,27 @@ def ours_glu_dx(tiles: Tiles | None, interpret: bool) -> Callable[..., Array]:
     return dx
 
 
-def ragged(x: Array, y: Array, sizes: Array, contract: tuple[int, int], group: tuple[int, ...] = (0,)) -> Array:
+def ragged(
+    general: Callable[..., Array],
+    x: Array,
+    y: Array,
+    sizes: Array,
+    contract: tuple[int, int] = (1, 1),
+    group: tuple[int, ...] = (0,),
+) -> Array:
     numbers = jax.lax.RaggedDotDimensionNumbers((((contract[0],), (contract[1],)), ((), ())), [0], list(group))
-    return jax.lax.ragged_dot_general(x, y, sizes, numbers)
+    return general(x, y, sizes, numbers)
+
+
+def tokamax_general() -> Callable[..., Array]:
+    """Tokamax's grouped product by its Mosaic GPU kernels.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    import tokamax
+
+    return partial(tokamax.ragged_dot_general, implementation="mosaic")
 
 
 def torch_grouped(torch: Any, x: Any, w: Any, sizes: np.ndarray, ends: Any) -> Any:
@@ -171,7 +191,7 @@ OPERATIONS = (
     Operation(
         "gmm", gpu.TILES, lambda s: ((s.m, s.d), (s.e, s.d, s.f)), rows=1, tiles_read=(1, 1), sums=1, products=1,
         ours=ours_gmm,
-        ragged_dot=jax.lax.ragged_dot,
+        ragged=ragged,
         dense=lambda x, w, sizes: x @ w[0],
         torch=torch_grouped,
         exact=exact_gmm,
@@ -179,7 +199,7 @@ OPERATIONS = (
     Operation(
         "tgmm", gpu.TILES, lambda s: ((s.m, s.d), (s.m, s.f)), rows=2, tiles_read=(1, 1), sums=1, products=1,
         ours=ours_tgmm,
-        ragged_dot=lambda x, dy, sizes: ragged(x, dy, sizes, (0, 0), group=()),
+        ragged=lambda dot, x, dy, sizes: ragged(dot, x, dy, sizes, (0, 0), group=()),
         dense=lambda x, dy, sizes: x.T @ dy,
         torch=torch_tgmm,
         exact=exact_tgmm,
@@ -187,7 +207,7 @@ OPERATIONS = (
     Operation(
         "glu", glu.TILES, lambda s: ((s.m, s.d), *2 * ((s.e, s.d, s.f),)), rows=1, tiles_read=(1, 2), sums=2, products=2,
         ours=ours_glu,
-        ragged_dot=lambda x, a, b, sizes: jax.nn.silu(jax.lax.ragged_dot(x, a, sizes)) * jax.lax.ragged_dot(x, b, sizes),
+        ragged=lambda dot, x, a, b, sizes: jax.nn.silu(ragged(dot, x, a, sizes)) * ragged(dot, x, b, sizes),
         dense=lambda x, a, b, sizes: jax.nn.silu(x @ a[0]) * (x @ b[0]),
         torch=torch_glu,
         exact=exact_glu,
@@ -196,7 +216,7 @@ OPERATIONS = (
         "glu_dx", glu.TILES, lambda s: (*2 * ((s.m, s.f),), *2 * ((s.e, s.d, s.f),)), rows=2, tiles_read=(2, 2), sums=1,
         products=2,
         ours=ours_glu_dx,
-        ragged_dot=lambda x, y, a, b, sizes: ragged(x, a, sizes, (1, 2)) + ragged(y, b, sizes, (1, 2)),
+        ragged=lambda dot, x, y, a, b, sizes: ragged(dot, x, a, sizes, (1, 2)) + ragged(dot, y, b, sizes, (1, 2)),
         dense=lambda x, y, a, b, sizes: x @ a[0].T + y @ b[0].T,
         torch=torch_glu_dx,
         exact=exact_glu_dx,

@@ -1,7 +1,7 @@
 """The GPU kernels of `pallas_kernels` on the GPU at hand: are they right, what do they cost against their peers, which tiles are best.
 
 Contestants, for each operation and shape: `dense`, one matrix product of the same FLOPs, the time to aim at; `ours` with the tiles
-of the table; `ragged_dot`, JAX's own; `torch`, its grouped product, where PyTorch is installed and sees the GPU. The search times
+of the table; `ragged_dot`, JAX's own; `tokamax` and `torch`, their grouped products, where they are installed. The search times
 every tile that fits the chip's memory and registers, in a heat of few repeats, and races the best of them again with all repeats.
 
 A call is timed with several inputs in turn, so that what it reads is not in the cache, and so that launching is not what is timed.
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.bench.gpu_contestants import OPERATIONS, SHAPES, Operation, Shape, bound_text
+from experiments.bench.gpu_contestants import OPERATIONS, SHAPES, Operation, Shape, bound_text, tokamax_general
 from experiments.bench.timing import Foreign, Timing, race
 from pallas_kernels.grouped_matmul.gpu import SHARED, Tiles, shared_bytes
 from pallas_kernels.implementations import current_chip
 
-PEERS = ("ragged_dot", "torch")
+PEERS = ("ragged_dot", "tokamax", "torch")
 CALLS = 4  # inputs that a timed call goes through
 
 Contestants = dict[Any, Callable[..., Array] | Foreign]
@@ -78,7 +78,9 @@ def run(
         arguments = inputs(operation, shape), jnp.asarray(shape.sizes())
         contestants: Contestants = {"dense": operation.dense, "ours": operation.ours(None, interpret)}
         if "ragged_dot" in against:
-            contestants["ragged_dot"] = operation.ragged_dot
+            contestants["ragged_dot"] = partial(operation.ragged, jax.lax.ragged_dot_general)
+        if "tokamax" in against:
+            contestants |= attempt("tokamax", partial(tokamax_contestant, operation), result.failed)
         if "torch" in against:
             contestants |= attempt("torch", partial(torch_contestant, operation, shape), result.failed)
         able = {n: c for n, c in contestants.items() if attempt(n, partial(timed, {n: c}, *arguments, 3), result.failed)}
@@ -165,6 +167,10 @@ def timed(contestants: Contestants, operands: list[list[Array]], sizes: Array, r
 
     raced = race({n: c if isinstance(c, Foreign) else every(c) for n, c in contestants.items()}, repeats)
     return {n: replace(t, median=t.median / CALLS, low=t.low / CALLS, high=t.high / CALLS) for n, t in raced.items()}
+
+
+def tokamax_contestant(operation: Operation) -> Contestants:
+    return {"tokamax": partial(operation.ragged, tokamax_general())}
 
 
 def torch_contestant(operation: Operation, shape: Shape) -> dict[str, Foreign]:
