@@ -48,10 +48,12 @@ from pallas_kernels.grouped_matmul.gpu import (
 
 __all__ = ["INTERPRET", "TILES", "glu", "refuses"]
 
-# As in `grouped_matmul.gpu`: compiled without spilling registers, not timed. "glu_dx" is two matrix products in one.
+# As in `grouped_matmul.gpu`, of which are timed. "glu_dx" is two matrix products in one.
 _LARGE: Table = {
+    ("glu", 2, 16): Tiles(64, 128, 64, warps=8, stages=3),
     ("glu", 2, 64): Tiles(64, 64, 64, warps=4, stages=4),
     ("glu", 2, math.inf): Tiles(128, 128, 64, warps=8, stages=3),
+    ("glu_dx", 2, 16): Tiles(64, 128, 64, warps=4, stages=4),
     ("glu_dx", 2, 64): Tiles(64, 128, 64, warps=4, stages=3),
     ("glu_dx", 2, math.inf): Tiles(128, 128, 64, warps=8, stages=3),
 }

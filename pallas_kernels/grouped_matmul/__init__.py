@@ -7,8 +7,8 @@ Implementations, besides those of `pallas_kernels.implementations`:
               The choice on CPU.
   tpu         reads each matrix once and rows once per tile of columns, for groups of any sizes. The choice on TPU.
   ragged_dot  `jax.lax.ragged_dot`; has kernels on TPU. On CPU, and on NVIDIA GPUs by default, it is a masked dense product over all
-              groups: e times the FLOPs, and a temporary of e copies of x. That is why `gpu` comes before it there, untimed as
-              `gpu` still is.
+              groups: e times the FLOPs, and a temporary of e copies of x: on an H200, 8 groups take 5 to 6 times as long as by `gpu`,
+              64 take 40 times.
 
 Each implementation is a pair of functions, without derivatives of their own:
 

@@ -72,13 +72,16 @@ SHARED = {"default": 99 << 10, "a100": 163 << 10, "h100": 227 << 10, "h200": 227
 # (operation, bytes of an element, rows of a mean group up to which it holds) -> tiles; the smallest bound that fits is taken.
 Table = dict[tuple[str, int, int | float], Tiles]
 
-# Not timed on any GPU. Chosen so that Triton 3.6 compiles them for compute capability 8.0, 9.0 and 10.0 (at widths of 2048 and 1408)
-# to tensor core instructions and 16-byte asynchronous copies, without spilling registers; 128 x 256 with 8 warps would read less,
-# but spills within the loop. `python -m experiments.bench kernels --chip=gpu` measures.
+# Those of mean groups without a bound and of at most 16 rows in `_LARGE` are the fastest of 16 on an H200, see
+# experiments/bench/results/gpu_h200.txt. The others are not timed: they were chosen so that Triton 3.6 compiles them for compute
+# capability 8.0, 9.0 and 10.0 (at widths of 2048 and 1408) to tensor core instructions and 16-byte asynchronous copies, without
+# spilling registers. That is no safe guide: 128 x 256 with 8 warps spills within its loop and is the fastest by a tenth all the same.
+# `python -m experiments.bench kernels --chip=gpu` measures.
 _LARGE: Table = {
     ("gmm", 2, 64): Tiles(64, 128, 64, warps=4, stages=4),
-    ("gmm", 2, math.inf): Tiles(128, 128, 64, warps=8, stages=4),
-    ("tgmm", 2, math.inf): Tiles(128, 128, 64, warps=8, stages=4),
+    ("gmm", 2, math.inf): Tiles(128, 256, 64, warps=8, stages=4),
+    ("tgmm", 2, 16): Tiles(128, 128, 64, warps=4, stages=3),
+    ("tgmm", 2, math.inf): Tiles(128, 256, 64, warps=8, stages=3),
 }
 TILES: dict[str, Table] = {
     "default": {
