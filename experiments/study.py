@@ -197,6 +197,7 @@ class Study:
       ablations: the paper's ablations, each a named group of further arms (`--ablation=NAME`). Claims may name them.
       metrics: columns of the result table, besides those that the claims name.
       notes: doubts and departures from the paper, shown in the report.
+      full_size: parameters that the largest arm of the headline has at least under the `paper` preset; the tests count them.
 
     Raises:
       ConfigError: an arm, key, preset or claim that does not fit; names the study and the nearest valid name.
@@ -214,6 +215,7 @@ class Study:
     metrics: tuple[str, ...] = ()
     notes: str = ""
     implements: tuple[str, ...] = ()
+    full_size: float = 1e8
 
     def __post_init__(self) -> None:
         where = f"study '{self.slug}'"

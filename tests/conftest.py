@@ -1,9 +1,11 @@
 """Eight simulated devices in every run, CPU only, and run-time checks of shapes and types on the library."""
 
+import gc
 import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The suite compiles thousands of tiny programs and runs each a few times: unoptimised machine code, by the quicker of two emitters.
@@ -43,6 +45,21 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def key(request: pytest.FixtureRequest) -> jax.Array:
     """JAX key seeded by the test's name."""
     return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Forgets compiled programs before there are too many.
+
+    Linux grants a process 65,530 mappings of memory, a program on CPU takes a few, and the one too many ends the process.
+    """
+    try:
+        mappings = Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:  # no Linux, no such limit
+        return
+    if mappings > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_unconfigure() -> None:

@@ -36,6 +36,7 @@ STUDY = Study(
     title="Mixture-of-depths: a block for some of the tokens",
     arxiv="2404.02258",
     implements=("moejax.MixtureOfDepths",),
+    full_size=1e9,
     base=base(),
     arms=(
         Arm("dense8", {"model.pattern": ("dense",)}, note="all tokens in all 8 blocks"),

@@ -36,6 +36,7 @@ STUDY = Study(
     title="Mixture-of-experts with expert choice routing",
     arxiv="2202.09368",
     implements=("moejax.ExpertChoice", "moejax.MoE"),
+    full_size=1e9,
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute to top1 and ec1"),

@@ -34,6 +34,7 @@ STUDY = Study(
     title="From sparse to soft mixtures of experts",
     arxiv="2308.00951",
     implements=("moejax.SoftMoE", "moejax.SoftSlots"),
+    full_size=1e10,
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense", "dense", "dense")}, note="equal compute"),

@@ -52,6 +52,7 @@ STUDY = Study(
     title="Sparse MoE as the new dropout",
     arxiv="2303.01610",
     implements=("moejax.ScheduledK", "moejax.Linear"),
+    full_size=1e7,
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="the same parameters as one wide layer"),

@@ -41,6 +41,7 @@ STUDY = Study(
     title="Switch Transformers: one expert per token",
     arxiv="2101.03961",
     implements=("moejax.TopK", "moejax.Balance", "moejax.MoE"),
+    full_size=7e9,
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute per token"),

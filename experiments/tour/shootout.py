@@ -198,6 +198,7 @@ ARMS = (
 
 STUDY = Study(
     slug="shootout",
+    full_size=5e7,
     title="Shootout: token choice, expert choice and soft mixtures at equal compute",
     arxiv="",
     base=base(),

@@ -24,15 +24,6 @@ from moejax.core.sowing import sow
 from moejax.layers.registry import ffns
 
 SLOW = {"devices", "paper"}
-# The parameters of the largest arm at the paper's size are at least this many; 1e8 where nothing is said.
-FULL_SIZE = {
-    "switch": 7e9,
-    "expert_choice": 1e9,
-    "soft_moe": 1e10,
-    "mixture_of_depths": 1e9,
-    "shootout": 5e7,
-    "smoe_dropout": 1e7,
-}
 # Cells that are known from the papers. 'no' is a refusal.
 KNOWN = {
     ("switch", "backends"): "reference, einsum, capacity, grouped, gather",
@@ -71,7 +62,7 @@ def test_method(slug: str, name: str) -> None:
     text = ask(subjects.of_study(slug), name)
     assert text == KNOWN.get((slug, name), text)
     if name == "paper":
-        assert float(text) >= FULL_SIZE.get(slug, 1e8)
+        assert float(text) >= subjects.of_study(slug).study.full_size
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=str)
