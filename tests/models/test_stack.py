@@ -219,7 +219,7 @@ def test_fields_vary_over_depth():
     layers = variables["params"]["stack"]["repeats"]
     shapes = [layers[f"{i}_a"]["ffn"]["bank"]["w_gate"].shape for i in range(4)]
     assert shapes == [(1, 2, 4, 8), (1, 3, 4, 6), (1, 3, 4, 4), (1, 5, 4, 2)]
-    _, sown = model.apply(model.init(jax.random.key(0), tokens), tokens, mutable=["stats"])
+    _, sown = jax.jit(lambda key: model.apply(model.init(key, tokens), tokens, mutable=["stats"]))(jax.random.key(0))
     used = [float(sown["stats"]["stack"]["repeats"][f"{i}_a"]["ffn"]["experts_per_token"][0]) for i in range(4)]
     assert used == [2, 1, 1, 2]
 

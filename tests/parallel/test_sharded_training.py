@@ -113,8 +113,7 @@ def alone(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mesh", PRESETS)
+@pytest.mark.parametrize(("case", "mesh"), [*((TEXT, mesh) for mesh in PRESETS), (IMAGES, "fsdp x ep"), (IMAGES, "ep x tp")])
 @pytest.mark.filterwarnings("ignore:'vocab' of size 10 stays whole")
 def test_ten_steps_are_those_of_one_device(case, mesh):
     start, expected, expected_end = alone(case)

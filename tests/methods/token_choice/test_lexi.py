@@ -84,7 +84,7 @@ def test_a_layer_uses_the_first_k_of_its_choices_in_value_and_gradient() -> None
         y, sown = run(params, jnp.int32(k))
         np.testing.assert_allclose(y, numpy_moe(params, np.asarray(x, np.float64), k), rtol=1e-4, atol=1e-5)
         assert sown["stats"]["experts_per_token"] == k
-        plain = jax.grad(lambda p, k=k: jnp.sin(layer(mj.MoE, k).apply({"params": p}, x)).sum())(params)
+        plain = jax.jit(jax.grad(lambda p, k=k: jnp.sin(layer(mj.MoE, k).apply({"params": p}, x)).sum()))(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient(params, jnp.int32(k)), plain)
     with use(make_parallel("dp")):  # k is data on every device
         split = jax.jit(lambda p, k: layer().apply({"params": p, "router_state": {"k": k}}, x))(params, jnp.int32(2))
