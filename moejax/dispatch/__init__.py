@@ -1,4 +1,4 @@
-"""Dispatch: executing a plan on experts. `dispatch(plan, experts, x, backend='auto')`.
+"""Dispatch: executing a plan on experts. `dispatch(plan, experts, x, backend='auto')`."""
 
 from moejax.core.folders import lazy
 
