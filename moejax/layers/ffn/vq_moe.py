@@ -12,7 +12,7 @@ from moejax.core.context import Context
 from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.params import param
-from moejax.core.sowing import sow
+from moejax.core.sowing import sow, sow_loss
 from moejax.experts.base import experts_of
 from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import ffns
@@ -147,7 +147,8 @@ class VQMoE(MoE):
         error = self.commitment * jnp.square(x - stop(nearest))
         if self.codebook == "learned":
             error = error + jnp.square(nearest - stop(x))
-        sow(self, "losses", "vq_loss", self.coef * masked_mean(error, valid, (0, 1)).mean())
+        cost = self.coef * masked_mean(error, valid, (0, 1)).mean()
+        sow_loss(self, "vq_loss", lambda: cost, valid.sum())
         use = masked_mean(one_hot, valid, (0, 1))
         sow(self, "stats", "code_perplexity", jnp.exp(-jax.scipy.special.xlogy(use, use).sum()))
         if train and (self.codebook == "averaged" or self.revive_below):
