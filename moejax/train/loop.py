@@ -182,6 +182,8 @@ class _Run:
         self._first_batch = batch_contents(batch) if self._shard[1] == 1 else None
         first = batches.global_shapes(_model_inputs(batch), self._shard[1])
         self.batches.set_state(fresh)
+        if model is None:
+            data.check_fits(self.plain["model"], info, self.plain["data"].get("tokenizer") or "bytes")
         self.program: Program = get_program(self.plain, self.training, first, _context(info), model, self.parallel)
         # What is wrong with this run is said before hours go into the one that it starts from.
         shapes = self.program.state

@@ -56,6 +56,19 @@ def test_bytes_per_token_turns_nats_a_token_into_bits_a_byte():
     np.testing.assert_allclose(task.metrics(sums)["bits_per_byte"], 3.0)
 
 
+def test_bits_per_byte_are_of_the_bytes_behind_the_targets(rng):
+    """A uniform model over 600 words that stand for 1 to 9 bytes; two domains of different words."""
+    task = tasks.build({"kind": "next_token"}, "task", domains=("short", "long"))
+    size = rng.integers(1, 4, (4, 6)) + np.array([[0], [0], [6], [6]])
+    valid = rng.random((4, 6)) < 0.7
+    domain = np.repeat([0, 0, 1, 1], 6).reshape(4, 6)
+    targets = rng.integers(0, 600, (4, 6))
+    batch = device({"targets": targets, "valid": valid, "domain": domain, "bytes": size})
+    metrics = task.metrics(jax.device_get(task.sums(jnp.zeros((4, 6, 600)), batch)))
+    for name, chosen in {"": valid, "short/": valid & (domain == 0), "long/": valid & (domain == 1)}.items():
+        np.testing.assert_allclose(metrics[f"{name}bits_per_byte"], np.log2(600) * chosen.sum() / size[chosen].sum(), rtol=1e-6)
+
+
 def test_next_token_context_carries_what_routers_may_know():
     task = tasks.build({"kind": "next_token"}, "task")
     batch = device(next(TinyText({"batch_size": 3}, "train")))
