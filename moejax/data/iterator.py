@@ -40,7 +40,7 @@ def make_iterator(
     Args:
       config: `config.data`, a mapping; see `DataConfig`, `TextConfig` and `ImageConfig` for its keys.
       split: `train`, `validation` or `test`; some corpora lack one.
-      seed: of the order and of augmentation, in training. The other splits have one fixed order.
+      seed: of the order in training, and of augmentation, which only endless training has. The other splits have one fixed order.
       shard_index: this host.
       shard_count: hosts. Their batches, one after the other, are those of a single host (streamed training excepted: see
         `TextConfig.streaming`), and in a finite pass all hosts have equally many.

@@ -30,7 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moejax import data
-from moejax.core.errors import ConfigError
+from moejax.core.errors import ConfigError, check_seed
 from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
 from moejax.train.identity import check_equal
@@ -72,7 +72,7 @@ def fit(
     Args:
       config: sections model, data, task, optimizer, train, and optionally adapters, init, trainable, eval, checkpoint, mesh and
         exchange; see `settings.py`.
-      seed: of parameters, data order and all noise.
+      seed: of parameters, data order and all noise: from 0 to 2**32 - 1.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
         end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated. What
         numbers do not depend on (`moejax.train.identity`) may have changed since, and `train.steps` may have grown if the
@@ -95,6 +95,7 @@ def fit(
       LostProcess: another process is gone. Nothing more can be saved: all start again from the newest checkpoint.
     """
     started = time.perf_counter()
+    check_seed("seed", seed)
     config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
     progress = progress or (lambda report: None)
     resolve = resolve or train_below(

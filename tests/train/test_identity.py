@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from training_harness import INIT, VOCAB, TinyLM, TinyText, run_tiny
 
+import moejax as mj
 from moejax.core.errors import ConfigError
 from moejax.train import described, essence, files
 
@@ -107,6 +108,15 @@ def test_a_run_grows_longer_where_its_learning_rates_stay(tmp_path):
     run_tiny(tmp_path / "phases", train__steps=2, **half)
     with pytest.raises(ConfigError, match=r"holds a run with steps of trainable.all=\(1, 2\), not \(2, 2\)"):
         run_tiny(tmp_path / "phases", train__steps=4, **half)
+
+
+@pytest.mark.parametrize("seed", [2**32, -1, True])
+def test_what_is_no_seed_is_refused(tmp_path, seed):
+    """JAX would take 2**32 for 0, and the data would not."""
+    with pytest.raises(ConfigError, match=r"seed=.* must be a whole number from 0 to 4294967295"):
+        run_tiny(tmp_path, seed=seed)
+    with pytest.raises(ConfigError, match=r"seed=.* must be a whole number"):
+        mj.Random(num_experts=2, eval_seed=seed)
 
 
 def test_how_a_model_computes_is_no_part_of_it_and_what_it_computes_is():

@@ -18,6 +18,7 @@ from moejax.core.layer import Layer
 from moejax.core.params import Dense, Initializer, param
 from moejax.layers.registry import mixers
 from moejax.parallel import constrain, current
+from pallas_kernels.implementations import current_chip
 
 QK_NORMS = ("none", "head", "projection")
 CHUNK = 512  # queries of a long sequence whose scores are in memory at a time
@@ -191,7 +192,14 @@ def attend(
 
     The scores of all queries are `[h, s, t]` in float32, which in long sequences is more than anything else in a block. So
     they are computed for `CHUNK` queries at a time, and again in the backward pass, where `CHUNK` divides s.
+
+    Raises:
+      ConfigError: float16 on a CPU.
     """
+    if q.dtype == jnp.float16 and current_chip().platform == "cpu":
+        raise ConfigError(
+            "dtype='float16' cannot be computed on a CPU: XLA has no scores of float16 there; take 'bfloat16' or 'float32'"
+        )
     b, s = q.shape[:2]
     if s <= CHUNK or s % CHUNK:
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
