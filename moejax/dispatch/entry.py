@@ -47,6 +47,8 @@ def dispatch(plan: Plan, experts: Any, x: Float[Array, "g n d"], backend: str = 
         experts = bank(x.shape[-1], ctx)
         y = dispatch(plan, experts, x)
 
+    Tokens of no used entry give zeros, and whatever they hold, NaN included, touches neither values nor gradients.
+
     Args:
       plan: who goes where, from a select rule.
       experts: `Experts`, or `MixedExperts` of several kinds.
@@ -67,6 +69,7 @@ def execute(
     The executed plan has less in it than the given one where an exchange between devices has a bound (`limit`).
     """
     _check(experts, plan.num_experts)
+    x = _needed(plan, x)
     light = all(part.light for part in experts.parts) and isinstance(plan, TokenPlan)
     name = backend if backend != "auto" else "gather" if light else choose(plan, x.shape[-1])
     if name not in BACKENDS:
@@ -122,6 +125,19 @@ def _splits(plan: Plan, ways: int) -> bool:
     if isinstance(plan, MergePlan):
         return plan.weight.shape[0] % ways == 0
     return not isinstance(plan, SlotPlan) or plan.dispatch.shape[0] % ways == 0
+
+
+def _needed(plan: Plan, x: Float[Array, "g n d"]) -> Float[Array, "g n d"]:
+    """The tokens, with zeros for those that no expert is to see: what lies there, NaN or infinity, then touches nothing."""
+    if isinstance(plan, TokenPlan):
+        return jnp.where(plan.used.any(-1, keepdims=True), x, 0)
+    if isinstance(plan, ExpertPlan):
+        return jnp.where((plan.assigned() > 0).any(-1, keepdims=True), x, 0)
+    if isinstance(plan, SlotPlan):
+        # Finite ones stay: a weight of zero may have a gradient.
+        none = ~(plan.dispatch != 0).any((-2, -1))[..., None]
+        return jnp.where(none & ~jnp.isfinite(x), 0, x)
+    return x
 
 
 def backend_index(name: str) -> int:

@@ -124,7 +124,7 @@ class ExpertPlan:
         """The one-hot form that one-hot einsum dispatch executes: every slot holds one whole token or nothing."""
         one_hot = jax.nn.one_hot(self.token, self.num_tokens, dtype=self.weight.dtype)  # g e c n
         dispatch = jnp.einsum("gecn,gec->gnec", one_hot, self.used.astype(self.weight.dtype))
-        return SlotPlan(dispatch=dispatch, combine=dispatch * self.weight[:, None])
+        return SlotPlan(dispatch=dispatch, combine=dispatch * jnp.where(self.used, self.weight, 0)[:, None])
 
     def _scatter(self, values: Float[Array, "g e c"]) -> Float[Array, "g n e"]:
         one_hot = jax.nn.one_hot(self.token, self.num_tokens, dtype=values.dtype)

@@ -111,4 +111,4 @@ def batch_mean(values: Float[Array, "g n *e"], valid: Bool[Array, "g n"]) -> Arr
 def mean_of_groups(values: Float[Array, "g"], valid: Bool[Array, "g n"]) -> Float[Array, ""]:
     """Mean over groups, which count by their number of valid tokens: an empty group counts nothing."""
     tokens = valid.sum(1)
-    return (values * tokens).sum() / jnp.maximum(tokens.sum(), 1)
+    return (jnp.where(tokens > 0, values, 0) * tokens).sum() / jnp.maximum(tokens.sum(), 1)
