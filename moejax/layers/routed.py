@@ -126,8 +126,8 @@ def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float
     return x, ctx
 
 
-def ungroup_tokens(y: Float[Array, "g n f"], b: int, s: int, by: str) -> Float[Array, "b s f"]:
-    """The inverse of `group_tokens`."""
+def ungroup_tokens(y: Float[Array, "g n f"], b: Any, s: Any, by: str) -> Float[Array, "b s f"]:
+    """The inverse of `group_tokens`; sizes may be symbolic."""
     if by == "position":
         return y.swapaxes(0, 1)
     return y.reshape(b, s, y.shape[-1])

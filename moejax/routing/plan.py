@@ -204,7 +204,7 @@ def sort_by_expert(key: Int[Array, "m"], num_experts: int) -> tuple[Int[Array, "
     """
     m = key.shape[0]
     row = jnp.arange(m, dtype=jnp.int32)
-    if (num_experts + 1) * m < 2**31:
+    if isinstance(m, int) and (num_experts + 1) * m < 2**31:  # with a symbolic batch (`jax.export`) nobody can tell
         # Key and row in one number: one sort without a payload, several times faster than argsort on a CPU.
         packed = jnp.sort(key.astype(jnp.int32) * m + row)
         order, expert = packed % m, packed // m
