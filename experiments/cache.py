@@ -1,7 +1,7 @@
 """Finished trainings, found again by what was trained: arms that studies share are trained once.
 
 A run lives in `<runs>/trained/<key>/`, where the key hashes the resolved config without what cannot change a number
-(`COSMETIC`, blocks that the model does not use), the seed and `NUMERICS_VERSION`. `run.json` is written last: a directory
+(`moejax.train.identity`, blocks that the model does not use), the seed and `NUMERICS_VERSION`. `run.json` is written last: a directory
 without it is an interrupted training, which `fit` resumes.
 
 What a run starts from (`init`, a task's teacher) is part of its config, and so of its key. The run of another config that it starts
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from experiments import environment
 from moejax.core.errors import ConfigError
-from moejax.train.settings import is_config, without_cosmetics
+from moejax.train import identity
 
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
@@ -210,8 +210,11 @@ def read_run(path: Path, arm: str, seed: int, cached: bool) -> Run | None:
 
 
 def key(config: ConfigDict, seed: int) -> str:
-    """Names a training by everything that can change its numbers."""
-    what = {"config": essence(config), "seed": seed, "numerics": NUMERICS_VERSION}
+    """Names a training by everything that can change its numbers: files that the config names count by what is in them."""
+    from moejax.train.same_run import files
+
+    named = config.copy_and_resolve_references().to_dict()
+    what = {"config": essence(config), "files": files(named), "seed": seed, "numerics": NUMERICS_VERSION}
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
@@ -219,28 +222,16 @@ def key(config: ConfigDict, seed: int) -> str:
 def essence(config: ConfigDict) -> dict[str, Any]:
     """The config as plain values, without what is cosmetic and without blocks that nothing in the model names.
 
-    Configs inside it, of runs that it starts from, likewise. A checkpoint that it starts from counts by what is in it.
+    Configs inside it, of runs that it starts from, likewise.
     """
-    return _essence(without_cosmetics(config.copy_and_resolve_references().to_dict()))
+    return _used_everywhere(identity.essence(config.copy_and_resolve_references().to_dict()))
 
 
-def _essence(value: Any) -> Any:
+def _used_everywhere(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    plain = _used_blocks(value) if is_config(value) else dict(value)
-    if plain.get("kind") == "checkpoint" and "path" in plain:
-        plain["contents"] = _contents(plain)
-    return {name: _essence(part) for name, part in plain.items()}
-
-
-def _contents(spec: Mapping[str, Any]) -> str:
-    """A hash of the checkpoint that a source names; empty if there is none, which is an error when it is read."""
-    from moejax.surgery.sources.checkpoint import CheckpointSource
-    from moejax.train.readers import contents
-
-    with contextlib.suppress(FileNotFoundError):
-        return contents(*CheckpointSource(spec["path"], spec.get("step")).place)
-    return ""
+    plain = _used_blocks(value) if identity.is_config(value) else value
+    return {name: _used_everywhere(part) for name, part in plain.items()}
 
 
 def _used_blocks(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
 def _check(config: Mapping[str, Any], where: str = "") -> None:
     """Builds what can be built of a config, and of those of the runs that it starts from, without data."""
     from moejax import models
-    from moejax.train.settings import is_config
+    from moejax.train.identity import is_config
     from moejax.train.starts import parse_init
     from moejax.train.trainable import parse_rule
 

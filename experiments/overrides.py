@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
-from moejax.train.settings import is_config
+from moejax.train.identity import is_config
 
 FREE = ("model", "blocks")
 OPEN = ("init", "adapters", "trainable")

@@ -148,7 +148,7 @@ def batch_shapes(config: Mapping[str, Any] | ConfigDict) -> dict[str, jax.ShapeD
         return jax.ShapeDtypeStruct((b, *dims), dtype)
 
     if isinstance(data, TextConfig):
-        names = ("tokens", "targets", "segments", "positions", "domain")
+        names = ("tokens", "targets", "segments", "positions", "domain", *(() if data.tokenizer == "bytes" else ("bytes",)))
         return {name: shape(jnp.int32, data.seq_len) for name in names} | {"valid": shape(jnp.bool_, data.seq_len)}
     model = config["model"]
     side, channels = model["image_size"], model["channels"]

@@ -62,8 +62,8 @@ class ImageConfig(DataConfig):
 
     Attributes:
       image_size: height and width; other images are resized and their centre is cropped. Needed where sizes differ.
-      shift: in training, images move by up to this many pixels each way; zeros come in.
-      flip: in training, every second image is mirrored.
+      shift: in endless training, images move by up to this many pixels each way; zeros come in.
+      flip: in endless training, every second image is mirrored.
     """
 
     image_size: int | None = None

@@ -26,7 +26,8 @@ def image_batches(
         examples = storage.Held(examples)
     images = grain.MapDataset.source(examples).map_with_index(Decode(dataset, config.image_size, len(examples)))
     order = ordered(images, seed, config.shuffle and split == "train", num_epochs)
-    if split == "train" and (config.shift or config.flip):
+    # A pass that ends looks at the images as they are: it evaluates.
+    if split == "train" and num_epochs is None and (config.shift or config.flip):
         order = order.random_map(Augment(config.shift, config.flip), seed=derive_seed(seed, 1))
     if num_epochs is not None:
         order = padded(order, _empty(shape), config.batch_size)

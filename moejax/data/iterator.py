@@ -28,7 +28,8 @@ def make_iterator(
 
       text    `tokens, targets, segments, positions, domain`: int32[b, s]; `valid`: bool[b, s], whether a target counts;
               `example_id`: int64[b]. Segments start at 1 and 0 is padding; `domain` counts in `info(config).domains`.
-              The targets are the next tokens of the same document, and a document's last token has none.
+              The targets are the next tokens of the same document, and a document's last token has none. Unless the
+              tokenizer is `bytes`, also `bytes`: int32[b, s], the bytes of text behind each target.
       images  `image`: float32[b, h, w, c] in [0, 1]; `label`: int32[b]; `valid`: bool[b]; `example_id`: int64[b].
 
     `example_id` is the same in every run (-1 is padding); int64, so keep it off the device.
@@ -39,7 +40,7 @@ def make_iterator(
     Args:
       config: `config.data`, a mapping; see `DataConfig`, `TextConfig` and `ImageConfig` for its keys.
       split: `train`, `validation` or `test`; some corpora lack one.
-      seed: of the order and of augmentation, in training. The other splits have one fixed order.
+      seed: of the order in training, and of augmentation, which only endless training has. The other splits have one fixed order.
       shard_index: this host.
       shard_count: hosts. Their batches, one after the other, are those of a single host (streamed training excepted: see
         `TextConfig.streaming`), and in a finite pass all hosts have equally many.
@@ -86,6 +87,22 @@ class DataInfo:
     def train_size(self) -> int:
         """Documents or images to train on."""
         return self.sizes["train"]
+
+
+def check_fits(model: Mapping[str, Any], info: Any, tokenizer: str = "bytes") -> None:
+    """Refuses a model that has fewer tokens or classes than the data: their embeddings and logits would be none.
+
+    Args:
+      model: its config.
+      info: of the data; what it does not say is not compared.
+
+    Raises:
+      ConfigError: names both numbers.
+    """
+    for name, what in (("vocab_size", f"tokens of data.tokenizer='{tokenizer}'"), ("num_classes", "classes of the data")):
+        has, needs = model.get(name), getattr(info, name, 0)
+        if isinstance(has, int) and has < needs:
+            raise ConfigError(f"model.{name}={has} is less than the {needs} {what}; set model.{name} to {needs} or more")
 
 
 def info(config: Any) -> DataInfo:

@@ -35,12 +35,14 @@ class Corpus:
       offsets: document i is `tokens[offsets[i] : offsets[i + 1]]`.
       domain: the index of each document's domain.
       ids: each document's place in the prepared split, which does not depend on which domains are read.
+      sizes: bytes of text behind each token; None where every token is a byte.
     """
 
     tokens: Int[np.ndarray, "t"]
     offsets: Int[np.ndarray, "documents_1"]
     domain: Int[np.ndarray, "documents"]
     ids: Int[np.ndarray, "documents"]
+    sizes: Int[np.ndarray, "t"] | None = None
 
     @property
     def lengths(self) -> Int[np.ndarray, "documents"]:
@@ -63,7 +65,7 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         windows = self._rows[index]
-        row = empty_row(self._seq_len)
+        row = empty_row(self._seq_len, self._corpus.sizes is not None)
         at = 0
         for segment, (document, start, length) in enumerate(windows, start=1):
             end = self._corpus.offsets[document + 1]
@@ -71,6 +73,8 @@ class PackedRows:
             targets = min(length, end - first - 1)
             row["tokens"][at : at + length] = self._corpus.tokens[first : first + length]
             row["targets"][at : at + targets] = self._corpus.tokens[first + 1 : first + 1 + targets]
+            if self._corpus.sizes is not None:
+                row["bytes"][at : at + targets] = self._corpus.sizes[first + 1 : first + 1 + targets]
             row["valid"][at : at + targets] = True
             row["segments"][at : at + length] = segment
             row["positions"][at : at + length] = np.arange(length)
@@ -111,9 +115,10 @@ def pack(windows: Sequence[Window], seq_len: int, packing: bool) -> list[list[Wi
     return sorted(rows)
 
 
-def empty_row(seq_len: int) -> dict[str, np.ndarray]:
-    """A row of padding: segment 0, nothing valid, `example_id` -1."""
-    row = {key: np.zeros(seq_len, np.int32) for key in ("tokens", "targets", "segments", "positions", "domain")}
+def empty_row(seq_len: int, sized: bool = False) -> dict[str, np.ndarray]:
+    """A row of padding: segment 0, nothing valid, `example_id` -1; with `bytes` if it is `sized`."""
+    names = ("tokens", "targets", "segments", "positions", "domain", *(("bytes",) if sized else ()))
+    row = {key: np.zeros(seq_len, np.int32) for key in names}
     return row | {"valid": np.zeros(seq_len, bool), "example_id": np.int64(-1)}
 
 

@@ -23,7 +23,7 @@ _SHUFFLE_WINDOWS = 1024
 # Rows that are filled at a time when streaming: more of them waste less padding, but a restart has to read more again.
 _OPEN_ROWS = 64
 # What is known of each token of a streamed window; packed by Grain as the columns of one array.
-_COLUMNS = ("tokens", "targets", "valid", "domain")
+_COLUMNS = ("tokens", "targets", "valid", "domain", "bytes")
 
 
 def text_batches(
@@ -54,7 +54,7 @@ def text_batches(
     else:
         order = ordered(grain.MapDataset.concatenate(rows), seed, shuffle, num_epochs)
     if num_epochs is not None:
-        order = padded(order, empty_row(config.seq_len), config.batch_size)
+        order = padded(order, empty_row(config.seq_len, corpus.sizes is not None), config.batch_size)
     return batched(order, config, shard_index, shard_count)
 
 
@@ -75,12 +75,12 @@ class Decode:
     tokenizer: str
 
     def __call__(self, index: int, example: dict[str, Any]) -> dict[str, Any] | None:
-        """Document `index` as `{tokens, domain, id}`; None if its domain is not read."""
+        """Document `index` as `{tokens, sizes, domain, id}`; None if its domain is not read."""
         name = self.names[int(example["domain"])] if len(self.names) > 1 else self.names[0]
         if name not in self.domains:
             return None
-        tokens = tokenizers.load(self.tokenizer).encode(example[self.text])
-        return {"tokens": tokens, "domain": self.domains.index(name), "id": index}
+        tokens, sizes = tokenizers.load(self.tokenizer).encode(example[self.text])
+        return {"tokens": tokens, "sizes": sizes, "domain": self.domains.index(name), "id": index}
 
 
 # Studies open the same splits for every arm and seed.
@@ -92,11 +92,16 @@ def read_corpus(folder: str, expression: str, decode: Decode) -> Corpus:
     examples = storage.open_split(tfds.builder_from_directory(folder), expression, folder)
     decoded = (decode(i, examples[i]) for i in range(len(examples)))
     documents = [document for document in decoded if document is not None]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([document[name] for document in documents] + [np.zeros(0, np.int32)])
+
     return Corpus(
-        tokens=np.concatenate([document["tokens"] for document in documents] + [np.zeros(0, np.int32)]),
+        tokens=joined("tokens"),
         offsets=np.cumsum([0] + [len(document["tokens"]) for document in documents]),
         domain=np.array([document["domain"] for document in documents], np.int32),
         ids=np.array([document["id"] for document in documents], np.int64),
+        sizes=None if any(document["sizes"] is None for document in documents) else joined("sizes"),
     )
 
 
@@ -150,11 +155,14 @@ class _Cut(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: dict[str, Any]) -> list[dict[str, Any]]:
         tokens = element["tokens"]
-        columns = np.zeros((len(tokens), len(_COLUMNS)), np.int32)
+        sizes = element["sizes"]
+        columns = np.zeros((len(tokens), len(_COLUMNS) - (sizes is None)), np.int32)
         columns[:, 0] = tokens
         columns[:-1, 1] = tokens[1:]
         columns[:-1, 2] = 1
         columns[:, 3] = element["domain"]
+        if sizes is not None:
+            columns[:-1, 4] = sizes[1:]
         return [
             {
                 "columns": columns[start : start + length],
@@ -165,7 +173,8 @@ class _Cut(grain.experimental.FlatMapTransform):
 
 
 def _row(packed: dict[str, Any]) -> dict[str, np.ndarray]:
-    row = {name: packed["columns"][:, i] for i, name in enumerate(_COLUMNS)}
+    columns = packed["columns"]
+    row = {name: columns[:, i] for i, name in enumerate(_COLUMNS[: columns.shape[1]])}
     return row | {
         "valid": row["valid"].astype(bool),
         "segments": packed["columns_segment_ids"],
@@ -175,6 +184,6 @@ def _row(packed: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _pad(rows: list[dict[str, np.ndarray]], batch_size: int) -> dict[str, np.ndarray]:
-    empty = empty_row(len(rows[0]["tokens"]))
+    empty = empty_row(len(rows[0]["tokens"]), "bytes" in rows[0])
     rows = list(rows) + [empty] * (batch_size - len(rows))
     return {key: np.stack([row[key] for row in rows]) for key in empty}

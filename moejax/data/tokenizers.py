@@ -11,9 +11,15 @@ from moejax.core.errors import ConfigError, nearest
 
 
 class Tokenizer(NamedTuple):
-    """`encode(text) -> int32[n]` and the number of different ids. No special tokens are added: segments separate documents."""
+    """Whole documents to tokens. No special tokens are added: segments separate documents.
 
-    encode: Callable[[bytes], np.ndarray]
+    Attributes:
+      encode: text -> ids `int32[n]` and, unless every token is a byte, the bytes of text behind each, `int32[n]`. These add up to
+        the text: what lies between two tokens counts with the second, and what follows the last one with that.
+      vocab_size: number of ids, from 0.
+    """
+
+    encode: Callable[[bytes], tuple[np.ndarray, np.ndarray | None]]
     vocab_size: int
 
 
@@ -40,11 +46,28 @@ def load(tokenizer: str) -> Tokenizer:
     except Exception as error:  # the package raises bare Exceptions
         raise ConfigError(f"data.tokenizer='{tokenizer}' cannot be read as a tokenizer: {error}") from None
 
-    def encode(text: bytes) -> np.ndarray:
-        return np.array(fast.encode(text.decode(errors="replace"), add_special_tokens=False).ids, dtype=np.int32)
+    # Files carry the settings of the model that they come from, which cut documents short and fill them up.
+    fast.no_truncation()
+    fast.no_padding()
 
-    return Tokenizer(encode, fast.get_vocab_size())
+    def encode(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        characters = text.decode(errors="replace")
+        found = fast.encode(characters, add_special_tokens=False)
+        return np.array(found.ids, np.int32), _sizes(characters, [end for _, end in found.offsets])
+
+    # Ids may have gaps: the number of words can be less than the largest id.
+    return Tokenizer(encode, max(fast.get_vocab().values(), default=-1) + 1)
 
 
-def _bytes(text: bytes) -> np.ndarray:
-    return np.frombuffer(text, dtype=np.uint8).astype(np.int32)
+def _bytes(text: bytes) -> tuple[np.ndarray, None]:
+    return np.frombuffer(text, dtype=np.uint8).astype(np.int32), None
+
+
+def _sizes(characters: str, ends: list[int]) -> np.ndarray:
+    """Bytes of UTF-8 behind each token, of tokens that end before the characters with these numbers."""
+    if not ends:
+        return np.zeros(0, np.int32)
+    code = np.frombuffer(characters.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+    width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+    upto = np.concatenate([[0], np.cumsum(width)])[np.maximum.accumulate([*ends[:-1], len(characters)])]
+    return np.diff(upto, prepend=0).astype(np.int32)

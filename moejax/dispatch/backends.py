@@ -31,7 +31,9 @@ def reference(plan: Plan, experts: Experts, x: Float[Array, "g n d"]) -> Float[A
         s = rows.shape[2]
         y = experts.run(rows.reshape(plan.num_experts, g * s, d), Batched()).reshape(plan.num_experts, g, s, -1)
         return sum(jnp.einsum("gns,gsf->gnf", plan.combine[:, :, i], y[i]) for i in range(plan.num_experts))
-    rows = jnp.broadcast_to(x.reshape(1, g * n, d), (plan.num_experts, g * n, d))
+    # An expert gets zeros for the tokens that it is not to see: whatever it makes of them counts nothing.
+    seen = (plan.assigned() > 0).reshape(g * n, plan.num_experts).T
+    rows = jnp.where(seen[..., None], x.reshape(1, g * n, d), 0)
     y = experts.run(rows, Batched()).reshape(plan.num_experts, g, n, -1)
     return jnp.einsum("gne,egnf->gnf", plan.dense().astype(y.dtype), y)
 
@@ -80,10 +82,11 @@ def gather(plan: TokenPlan | ExpertPlan, experts: Experts, x: Float[Array, "g n 
     weight = jnp.where(entries.used, entries.weight, 0)
     if isinstance(plan, TokenPlan):
         k = plan.expert.shape[-1]
-        y = experts.run(jnp.repeat(flat, k, axis=0), PerToken(entries.expert))
+        rows = jnp.where(entries.used[:, None], jnp.repeat(flat, k, axis=0), 0)
+        y = experts.run(rows, PerToken(entries.expert))
         y = jnp.einsum("tk,tkf->tf", weight.reshape(g * n, k).astype(y.dtype), y.reshape(g * n, k, -1))
     else:
-        y = experts.run(flat[entries.token], PerToken(entries.expert))
+        y = experts.run(jnp.where(entries.used[:, None], flat[entries.token], 0), PerToken(entries.expert))
         y = _scatter_add(y, entries.token, weight, g * n)
     return y.reshape(g, n, -1)
 

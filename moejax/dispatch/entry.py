@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -47,11 +48,16 @@ def dispatch(plan: Plan, experts: Any, x: Float[Array, "g n d"], backend: str = 
         experts = bank(x.shape[-1], ctx)
         y = dispatch(plan, experts, x)
 
+    Tokens of no used entry give zeros, and whatever they hold, NaN included, touches neither values nor gradients.
+
     Args:
       plan: who goes where, from a select rule.
       experts: `Experts`, or `MixedExperts` of several kinds.
       x: tokens; the plan's tokens, in the plan's groups.
       backend: a name of `BACKENDS`, which runs or raises, or 'auto'.
+
+    'grouped', which 'auto' often is, has derivatives of its own that go backward and once: for `jax.jvp` and Hessian-vector
+    products name 'capacity', 'gather', 'einsum' or 'reference'.
 
     Raises:
       ConfigError: unknown backend, one that cannot execute this kind of plan, or experts that are not the plan's.
@@ -67,10 +73,16 @@ def execute(
     The executed plan has less in it than the given one where an exchange between devices has a bound (`limit`).
     """
     _check(experts, plan.num_experts)
+    x = _needed(plan, x)
     light = all(part.light for part in experts.parts) and isinstance(plan, TokenPlan)
     name = backend if backend != "auto" else "gather" if light else choose(plan, x.shape[-1])
     if name not in BACKENDS:
         raise ConfigError(f"backend='{name}' is unknown{nearest(name, [*BACKENDS, 'auto'])}")
+    if name in ("grouped", "expert_parallel") and _symbolic(plan):
+        raise ConfigError(
+            f"backend='{name}' needs sizes that are numbers, and these are symbolic (jax.export); take 'capacity', 'gather' or "
+            "'reference', or leave it to 'auto'"
+        )
     if not isinstance(plan, ACCEPTS[name]):
         able = [b for b, kinds in ACCEPTS.items() if isinstance(plan, kinds) and (b != "expert_parallel" or current())]
         raise ConfigError(f"backend='{name}' cannot execute a {type(plan).__name__} plan; use one of: {', '.join(able)}, auto")
@@ -92,7 +104,7 @@ def choose(plan: Plan, width: int, platform: str | None = None) -> str:
     """The backend that 'auto' stands for: the fastest one measured for such a plan.
 
     Args:
-      plan: its type, sizes and capacity matter, not its data. On a mesh, sorting rows under automatic sharding would gather
+      plan: its type, sizes (which may be symbolic) and capacity matter, not its data. On a mesh, sorting rows under automatic sharding would gather
         them all on every device: plans go to 'expert_parallel' there.
       width: d, of the tokens.
       platform: 'cpu', 'tpu' or 'gpu'; that of the kernels' target by default.
@@ -106,6 +118,9 @@ def choose(plan: Plan, width: int, platform: str | None = None) -> str:
         return "einsum"
     if isinstance(plan, ExpertPlan):
         return "capacity"
+    if _symbolic(plan):
+        # No loops over rows that nobody has counted: slots where the plan has a bound for them, else every expert on every token.
+        return "reference" if plan.capacity is None else "capacity"
     g, n, k = plan.expert.shape
     rows = g * n * k
     if platform == "cpu":
@@ -122,6 +137,24 @@ def _splits(plan: Plan, ways: int) -> bool:
     if isinstance(plan, MergePlan):
         return plan.weight.shape[0] % ways == 0
     return not isinstance(plan, SlotPlan) or plan.dispatch.shape[0] % ways == 0
+
+
+def _symbolic(plan: Plan) -> bool:
+    """Whether the plan's sizes are unknown, as `jax.export` has them for a batch of any size."""
+    return not all(isinstance(size, int) for leaf in jax.tree.leaves(plan) for size in leaf.shape)
+
+
+def _needed(plan: Plan, x: Float[Array, "g n d"]) -> Float[Array, "g n d"]:
+    """The tokens, with zeros for those that no expert is to see: what lies there, NaN or infinity, then touches nothing."""
+    if isinstance(plan, TokenPlan):
+        return jnp.where(plan.used.any(-1, keepdims=True), x, 0)
+    if isinstance(plan, ExpertPlan):
+        return jnp.where((plan.assigned() > 0).any(-1, keepdims=True), x, 0)
+    if isinstance(plan, SlotPlan):
+        # Finite ones stay: a weight of zero may have a gradient.
+        none = ~(plan.dispatch != 0).any((-2, -1))[..., None]
+        return jnp.where(none & ~jnp.isfinite(x), 0, x)
+    return x
 
 
 def backend_index(name: str) -> int:

@@ -20,7 +20,7 @@ class FFNFields(nn.Module):
 
     Attributes:
       hidden: f, the hidden width.
-      activation: a name of `ACTIVATIONS`.
+      activation: a name of `ACTIVATIONS`; 'gelu' is the tanh form, 'gelu_exact' PyTorch's default.
       use_bias: adds both biases.
       dropout: rate of dropout on the hidden layer in training (Switch fine-tuning: 0.4 inside experts).
       features: output width; the input's by default.

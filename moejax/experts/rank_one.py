@@ -16,7 +16,7 @@ class RankOne(nn.Module):
 
     Attributes:
       num_experts: e, the rows.
-      activation: a name of `ACTIVATIONS`.
+      activation: a name of `ACTIVATIONS`; 'gelu' is the tanh form, 'gelu_exact' PyTorch's default.
       values_only: rows are memory values that do not look at the token (Lample et al. 2019).
       out_std: standard deviation of v at the start; that of u is 1 / sqrt(d), as in a linear layer.
       implementation: of the kernel; 'auto' or a name.

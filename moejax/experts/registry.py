@@ -15,9 +15,17 @@ banks = Registry("bank", "moejax.experts")
 
 Axes = tuple[str | None, ...]
 
+
+def gelu_exact(x: Array) -> Array:
+    """`x * Phi(x)` with the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+# 'gelu' is the tanh form of GPT-2 and BERT's first code, JAX's default; 'gelu_exact' is the error function's, PyTorch's default.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
+    "gelu_exact": gelu_exact,
     "silu": jax.nn.silu,
     "squared_relu": lambda x: jax.numpy.square(jax.nn.relu(x)),
     "tanh": jax.numpy.tanh,

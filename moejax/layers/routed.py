@@ -1,6 +1,7 @@
 """The path of a token, once for all routed layers: logits -> plan -> dispatch, with losses and statistics sown on the way."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from moejax import dispatch as dispatch_lib
 from moejax.core.context import Context
 from moejax.core.control import control
 from moejax.core.errors import ConfigError
-from moejax.core.sowing import sow
+from moejax.core.sowing import sow, sow_loss
 from moejax.dispatch.experts import AnyExperts
 from moejax.layers.interventions import interventions
 from moejax.parallel.mesh import BATCH_AXES, batch_ways, shard_map
@@ -103,10 +104,10 @@ def sow_losses(module: nn.Module, routing: Routing, losses: tuple[Loss, ...], sc
         if isinstance(loss, AdaptiveLoss):
             state = module.variable("router_state", loss.kind, loss.fresh_state).value
             control(module, loss.kind, loss, loss.measure(routing))
-            value = loss(routing, state)
+            cost = partial(loss, routing, state)
         else:
-            value = loss(routing)
-        sow(module, "losses", loss.name, scale * value)
+            cost = partial(loss, routing)
+        sow_loss(module, loss.name, lambda cost=cost: scale * cost(), routing.valid.sum())
 
 
 def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float[Array, "g n d"], Context]:
@@ -125,8 +126,8 @@ def group_tokens(x: Float[Array, "b s d"], ctx: Context, by: str) -> tuple[Float
     return x, ctx
 
 
-def ungroup_tokens(y: Float[Array, "g n f"], b: int, s: int, by: str) -> Float[Array, "b s f"]:
-    """The inverse of `group_tokens`."""
+def ungroup_tokens(y: Float[Array, "g n f"], b: Any, s: Any, by: str) -> Float[Array, "b s f"]:
+    """The inverse of `group_tokens`; sizes may be symbolic."""
     if by == "position":
         return y.swapaxes(0, 1)
     return y.reshape(b, s, y.shape[-1])

@@ -73,9 +73,9 @@ class ViT(nn.Module):
             raise ConfigError(f"images of shape {images.shape[1:]} given to a ViT for {expected}; change its config")
         x = patches(images, self.patch_size)
         b, n, _ = x.shape
-        x = Dense(self.d_model, dtype=self.dtype, axes=(None, "embed"), role="embeddings", name="patch")(x)
-        x = x + self._position_table(n).astype(x.dtype)
         ctx = _per_patch(Context() if ctx is None else ctx, b, n)
+        x = Dense(self.d_model, dtype=self.dtype, axes=(None, "embed"), role="embeddings", name="patch")(ctx.clean(x))
+        x = x + self._position_table(n).astype(x.dtype)
         if self.pooling == "cls":
             init = nn.initializers.normal(0.02)
             cls = param(self, "cls", init, (self.d_model,), ("embed",), role="embeddings").astype(x.dtype)
@@ -132,5 +132,5 @@ def _with_cls(ctx: Context) -> Context:
 def _mean(x: Float[Array, "b n d"], valid: Bool[Array, "b n"] | None) -> Float[Array, "b d"]:
     if valid is None:
         return x.mean(axis=1)
-    weight = valid.astype(x.dtype)[:, :, None]
-    return (x * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
+    mask = valid[:, :, None]
+    return jnp.where(mask, x, 0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)

@@ -1,4 +1,11 @@
-"""Capacity: how many rows of a group an expert takes, and who is refused when it is full."""
+"""Capacity: how many rows of a group an expert takes, and who is refused when it is full.
+
+Documents that are packed into one row are one group, and an earlier one may take a slot that a later one wanted. There is no group
+for each document: shapes are static and the lengths of documents are data, so that every document would need a buffer for the
+longest one; and a capacity is rounded up to at least one slot of every expert, so that many short documents would buy far more
+slots than their tokens are worth, and next to nothing would be refused. Whose documents must not touch each other takes a rule
+without capacity, or `data.packing=False`.
+"""
 
 import math
 from typing import Literal

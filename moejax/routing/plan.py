@@ -124,7 +124,7 @@ class ExpertPlan:
         """The one-hot form that one-hot einsum dispatch executes: every slot holds one whole token or nothing."""
         one_hot = jax.nn.one_hot(self.token, self.num_tokens, dtype=self.weight.dtype)  # g e c n
         dispatch = jnp.einsum("gecn,gec->gnec", one_hot, self.used.astype(self.weight.dtype))
-        return SlotPlan(dispatch=dispatch, combine=dispatch * self.weight[:, None])
+        return SlotPlan(dispatch=dispatch, combine=dispatch * jnp.where(self.used, self.weight, 0)[:, None])
 
     def _scatter(self, values: Float[Array, "g e c"]) -> Float[Array, "g n e"]:
         one_hot = jax.nn.one_hot(self.token, self.num_tokens, dtype=values.dtype)
@@ -204,7 +204,7 @@ def sort_by_expert(key: Int[Array, "m"], num_experts: int) -> tuple[Int[Array, "
     """
     m = key.shape[0]
     row = jnp.arange(m, dtype=jnp.int32)
-    if (num_experts + 1) * m < 2**31:
+    if isinstance(m, int) and (num_experts + 1) * m < 2**31:  # with a symbolic batch (`jax.export`) nobody can tell
         # Key and row in one number: one sort without a payload, several times faster than argsort on a CPU.
         packed = jnp.sort(key.astype(jnp.int32) * m + row)
         order, expert = packed % m, packed // m

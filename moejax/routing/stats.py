@@ -26,8 +26,8 @@ def routing_stats(routing: Routing) -> dict[str, Array]:
     plan, valid = routing.plan, routing.valid
     tokens = jnp.maximum(valid.sum(), 1)
     mask = valid[..., None]
-    assigned = jax.lax.stop_gradient(plan.assigned()) * mask
-    wanted = jax.lax.stop_gradient(plan.wanted()) * mask
+    assigned = jnp.where(mask, jax.lax.stop_gradient(plan.assigned()), 0)
+    wanted = jnp.where(mask, jax.lax.stop_gradient(plan.wanted()), 0)
     per_expert = assigned.sum((0, 1))
     load = per_expert / jnp.maximum(per_expert.sum(), 1e-9)
     probs = jax.lax.stop_gradient(routing.probs)

@@ -17,7 +17,8 @@ class Classify(Task):
     """Cross entropy of `label[b]` where `valid[b]`. Metrics: loss (nats an example), accuracy."""
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Float[Array, "b h w c"], Context]:
-        return batch["image"], Context(step=step, train=train)
+        # Of a whole image, for all of its patches: what fills up a last batch is neither routed nor counted.
+        return batch["image"], Context(valid=batch["valid"][:, None], step=step, train=train)
 
     def count(self, batch: Batch) -> Int[Array, ""]:
         return jnp.sum(batch["valid"], dtype=jnp.int32)

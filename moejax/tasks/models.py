@@ -1,6 +1,6 @@
 """Models as a task sees them: called with arguments, with their variables, random keys and collections behind them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from moejax.core.context import Context
 from moejax.core.control import record_controllers
+from moejax.core.sowing import PARTS, WHOLE
 
 # Streams that layers may draw from while training.
 STREAMS = ("router", "dropout")
@@ -47,6 +48,9 @@ class LearningModel:
       params: its parameters, with gradients: for penalties on them.
       frozen: name -> `FrozenModel`, the models that the task names.
       key: a random key of the step, for the task's own noise; None in evaluation.
+
+    Of a microbatch, the first pass gathers what losses sum over the batch, and the second is given the sums over the `whole`, for
+    each call; see `moejax.core.sowing`.
     """
 
     def __init__(
@@ -56,16 +60,22 @@ class LearningModel:
         collections: Mapping[str, Tree],
         key: Array | None,
         frozen: Mapping[str, FrozenModel],
+        whole: Sequence[Tree] | None = None,
+        gather: bool = False,
     ):
         self.params, self.frozen = params, frozen
         self.key = None if key is None else jax.random.fold_in(key, len(STREAMS))
         self.sown: list[Mapping[str, Tree]] = []
         self._model, self._draw, self._collections = model, key, collections
+        self._whole, self._gather = whole, gather
 
     def __call__(self, inputs: Any, ctx: Context, also: tuple[str, ...] = ()) -> Any:
         """The model's outputs; with `also`, the outputs and those collections that layers have sown into."""
         variables = {"params": self.params, **self._collections}
-        mutable = list(dict.fromkeys(("losses", "stats", *(() if self._draw is None else ("measured",)), *also)))
+        if self._whole is not None:
+            variables[WHOLE] = self._whole[len(self.sown)]
+        parts = (PARTS,) if self._gather else () if self._whole is None else (WHOLE,)
+        mutable = list(dict.fromkeys(("losses", "stats", *parts, *(() if self._draw is None else ("measured",)), *also)))
         rngs = None if self._draw is None else streams(self._draw, len(self.sown))
         outputs, changed = self._model.apply(variables, inputs, ctx, rngs=rngs, mutable=mutable)
         self.sown.append(changed)

@@ -23,7 +23,8 @@ class NextToken(Task):
 
     Attributes:
       domains: names of the values of `batch['domain']`, from `DataInfo`.
-      bytes_per_token: mean bytes of text behind one target; 1 for byte vocabularies.
+      bytes_per_token: mean bytes of text behind one target, for batches that do not say in `bytes` how many there are behind each;
+        1 for byte vocabularies.
     """
 
     domains: tuple[str, ...] = ()
@@ -50,19 +51,27 @@ class NextToken(Task):
         valid = batch["valid"]
         nll, correct = cross_entropies(outputs, batch["targets"], valid)
         sums = {"nll": nll.sum(), "count": self.count(batch), "correct": correct.sum(dtype=jnp.int32)}
+        size = batch.get("bytes")
+        if size is not None:
+            size = jnp.where(valid, size, 0)
+            sums["bytes"] = size.sum()
         if self.domains:
             domain, n = batch["domain"].reshape(-1), len(self.domains)
+            if size is not None:
+                sums["domain_bytes"] = jax.ops.segment_sum(size.reshape(-1), domain, n)
             sums["domain_nll"] = jax.ops.segment_sum(nll.reshape(-1), domain, n)
             sums["domain_count"] = jax.ops.segment_sum(valid.reshape(-1).astype(jnp.int32), domain, n)
         return sums
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
         loss = ratio(sums["nll"], sums["count"])
-        bits = 1.0 / (math.log(2.0) * self.bytes_per_token)
-        out = {"loss": loss, "bits_per_byte": loss * bits, "accuracy": ratio(sums["correct"], sums["count"])}
+        size = sums.get("bytes", sums["count"] * self.bytes_per_token)
+        bits = ratio(sums["nll"], size) / math.log(2.0)
+        out = {"loss": loss, "bits_per_byte": bits, "accuracy": ratio(sums["correct"], sums["count"])}
         for i, name in enumerate(self.domains):
             if sums["domain_count"][i]:
-                out[f"{name}/bits_per_byte"] = ratio(sums["domain_nll"][i], sums["domain_count"][i]) * bits
+                size = sums["domain_bytes"][i] if "domain_bytes" in sums else sums["domain_count"][i] * self.bytes_per_token
+                out[f"{name}/bits_per_byte"] = ratio(sums["domain_nll"][i], size) / math.log(2.0)
         return out
 
     def size(self, batch: Batch) -> int:

@@ -30,19 +30,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moejax import data
-from moejax.core.errors import ConfigError
+from moejax.core.errors import ConfigError, check_seed
 from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
+from moejax.train.identity import check_equal
 from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers, read_lines, write_atomically
 from moejax.train.program import Program, get_program
 from moejax.train.readers import Resolve, ResolveRun, train_below
 from moejax.train.results import Progress, ProgressCallback, RunResult, Speed
+from moejax.train.same_run import batch_contents, check_same_run, described, files
 from moejax.train.settings import (
     PLACE,
     CheckpointSettings,
     EvalSettings,
     TrainSettings,
-    check_same_run,
     normalized,
     plain,
     section,
@@ -71,33 +72,37 @@ def fit(
     Args:
       config: sections model, data, task, optimizer, train, and optionally adapters, init, trainable, eval, checkpoint, mesh and
         exchange; see `settings.py`.
-      seed: of parameters, data order and all noise.
+      seed: of parameters, data order and all noise: from 0 to 2**32 - 1.
       workdir: folder of the run. Gets config.json, metrics.jsonl, timings.jsonl, TensorBoard events, checkpoints/, and in the
-        end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated.
+        end result.json. A run that was cut off goes on from its newest good checkpoint; a finished one is read, not repeated. What
+        numbers do not depend on (`moejax.train.identity`) may have changed since, and `train.steps` may have grown if the
+        learning rates so far stay what they were.
       progress: called with a `Progress` whenever a phase begins and whenever metrics are logged; of several processes, in the
         first.
       label: name of the run in progress reports.
       model: takes the place of `config.model` and `config.adapters`, and of those of runs that this one starts from if theirs are equal.
       make_iterator: takes the place of `moejax.data.make_iterator`; given shard_index and shard_count if there are several
-        processes.
+        processes. What it gives is known by its first batch when a run goes on, and not at all when a finished one is read.
       info: takes the place of `moejax.data.info(config.data)`.
       resolve: trains the runs that this one starts from, and gives their folders; by default they are trained below `workdir`, in
         `starts/`.
 
     Raises:
-      ConfigError: the config is wrong, its sizes do not fit the mesh, or `workdir` holds a run with another config or seed.
+      ConfigError: the config is wrong, its sizes do not fit the mesh, or `workdir` holds another run.
       NonFiniteLoss: training has diverged; no state from after that step is saved.
       Interrupted: SIGTERM or SIGINT came, to any of the processes; a checkpoint has been saved. A `SystemExit` with code 143
         or 130.
       LostProcess: another process is gone. Nothing more can be saved: all start again from the newest checkpoint.
     """
     started = time.perf_counter()
+    check_seed("seed", seed)
     config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
     progress = progress or (lambda report: None)
     resolve = resolve or train_below(
         Path(workdir) / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info
     )
-    run = _Run(config, seed, Path(workdir), progress, label, started)
+    given = {"model": model, "info": info if info is None else _context(info)}
+    run = _Run(config, seed, Path(workdir), progress, label, started, given)
     with contextlib.closing(run):
         try:
             finished = run.finished()
@@ -120,12 +125,24 @@ def fit(
 class _Run:
     """One call of `fit`: the state, the iterator and the open files."""
 
-    def __init__(self, config: ConfigDict, seed: int, workdir: Path, progress: ProgressCallback, label: str, started: float):
+    def __init__(
+        self,
+        config: ConfigDict,
+        seed: int,
+        workdir: Path,
+        progress: ProgressCallback,
+        label: str,
+        started: float,
+        given: Mapping[str, Any],
+    ):
         self.config, self.plain = config, plain(config)
         self.seed, self.workdir, self.label, self.started = seed, workdir, label, started
         self.training = section(TrainSettings, config, "train")
         self.evaluation = section(EvalSettings, config, "eval")
         self.saving = section(CheckpointSettings, config, "checkpoint")
+        # What the numbers depend on beside the config and the seed.
+        self._given = {name: described(value) for name, value in given.items() if value is not None}
+        self._made_of = files(self.plain)
         self.parallel = make_parallel(config.get("mesh"), section(Exchange, config, "exchange"))
         self._progress = progress if hosts.is_first() else lambda report: None
         self.step = 0
@@ -138,12 +155,16 @@ class _Run:
         self._files.callback(self.checkpoints.close)
 
     def finished(self) -> RunResult | None:
-        """The result of a run that has ended already, or None."""
+        """The result of a run that has ended already, or None.
+
+        Raises:
+          ConfigError: the folder holds another run.
+        """
         step, path = self.checkpoints.newest, self.workdir / "result.json"
-        if step is None or not hosts.share(path.exists()):
+        if step is None:
             return None
-        meta = self.checkpoints.meta(step)
-        if step != self.training.steps or self._differs(meta):
+        self._check_same(self.checkpoints.meta(step), step)
+        if step != self.training.steps or not hosts.share(path.exists()):
             return None
         _, variables, _ = load(self.workdir, step)
         return RunResult(
@@ -158,13 +179,17 @@ class _Run:
         self._shard = (0, 1) if self.parallel is None else batches.data_shard(self.parallel.mesh)
         self.batches = self._iterator(split="train", seed=self.seed)
         fresh = self.batches.get_state()
-        first = batches.global_shapes(_model_inputs(next(self.batches)), self._shard[1])
+        batch = next(self.batches)
+        self._first_batch = batch_contents(batch) if self._shard[1] == 1 else None
+        first = batches.global_shapes(_model_inputs(batch), self._shard[1])
         self.batches.set_state(fresh)
-        context = {"domains": tuple(getattr(info, "domains", ())), "bytes_per_token": getattr(info, "bytes_per_token", 1.0)}
-        self.program: Program = get_program(self.plain, self.training, first, context, model, self.parallel)
+        if model is None:
+            data.check_fits(self.plain["model"], info, self.plain["data"].get("tokenizer") or "bytes")
+        self.program: Program = get_program(self.plain, self.training, first, _context(info), model, self.parallel)
         # What is wrong with this run is said before hours go into the one that it starts from.
         shapes = self.program.state
-        frozen, self._made_of = frozen_models(self.program.task, shapes.frozen, self.seed, resolve, self.label)
+        frozen, made_of = frozen_models(self.program.task, shapes.frozen, self.seed, resolve, self.label)
+        self._made_of |= made_of
         self.state: TrainState
         if self.checkpoints.newest is not None:
             self._resume(self.checkpoints.newest)
@@ -274,36 +299,44 @@ class _Run:
 
     def _resume(self, step: int) -> None:
         restored = self.checkpoints.restore(step, self.program.state)
-        if difference := self._differs(restored.meta):
-            raise difference
-        made_of = restored.meta.get("made_of", {})
-        for place, contents in self._made_of.items():
-            if made_of.get(place, contents) != contents:
-                raise ConfigError(
-                    f"{self.workdir} holds a run whose {place} was another checkpoint than the one that is there now; take another "
-                    "workdir, or remove this one to start anew"
-                )
-        self._made_of = {**made_of, **self._made_of}
-        if step > self.training.steps:
+        meta = restored.meta
+        self._check_files(meta)  # again: what has been read meanwhile, it has been read as it was
+        began = meta.get("first_batch")
+        if None not in (began, self._first_batch) and began != self._first_batch:
             raise ConfigError(
-                f"train.steps={self.training.steps} is less than the {step} steps of {self.checkpoints.path(step)}; "
-                "raise it, or take another workdir"
+                f"{self.workdir} holds a run that began with another batch of data; give it the data that it had, or take another "
+                "workdir"
             )
+        self._first_batch = began or self._first_batch
+        self._made_of = {**meta.get("made_of", {}), **self._made_of}
         self.state, self.step = restored.state, step
-        self.batches.set_state(restored.data_state)
-        self._earlier_seconds = restored.meta["seconds"]
+        if meta["config"]["data"].get("workers", 0) == self.plain["data"].get("workers", 0):
+            self.batches.set_state(restored.data_state)
+        else:
+            # Other workers keep another state of the same batches.
+            for _ in range(step):
+                next(self.batches)
+        self._earlier_seconds = meta["seconds"]
 
-    def _differs(self, meta: Mapping[str, Any]) -> ConfigError | None:
-        """The error to raise if the checkpoint is of another run."""
+    def _check_same(self, meta: Mapping[str, Any], step: int) -> None:
+        """Refuses the checkpoint of another run."""
         if meta["seed"] != self.seed:
-            return ConfigError(
+            raise ConfigError(
                 f"{self.workdir} holds a run with seed={meta['seed']}, not {self.seed}; take another workdir for each seed"
             )
-        try:
-            check_same_run(meta["config"], self.plain, str(self.workdir))
-        except ConfigError as error:
-            return error
-        return None
+        check_same_run(meta["config"], self.plain, str(self.workdir), step)
+        check_equal(meta.get("given", {}), self._given, str(self.workdir), " (given to `fit` by hand)")
+        self._check_files(meta)
+
+    def _check_files(self, meta: Mapping[str, Any]) -> None:
+        made_of = meta.get("made_of", {})
+        for place, contents in self._made_of.items():
+            if made_of.get(place, contents) != contents:
+                kind = "file" if place.endswith("tokenizer") else "checkpoint"
+                raise ConfigError(
+                    f"{self.workdir} holds a run whose {place} was another {kind} than the one that is there now; take another "
+                    "workdir, or remove this one to start anew"
+                )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -355,7 +388,14 @@ class _Run:
 
     def _save(self) -> None:
         self.log.sync()
-        meta = {"config": self.plain, "seed": self.seed, "seconds": self._seconds(), "made_of": self._made_of}
+        meta = {
+            "config": self.plain,
+            "seed": self.seed,
+            "seconds": self._seconds(),
+            "made_of": self._made_of,
+            "given": self._given,
+            "first_batch": self._first_batch,
+        }
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta)
 
     def _leave(self, signum: int) -> None:
@@ -395,6 +435,11 @@ class _Run:
         if hosts.is_first():
             result.write(self.workdir)
         return result
+
+
+def _context(info: Any) -> dict[str, Any]:
+    """What the data know that tasks ask for."""
+    return {"domains": tuple(getattr(info, "domains", ())), "bytes_per_token": getattr(info, "bytes_per_token", 1.0)}
 
 
 def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from moejax.core.errors import ConfigError
 from moejax.surgery.base import Checkpoint
 from moejax.surgery.sources.base import Reader, network_of
 from moejax.tasks.base import Task
-from moejax.train.checkpoints import MANIFEST, find_checkpoint, load, load_meta
+from moejax.train.checkpoints import load, load_meta
+from moejax.train.identity import essence
 from moejax.train.results import ProgressCallback
-from moejax.train.settings import plain, without_cosmetics
+from moejax.train.same_run import contents, files
+from moejax.train.settings import plain
 
 # Gives the folder of the finished run of a config, `(config, seed, label)`, and trains it first unless it has been.
 Resolve = Callable[[Mapping[str, Any], int, str], Path]
@@ -48,7 +50,7 @@ def train_below(
 
     def resolve(start: Mapping[str, Any], seed: int, progress: ProgressCallback, label: str) -> Path:
         start = plain(start)
-        text = json.dumps({"config": without_cosmetics(start), "seed": seed}, sort_keys=True)
+        text = json.dumps({"config": essence(start), "files": files(start), "seed": seed}, sort_keys=True)
         workdir = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
         same = model if network_of(start) == network_of(config) else None
         fit(start, seed, workdir, progress, label, model=same, resolve=resolve, **given)
@@ -64,11 +66,6 @@ def frozen_specs(task: Task) -> dict[str, Any]:
         raise AssertionError("a source that says what its model is must not ask for more")
 
     return {name: source.network(make_reader(f"task.{name}", 0, refuse, refuse)) for name, source in task.frozen().items()}
-
-
-def contents(path: str | Path, step: int | None = None) -> str:
-    """Names what is in a checkpoint: a hash of the checksums of its files."""
-    return hashlib.sha256((find_checkpoint(path, step) / MANIFEST).read_bytes()).hexdigest()[:20]
 
 
 def on_host(checkpoint: Checkpoint) -> Checkpoint:

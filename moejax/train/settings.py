@@ -1,4 +1,4 @@
-"""The sections of a run's config, and what of it makes two runs the same run."""
+"""The sections of a run's config."""
 
 import dataclasses
 import json
@@ -11,10 +11,6 @@ from moejax.core.errors import ConfigError, nearest
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
 OPTIONAL = ("adapters", "init", "trainable", "eval", "checkpoint", "mesh", "exchange")
-# What defines a run: one list. The other sections say how long it goes on, what is written down, and on which devices it runs.
-IDENTITY = ("model", "adapters", "data", "task", "optimizer", "init", "trainable")
-# What cannot change a number of a finished run.
-COSMETIC = ("checkpoint", "train.log_every", "mesh", "exchange")
 # Where a run computes; a run that another one starts from computes in the same place.
 PLACE = ("mesh", "exchange")
 # `init` of a run that begins untrained: no section at all says the same.
@@ -110,28 +106,6 @@ def without_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {name: value for name, value in others.items() if value}
 
 
-def without_cosmetics(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain config without `COSMETIC`, its own and that of every config inside it (of the runs that it starts from)."""
-
-    def stripped(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return [stripped(item) for item in value] if isinstance(value, list | tuple) else value
-        if is_config(value):
-            value = without_defaults(value)
-            for dotted in COSMETIC:
-                name, _, key = dotted.partition(".")
-                inside = value.pop(name, {})
-                value |= {name: {k: v for k, v in inside.items() if k != key}} if key else {}
-        return {k: stripped(v) for k, v in value.items()}
-
-    return stripped(config)
-
-
-def is_config(value: Any) -> bool:
-    """Whether a value inside a config is the whole config of another run."""
-    return isinstance(value, Mapping | ConfigDict) and all(name in value for name in REQUIRED)
-
-
 def section(cls: type[Section], config: ConfigDict, name: str) -> Section:
     """Section `name` of the config as an object of settings; what it leaves out keeps its default.
 
@@ -162,39 +136,11 @@ def plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         raise ConfigError(f"the config must be made of mappings, lists, strings and numbers: {error}") from None
 
 
-def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], place: str) -> None:
-    """Refuses to go on from the checkpoint of a run that was defined otherwise.
-
-    Args:
-      saved: plain config in the checkpoint.
-      config: plain config of this run.
-      place: the work folder, for the error.
-
-    Raises:
-      ConfigError: naming the first setting that differs.
-    """
-    saved, config = without_cosmetics(saved), without_cosmetics(config)
-    for name in IDENTITY:
-        before, now = _flat(saved.get(name), name), _flat(config.get(name), name)
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                raise ConfigError(
-                    f"{place} holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}; "
-                    "take another workdir, or remove this one to start anew"
-                )
-
-
 def _named(entries: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     """The entries of a mapping by name, without those that None leaves out."""
     if not isinstance(entries or {}, Mapping):
         raise ConfigError(f"{where}={entries!r} must be a mapping of names to what is said of them")
     return {name: entry for name, entry in (entries or {}).items() if entry is not None}
-
-
-def _flat(tree: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
 
 
 def _at_least(settings: Any, name: str, **lowest: int) -> None:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, Float, Int
 
 from moejax.core.control import record_controllers
 from moejax.core.errors import ConfigError
+from moejax.core.sowing import PARTS
 from moejax.optim.base import Optimizer
 from moejax.parallel import constrain
 from moejax.tasks.base import Batch, Sums, Task
@@ -119,9 +122,10 @@ def make_train_step(
     """The function `(state, batch) -> (state, metrics)`, jitted with its state donated unless `jit=False`.
 
     What is descended is the task's objective plus everything in the collection 'losses'. With `accumulation`, microbatches run one
-    after the other and are weighted by their number of valid targets: the update equals that of the whole batch wherever a
-    loss is a mean over targets or over equally weighted sequences. What looks at a batch as one (capacity of a group that
-    spans the batch, a balance loss over the batch) sees a microbatch instead. Of n microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
+    after the other, and the update equals that of the whole batch: the objective is weighted by valid targets, losses on routing by
+    routed tokens, and what one of these looks at over the batch is of the whole batch, for which a forward pass comes first (see
+    `moejax.core.sowing`). A loss that a module sows by itself, without `sow_loss`, is weighted by targets, and so are statistics.
+    Only groups that span the batch ('batch', 'position') compete for the capacity of a microbatch instead. Of n microbatches, the first has rows 0, n, 2n, ... of the batch: wherever a device holds a multiple of n neighbouring rows,
     each microbatch has its share of every device's rows and none has to move.
 
     `place` says where a tree like the parameters that learn lies, for gradients: their identity, with a sharding. `learning` says
@@ -141,29 +145,43 @@ def make_train_step(
     learning = learning or Learning()
     transform = learning.transform(optimizer)
 
-    def objective(learned: Tree, kept: Tree, state: TrainState, batch: Batch, key: Array) -> tuple[Array, tuple[Any, ...]]:
-        run = LearningModel(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state))
+    def objective(
+        learned: Tree, kept: Tree, state: TrainState, batch: Batch, key: Array, part: Part | None
+    ) -> tuple[Array, tuple[Any, ...]]:
+        whole = None if part is None else part.whole
+        run = LearningModel(model, learning.join(learned, kept), state.collections, key, _frozen(frozen, state), whole)
         loss, sums = task.objective(run, batch, state.step)
+        if part is not None:
+            loss = part.weight * loss
+            run.sown = [{**sown, "losses": part.share(sown.get("losses", {}), i)} for i, sown in enumerate(run.sown)]
         losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
         stats = run.summed(lambda changed: flatten(changed.get("stats", {}), "stats"))
         stats = stats if len(run.sown) == 1 else {name: value / len(run.sown) for name, value in stats.items()}
         total = loss + sum(losses.values())
-        means = {"train/loss": loss, "train/objective": total, **losses, **stats}
-        return total, (sums, means, run.summed(lambda changed: changed.get("measured", {})))
+        losses = {"train/loss": loss, "train/objective": total, **losses}
+        return total, (sums, losses, stats, run.summed(lambda changed: changed.get("measured", {})))
 
-    def gradients(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, tuple[Any, ...]]:
-        grads, aux = jax.grad(objective, has_aux=True)(*learning.split(state.params), state, batch, key)
+    def gradients(state: TrainState, batch: Batch, key: Array, part: Part | None = None) -> tuple[Tree, tuple[Any, ...]]:
+        grads, aux = jax.grad(objective, has_aux=True)(*learning.split(state.params), state, batch, key, part)
         return place(grads), aux
+
+    def parts(state: TrainState, batch: Batch, key: Array) -> list[Tree]:
+        """What losses sum over the batch, of a microbatch: for each call of the model."""
+        run = LearningModel(model, state.params, state.collections, key, _frozen(frozen, state), gather=True)
+        task.objective(run, batch, state.step)
+        return [sown.get(PARTS, {}) for sown in run.sown]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         learned, kept = learning.split(state.params)
         with record_controllers() as controllers:
             if accumulation == 1:
-                grads, (sums, means, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
+                grads, (sums, losses, stats, measured) = gradients(state, batch, jax.random.fold_in(key, 0))
             else:
                 zeros = place(jax.tree.map(jnp.zeros_like, learned))
-                grads, (sums, means, measured) = _accumulate(gradients, zeros, task, state, batch, key, accumulation)
+                grads, (sums, losses, stats, measured) = _accumulate(
+                    gradients, parts, zeros, task, state, batch, key, accumulation
+                )
         grads = learning.now(grads, state.step)
         updates, opt_state = transform.update(grads, state.opt_state, learned, step=state.step)
         params, collections = learning.join(optax.apply_updates(learned, updates), kept), state.collections
@@ -180,7 +198,7 @@ def make_train_step(
             params = learning.join(learning.split(params)[0], kept)
             collections = {**collections, "router_state": router_state}
         grad_norm, param_norm = optax.global_norm(grads), optax.global_norm(params)
-        finite = jnp.isfinite(means["train/objective"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
+        finite = jnp.isfinite(losses["train/objective"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         fresh = (state.first_bad_step < 0) & ~finite
         state = state.replace(
             step=state.step + 1,
@@ -190,7 +208,8 @@ def make_train_step(
             first_bad_step=jnp.where(fresh, state.step + 1, state.first_bad_step),
         )
         metrics = {
-            **means,
+            **losses,
+            **stats,
             "train/grad_norm": grad_norm,
             "train/param_norm": param_norm,
             "train/learning_rate": optimizer.rate(state.step - 1),
@@ -217,28 +236,60 @@ def make_eval_step(model: nn.Module, task: Task, jit: bool = True, frozen: Model
     return jax.jit(eval_step) if jit else eval_step
 
 
+@struct.dataclass
+class Part:
+    """What a microbatch knows of the batch.
+
+    Attributes:
+      weight: its share of the batch's targets.
+      whole: for each call of the model, the sums over the batch, see `moejax.core.sowing`.
+    """
+
+    weight: Float[Array, ""]
+    whole: list[Tree]
+
+    def share(self, losses: Tree, call: int) -> Tree:
+        """The losses that layers have sown in a call, each as its share of that of the batch."""
+        shared = flax.traverse_util.flatten_dict(self.whole[call])
+        found = flax.traverse_util.flatten_dict(losses)
+        scaled = {p: x if p in shared else jax.tree.map(lambda x: self.weight * x, x) for p, x in found.items()}
+        return flax.traverse_util.unflatten_dict(scaled)
+
+
 def _accumulate(
-    gradients: Callable[..., Any], zeros: Tree, task: Task, state: TrainState, batch: Batch, key: Array, parts: int
+    gradients: Callable[..., Any],
+    parts: Callable[..., Any],
+    zeros: Tree,
+    task: Task,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    number: int,
 ) -> tuple[Tree, tuple[Any, ...]]:
     """`gradients` of the whole batch, from one microbatch after the other."""
     size = jax.tree.leaves(batch)[0].shape[0]
-    if size % parts:
-        raise ConfigError(f"data.batch_size={size} is not divisible by train.accumulation={parts}")
+    if size % number:
+        raise ConfigError(f"data.batch_size={size} is not divisible by train.accumulation={number}")
 
     def split(x: Array) -> Array:
-        x = x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(size // number, number, *x.shape[1:]).swapaxes(0, 1)
         return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
     micro = jax.tree.map(split, batch)
     counts = jax.vmap(task.count)(micro)
     weights = counts / jnp.maximum(counts.sum(), 1)
 
+    numbers = jnp.arange(number)
+    needed = _only_needed(lambda part, index: parts(state, part, jax.random.fold_in(key, index)), micro, numbers)
+    _, gathered = jax.lax.scan(lambda _, item: (None, needed(*item)), None, (micro, numbers))
+    whole = jax.tree.map(lambda x: x.sum(0), gathered)
+
     def body(total: Tree, item: tuple[Batch, Float[Array, ""], Int[Array, ""]]) -> tuple[Tree, Any]:
         part, weight, index = item
-        grads, aux = gradients(state, part, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda t, g: t + weight * g, total, grads), aux
+        grads, aux = gradients(state, part, jax.random.fold_in(key, index), Part(weight, whole))
+        return jax.tree.map(jnp.add, total, grads), aux
 
-    grads, (sums, means, measured) = jax.lax.scan(body, zeros, (micro, weights, jnp.arange(parts)))
+    grads, (sums, losses, stats, measured) = jax.lax.scan(body, zeros, (micro, weights, numbers))
 
     def mean(stacked: Array) -> Array:
         if not jnp.issubdtype(stacked.dtype, jnp.floating):
@@ -247,9 +298,26 @@ def _accumulate(
 
     return grads, (
         jax.tree.map(lambda x: x.sum(0), sums),
-        jax.tree.map(mean, means),
+        jax.tree.map(lambda x: x.sum(0), losses),
+        jax.tree.map(mean, stats),
         jax.tree.map(lambda x: x.sum(0), measured),
     )
+
+
+def _only_needed(f: Callable[..., Tree], *stacked: Any) -> Callable[..., Tree]:
+    """`f` without the work that its results do not depend on, as of any one entry of its stacked arguments.
+
+    XLA leaves that work out by itself; here it is left out of the program, whose arithmetic is counted.
+    """
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*one)
+    jaxpr, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+
+    def run(*args: Any) -> Tree:
+        given = [x for x, take in zip(jax.tree.leaves(args), used, strict=True) if take]
+        return jax.tree.unflatten(jax.tree.structure(shapes), jax.core.eval_jaxpr(jaxpr, closed.consts, *given))
+
+    return run
 
 
 def _frozen(models: Models | None, state: TrainState) -> dict[str, FrozenModel]:

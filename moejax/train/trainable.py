@@ -204,6 +204,12 @@ def learning(rules: Mapping[str, Any] | None, parameters: Tree, steps: int) -> L
     return Learning(parameters, {known[path].path: tuple(span for span, _ in spans) for path, spans in found.items()})
 
 
+def spans(rules: Mapping[str, Any] | None, steps: int) -> dict[str, Span]:
+    """Rule -> when what it names learns in a run of so many steps; raises as `parse_rule`."""
+    there = {name: parse_rule(name, fields) for name, fields in (rules or {}).items() if fields is not None}
+    return {name: _span(rule, f"trainable.{name}", steps) for name, rule in there.items()}
+
+
 def parse_rule(name: str, fields: Any) -> Learns:
     """The rule called `name`.
 

@@ -108,6 +108,10 @@ def test_shifted_images_are_translations_and_only_in_training():
         assert any((image == candidate).all() for candidate in candidates)
         moved += int((image != plain[int(example)]).any())
     assert moved > 20
+    # Evaluation of the training split sees its images as they are.
+    for row in rows_of({"name": "embedded_digits", "batch_size": 100, "shift": 2, "flip": True}, "train", num_epochs=1):
+        if row["valid"]:
+            np.testing.assert_array_equal(row["image"], plain[int(row["example_id"])])
     evaluation = {"name": "embedded_digits", "batch_size": 10}
     first, second = next(make_iterator({**evaluation, "shift": 2}, "test")), next(make_iterator(evaluation, "test"))
     np.testing.assert_array_equal(first["image"], second["image"])

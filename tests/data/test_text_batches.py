@@ -1,6 +1,7 @@
 """Text batches: whole epochs against the documents themselves, orders, shards, resumption, mixtures."""
 
 import json
+import re
 import sys
 import types
 from collections import Counter
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.core.errors import ConfigError
-from moejax.data import info, make_iterator
+from moejax.data import check_fits, info, make_iterator, tokenizers
 from moejax.data.builders import sources
 
 BASE = {"name": "embedded_text", "batch_size": 8, "seq_len": 64}
@@ -229,32 +230,72 @@ def test_worker_processes_give_the_same_batches():
     iterator.close()
 
 
-def test_a_tokenizer_file_is_used(monkeypatch, tmp_path):
-    """With a stand-in for the `tokenizers` package that maps each word to its length."""
+class Fast:
+    """A stand-in for the `tokenizers` package: a word's id is its length, and the file asks for documents of three tokens."""
 
-    class Fast:
-        @staticmethod
-        def from_file(path):
-            assert Path(path).read_text() == "{}"
-            return Fast()
+    def __init__(self):
+        self.cut = self.padded = True
 
-        def encode(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return types.SimpleNamespace(ids=[min(len(word), 31) for word in text.split()])
+    @staticmethod
+    def from_file(path):
+        assert Path(path).read_text() == "{}"
+        return Fast()
 
-        def get_vocab_size(self):
-            return 32
+    def no_truncation(self):
+        self.cut = False
 
+    def no_padding(self):
+        self.padded = False
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        assert not self.padded
+        words = list(re.finditer(r"\S+", text))[: 3 if self.cut else None]
+        return types.SimpleNamespace(ids=[min(len(word[0]), 31) for word in words], offsets=[word.span() for word in words])
+
+    def get_vocab(self):
+        return {f"<{i}>": i for i in range(32) if i != 7}
+
+
+@pytest.fixture
+def words(monkeypatch, tmp_path):
+    """A config of a tokenizer file."""
     monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=Fast))
     path = tmp_path / "words.json"
     path.write_text("{}")
-    config = {**BASE, "tokenizer": str(path), "domains": ("literature",)}
-    assert info(config).vocab_size == 32
-    documents = [
-        [min(len(w), 31) for w in d.text.decode().split()] for d in sources.text_splits()["test"] if d.domain == "literature"
-    ]
-    rows = rows_of(make_iterator(config, "test"))
+    return {**BASE, "tokenizer": str(path), "domains": ("literature",)}
+
+
+@MODES
+def test_a_tokenizer_file_is_used_on_whole_documents(words, streaming):
+    assert info(words).vocab_size == 32
+    texts = [d.text.decode() for d in sources.text_splits()["test"] if d.domain == "literature"]
+    documents = [[min(len(w), 31) for w in text.split()] for text in texts]
+    rows = rows_of(make_iterator({**words, "streaming": streaming}, "test"))
     assert segments_of(rows) == expected_segments(documents, [0] * len(documents), 64)
+    # Every byte lies behind one token, and of these the first of a document is no target.
+    behind = sum(len(text.encode()) - len(re.match(r"\s*\S+", text)[0].encode()) for text in texts)
+    assert sum(int(row["bytes"].sum()) for row in rows) == behind
+    assert not any(row["bytes"][~row["valid"]].any() for row in rows)
+    one = next(row for row in rows if row["valid"].all())
+    assert (one["bytes"] > one["targets"]).all()  # a word and the blank before it
+
+
+def test_bytes_behind_tokens_are_those_of_utf8():
+    text = " aé\u20ac\U0001f600 b \n"
+    # 'aé', '€', and the smiley as two tokens of its four bytes; 'b' has the blanks around it.
+    np.testing.assert_array_equal(tokenizers._sizes(text, [3, 4, 5, 5, 7]), [4, 3, 4, 0, 4])
+    assert sum([4, 3, 4, 0, 4]) == len(text.encode())
+    assert tokenizers._sizes(" ", []).shape == (0,)
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_noticed_before_training(words):
+    with pytest.raises(ConfigError, match=r"model.vocab_size=16 is less than the 32 tokens of data.tokenizer='.*words.json'"):
+        check_fits({"vocab_size": 16}, info(words), words["tokenizer"])
+    check_fits({"vocab_size": 32}, info(words))
+    digits = info({"name": "embedded_digits", "batch_size": 1})
+    with pytest.raises(ConfigError, match=r"model.num_classes=9 is less than the 10 classes"):
+        check_fits({"num_classes": 9}, digits)
 
 
 def test_a_tokenizer_file_needs_the_package(monkeypatch, tmp_path):

@@ -57,6 +57,9 @@ def test_a_further_seed_trains_only_that_seed_and_fresh_trains_all(tmp_path):
         ("train.log_every", 7, True),
         ("checkpoint.every", 7, True),
         ("checkpoint.keep", 9, True),
+        ("model.remat", "full", True),
+        ("data.prefetch", 9, True),
+        ("train.accumulation", 2, False),
     ],
 )
 def test_the_key_follows_what_changes_numbers_and_nothing_else(where, value, same):

@@ -10,6 +10,7 @@ import pytest
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.layers.mixers.attention import CHUNK, Attention, attend, rope, visible
+from pallas_kernels.implementations import target
 
 B, S, D = 2, 7, 24
 
@@ -247,3 +248,11 @@ def test_bad_calls_are_refused():
         Attention(num_heads=4, causal=False).init(key, x, ctx)
     with pytest.raises(ConfigError, match="one document a row"):
         Attention(num_heads=4).init(key, x, ctx.replace(segments=positions))
+
+
+def test_float16_on_a_cpu_is_refused_in_words():
+    q = jnp.ones((1, 4, 2, 8), jnp.float16)
+    with pytest.raises(ConfigError, match=r"dtype='float16' cannot be computed on a CPU.*take 'bfloat16'"):
+        attend(q, q, q, jnp.ones((1, 4, 4), bool))
+    with target("v5e"):  # compiling ahead for another machine
+        jax.eval_shape(lambda q: attend(q, q, q, jnp.ones((1, 4, 4), bool)), q)

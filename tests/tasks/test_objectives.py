@@ -291,7 +291,8 @@ def test_a_run_with_a_teacher_trains_it_first_keeps_it_out_of_checkpoints_and_re
 
 def test_a_teacher_from_a_checkpoint_must_stay_what_it_was(tmp_path):
     teacher = {"kind": "checkpoint", "path": str(tmp_path / "teacher")}
-    changes = distillation(task={**distillation()["task"], "teacher": teacher})
+    # A schedule under which a run may be made longer.
+    changes = {**distillation(task={**distillation()["task"], "teacher": teacher}), "optimizer__schedule": "constant"}
     sections = teacher_config().to_dict()
     train(tmp_path / "teacher", **sections)
     train(tmp_path / "run", **changes, train__steps=4)

@@ -21,7 +21,9 @@ from moejax.core.errors import ConfigError
 from moejax.models.registry import models
 from moejax.surgery.base import spelt, surgeries
 from moejax.train import NonFiniteLoss, load
-from moejax.train.settings import check_same_run, normalized, plain, without_cosmetics
+from moejax.train.identity import essence
+from moejax.train.same_run import check_same_run
+from moejax.train.settings import normalized, plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +60,7 @@ class Starts:
     def __call__(self, config, seed, progress, label):
         config = plain(config)
         self.asked.append((label, seed))
-        text = json.dumps(without_cosmetics(config), sort_keys=True)
+        text = json.dumps(essence(config), sort_keys=True)
         workdir = self.folder / f"{abs(hash(text))}-{seed}"
         if not (workdir / "result.json").exists():
             self.trained.append((label, seed))

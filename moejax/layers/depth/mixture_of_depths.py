@@ -13,7 +13,7 @@ from moejax.core.initializers.usual import FanIn
 from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.registry import Given
-from moejax.core.sowing import sow
+from moejax.core.sowing import sow, sow_loss
 from moejax.dispatch.backends import gather_tokens, scatter_tokens
 from moejax.layers.registry import blocks
 from moejax.layers.routed import sow_routing
@@ -126,7 +126,8 @@ class MixtureOfDepths(Layer):
         """Binary cross-entropy of predicting the top-k choice, and how often the prediction is right."""
         target = chosen.astype(jnp.float32)
         cross_entropy = jax.nn.softplus(predicted) - target * predicted
-        sow(self, "losses", "remedy_loss", self.remedy_coef * masked_mean(cross_entropy, valid, (0, 1)))
+        cost = self.remedy_coef * masked_mean(cross_entropy, valid, (0, 1))
+        sow_loss(self, "remedy_loss", lambda: cost, valid.sum())
         right = ((predicted > 0) == chosen).astype(jnp.float32)
         sow(self, "stats", "predictor_accuracy", masked_mean(right, valid, (0, 1)))
 

@@ -52,7 +52,7 @@ class Nested(Layer):
       pretrain_steps: in the first steps of training all tokens have one width, drawn anew each step (MatFormer).
       delta, beta: of the program, see `budget_capacities`.
       choice: who gets which expert is 'learned', or 'random', the control.
-      activation: of the feed-forward layer.
+      activation: of the feed-forward layer; 'gelu' is the tanh form, 'gelu_exact' PyTorch's default.
     """
 
     counts_padding: ClassVar[bool] = True  # how many tokens an expert has is part of the program

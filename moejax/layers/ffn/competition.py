@@ -12,7 +12,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.layer import RowWise
 from moejax.core.registry import Many
-from moejax.core.sowing import sow
+from moejax.core.sowing import batch_sum, sow, sow_loss
 from moejax.dispatch import backend_index
 from moejax.dispatch.layout import Batched
 from moejax.experts.base import experts_of
@@ -37,14 +37,16 @@ AFFINITIES = {
 
 @struct.dataclass
 class Outcome:
-    """What a step gives, by the router or by competition: output, plan, backend, and the competition's three losses."""
+    """What a step gives, by the router or by competition: output, plan, backend, and the competition's losses; of the third, the means
+    that it multiplies: how many tokens each expert wins, and how near they are to it."""
 
     y: Float[Array, "b s o"]
     plan: TokenPlan
     backend: Int[Array, ""]
     router: Float[Array, ""]
     diversity: Float[Array, ""]
-    balance: Float[Array, ""]
+    wins: Float[Array, "e"]
+    nearness: Float[Array, "e"]
 
 
 @ffns.register("competition", slots={"router": routers, "bank": banks, "losses": Many(losses)})
@@ -135,8 +137,16 @@ class Competition(RowWise):
         competed = competing.astype(jnp.float32)
         sow_routing(self, routing, (), backend=done.backend, competing=competed)
         sow_losses(self, routing, self.losses, 1 - competed)
-        for name in ("router", "diversity", "balance"):
-            sow(self, "losses", f"compete_{name}_loss", getattr(self, f"{name}_coef") * getattr(done, name))
+        tokens = valid.sum()
+
+        def balance() -> Array:
+            count = jnp.maximum(batch_sum(tokens), 1)
+            wins, nearness = (batch_sum(mean * tokens) / count for mean in (done.wins, done.nearness))
+            return self.balance_coef * len(wins) * (wins * nearness).sum()
+
+        sow_loss(self, "compete_router_loss", lambda: self.router_coef * done.router, tokens)
+        sow_loss(self, "compete_diversity_loss", lambda: self.diversity_coef * done.diversity, tokens)
+        sow_loss(self, "compete_balance_loss", balance, tokens)
         if self.watch and not ctx.train:
             self._watch(x, done.plan, valid, ctx)
         return done.y.astype(x.dtype)
@@ -154,7 +164,8 @@ class Competition(RowWise):
     def _route(self, x: Array, logits: Array, valid: Array, ctx: Context) -> Outcome:
         plan = self._rule(logits, Context(valid=valid))
         y, plan, backend = run_plan(plan, experts_of(self.bank, x.shape[-1], ctx), x, self.backend)
-        return Outcome(y, plan, backend, *(jnp.zeros(()),) * 3)
+        none = jnp.zeros(()), jnp.zeros(self.bank.num_experts)
+        return Outcome(y, plan, backend, none[0], none[0], none[1], none[1])
 
     def _compete(self, x: Array, logits: Array, valid: Array, ctx: Context) -> Outcome:
         outputs, affinity = self._all(x, ctx)
@@ -165,14 +176,14 @@ class Competition(RowWise):
         winners = jnp.take_along_axis(error, plan.expert, axis=-1)
         similarity = _similarity(outputs, plan.expert)
         first = jax.lax.stop_gradient(jax.nn.one_hot(plan.expert[..., 0], affinity.shape[-1]))
-        share = masked_mean(first, valid, (0, 1)) * masked_mean(jax.nn.softmax(affinity, axis=-1), valid, (0, 1))
         return Outcome(
             y,
             plan,
             jnp.asarray(backend_index("reference"), jnp.int32),
             router=masked_mean(error.mean(-1) + self.winners_coef * winners.mean(-1), valid, (0, 1)),
             diversity=masked_mean(similarity, valid, (0, 1)),
-            balance=affinity.shape[-1] * share.sum(),
+            wins=masked_mean(first, valid, (0, 1)),
+            nearness=masked_mean(jax.nn.softmax(affinity, axis=-1), valid, (0, 1)),
         )
 
     def _all(self, x: Array, ctx: Context) -> tuple[Float[Array, "b s e o"], Float[Array, "b s e"]]:

@@ -49,7 +49,8 @@ class MoE(Layer):
       losses: balance and other routing losses, sown weighted into 'losses'.
       balancer: balances the load without a loss, by a bias on the selection that is kept in 'router_state'; None for none.
       backend: of dispatch; 'auto' or a name.
-      group_by: who competes for capacity: tokens of one 'sequence', of the 'batch', or of one 'position'.
+      group_by: who competes for capacity: tokens of one 'sequence', of the 'batch', or of one 'position'. Documents that are packed
+        into one sequence compete too, see `moejax.routing.capacity`.
       leaky_training: accepts in a decoder that `select` looks at later tokens, in training only: `eval_select` must not (BASE layers).
       num_experts: only for configs, where it fills the router's and the bank's field of the same name (not the shared bank's,
         which is one expert unless its own spec says otherwise).

@@ -55,9 +55,10 @@ class ProductKeys(RowWise):
       k: experts of a head.
       query_dim: width of a query, both halves together.
       values_only: memory values instead of experts (PKM).
-      activation: of an expert, a name of `ACTIVATIONS`.
+      activation: of an expert, a name of `ACTIVATIONS`; 'gelu' is the tanh form, 'gelu_exact' PyTorch's default.
       score: g, from the scores of a head's k: 'softmax' over them; 'sigmoid' or 'relu' of each (Csordas et al. 2023).
       query_norm: 'batch' over valid tokens, 'layer', or 'none'.
+      query_norm_epsilon: of that norm, added to the variance; None is 1e-5 for 'batch' and 1e-6 for 'layer'.
       shared_keys: all heads use the same sub-keys; False gives each its own (Lample et al. 2019).
       momentum: of the running statistics of queries.
       key_std: standard deviation of sub-keys at the start.
@@ -79,6 +80,7 @@ class ProductKeys(RowWise):
     activation: str = "gelu"
     score: Literal["softmax", "sigmoid", "relu"] = "softmax"
     query_norm: Literal["batch", "layer", "none"] = "batch"
+    query_norm_epsilon: float | None = None
     shared_keys: bool = True
     momentum: float = 0.9
     key_std: float = 0.02
@@ -116,7 +118,12 @@ class ProductKeys(RowWise):
         if self.query_norm == "batch":
             query = self._batch_norm(query, valid, train)
         query = query.reshape(-1, self.heads, self.query_dim)
-        return nn.LayerNorm(name="query_norm")(query) if self.query_norm == "layer" else query
+        return nn.LayerNorm(self._epsilon, name="query_norm")(query) if self.query_norm == "layer" else query
+
+    @property
+    def _epsilon(self) -> float:
+        usual = 1e-5 if self.query_norm == "batch" else 1e-6
+        return usual if self.query_norm_epsilon is None else self.query_norm_epsilon
 
     def _batch_norm(self, query: Float[Array, "n q"], valid: Bool[Array, "n"], train: bool) -> Float[Array, "n q"]:
         width = query.shape[-1]
@@ -129,7 +136,7 @@ class ProductKeys(RowWise):
             now = {"mean": mean, "var": (share * jnp.square(query - mean)).sum(0)}
             seen = jax.tree.map(lambda value: value * valid.sum(), now)
             control(self, "query", Follow("query", self.momentum), {"count": valid.sum().astype(jnp.float32), **seen})
-        return (query - now["mean"]) * jax.lax.rsqrt(now["var"] + 1e-5) * scale + shift
+        return (query - now["mean"]) * jax.lax.rsqrt(now["var"] + self._epsilon) * scale + shift
 
     def _retrieve(self, query: Float[Array, "n h q"]) -> tuple[Float[Array, "n h k"], Int[Array, "n h k"]]:
         n, h, q = query.shape
@@ -158,7 +165,7 @@ class ProductKeys(RowWise):
         sow(self, "stats", "unevenness", jax.scipy.special.xlogy(share, share * e).sum())
         own = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
         entropy = -jax.scipy.special.xlogy(own, own).sum(-1).mean(-1)
-        sow(self, "stats", "entropy", (entropy * valid).sum() / jnp.maximum(valid.sum(), 1))
+        sow(self, "stats", "entropy", jnp.where(valid, entropy, 0).sum() / jnp.maximum(valid.sum(), 1))
 
     def active_fraction(self) -> float:
         """Share of the experts that a token uses."""

@@ -46,6 +46,7 @@ class SMEAR(Layer):
         segment then has a learned p of its own.
       segment: tokens of a segment; a packed row is cut regardless of its documents.
       expert_dropout: in training each p_i is zeroed with this probability, and p normalised again ('merge' and 'ensemble').
+      epsilon: of the norms LN, added to the variance.
       router_scale: of the router's normalised vectors at the start.
       temperature: of the Gumbel-softmax.
       losses: on p, one per group.
@@ -64,6 +65,7 @@ class SMEAR(Layer):
     expert_dropout: float = 0.1
     router_scale: float = 1e-2
     temperature: float = 1.0
+    epsilon: float = 1e-6
     losses: tuple[Loss, ...] = ()
     backend: str = "auto"
 
@@ -98,7 +100,7 @@ class SMEAR(Layer):
         sow_routing(
             self, Routing(logits[:, None], probs[:, None], plan, valid.any(1, keepdims=True)), self.losses, backend=backend
         )
-        return y if self.layer is None else u + nn.LayerNorm(dtype=x.dtype, name="post_norm")(y)
+        return y if self.layer is None else u + nn.LayerNorm(self.epsilon, dtype=x.dtype, name="post_norm")(y)
 
     def _grouped(
         self, u: Float[Array, "b s d"] | Int[Array, "b s d"], valid: Bool[Array, "b s"]
@@ -122,8 +124,8 @@ class SMEAR(Layer):
         shape = (self.num_experts, summaries.shape[-1])
         router = param(self, "router", nn.initializers.normal(0.02), shape, (None, "embed"), role="routers")
         small = nn.initializers.constant(self.router_scale)
-        router = nn.LayerNorm(use_bias=False, scale_init=small, name="router_norm")(router)
-        summaries = nn.LayerNorm(name="summary_norm")(summaries)
+        router = nn.LayerNorm(self.epsilon, use_bias=False, scale_init=small, name="router_norm")(router)
+        summaries = nn.LayerNorm(self.epsilon, name="summary_norm")(summaries)
         return jnp.einsum("gd,ed->ge", summaries, router, precision=jax.lax.Precision.HIGHEST)
 
     def _plan(

@@ -12,7 +12,7 @@ from moejax.core.context import Context
 from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.params import param
-from moejax.core.sowing import sow
+from moejax.core.sowing import sow, sow_loss
 from moejax.experts.base import experts_of
 from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import ffns
@@ -76,6 +76,7 @@ class VQMoE(MoE):
       commitment: see above.
       distance: which code is nearest: 'euclidean' or 'cosine'.
       paths: 'both', or 'discrete' alone, which needs no router (the paper's fine-tuning).
+      epsilon: of the norms LN, added to the variance.
       combine: 'gate' learns a; 'mean' takes halves.
       revive_below: in training, a code whose running use falls below this share of 1 / K is moved to a random token of the batch;
         0 never. Of several microbatches, it is moved to the mean of one token of each.
@@ -93,6 +94,7 @@ class VQMoE(MoE):
     paths: Literal["both", "discrete"] = "both"
     combine: Literal["gate", "mean"] = "gate"
     revive_below: float = 0.0
+    epsilon: float = 1e-6
     codebook: Literal["learned", "averaged"] = "learned"
 
     def __post_init__(self) -> None:
@@ -125,13 +127,13 @@ class VQMoE(MoE):
         used = valid[..., None]
         expert = (code % e)[..., None]
         plan = dropless(expert, jnp.ones(expert.shape), used, e)
-        rows = nn.LayerNorm(name="code_norm")(quantised).astype(x.dtype)
+        rows = nn.LayerNorm(self.epsilon, name="code_norm")(quantised).astype(x.dtype)
         y, plan, backend = run_plan(plan, experts_of(self.bank, rows.shape[-1], ctx), rows, self.backend)
         if self.paths == "discrete":
             own = jax.nn.one_hot(jnp.arange(scores.shape[-1]) % e, e)
             probs = jax.nn.softmax(scores, axis=-1) @ own
             sow_routing(self, Routing(scores, probs, plan, valid), (), backend=backend)
-        return jnp.where(used, nn.LayerNorm(dtype=x.dtype, name="output_norm")(y), 0)
+        return jnp.where(used, nn.LayerNorm(self.epsilon, dtype=x.dtype, name="output_norm")(y), 0)
 
     def _quantise(
         self, x: Float[Array, "b s d"], valid: Bool[Array, "b s"], train: bool
@@ -147,7 +149,8 @@ class VQMoE(MoE):
         error = self.commitment * jnp.square(x - stop(nearest))
         if self.codebook == "learned":
             error = error + jnp.square(nearest - stop(x))
-        sow(self, "losses", "vq_loss", self.coef * masked_mean(error, valid, (0, 1)).mean())
+        cost = self.coef * masked_mean(error, valid, (0, 1)).mean()
+        sow_loss(self, "vq_loss", lambda: cost, valid.sum())
         use = masked_mean(one_hot, valid, (0, 1))
         sow(self, "stats", "code_perplexity", jnp.exp(-jax.scipy.special.xlogy(use, use).sum()))
         if train and (self.codebook == "averaged" or self.revive_below):

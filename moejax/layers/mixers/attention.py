@@ -18,6 +18,7 @@ from moejax.core.layer import Layer
 from moejax.core.params import Dense, Initializer, param
 from moejax.layers.registry import mixers
 from moejax.parallel import constrain, current
+from pallas_kernels.implementations import current_chip
 
 QK_NORMS = ("none", "head", "projection")
 CHUNK = 512  # queries of a long sequence whose scores are in memory at a time
@@ -45,6 +46,7 @@ class Attention(Layer):
       use_bias: biases on all four projections.
       qk_norm: RMS norm of queries and keys: 'none', per 'head' (Dehghani et al. 2023, Qwen3) or over the whole
         'projection' (OLMoE).
+      qk_norm_epsilon: of that norm, added to the mean square.
       init_qkv, init_out: how the projections to queries, keys and values, and that of the output, start.
       max_length: tokens that the cache holds.
       dtype: computation type; parameters stay float32.
@@ -58,6 +60,7 @@ class Attention(Layer):
     window: int | None = None
     use_bias: bool = False
     qk_norm: str = "none"
+    qk_norm_epsilon: float = 1e-6
     init_qkv: Initializer = FanIn()
     init_out: Initializer = FanIn()
     max_length: int = 2048
@@ -134,9 +137,9 @@ class Attention(Layer):
         y = self._dense(heads * self._head_dim(d), ("embed", axis), name, self.init_qkv)(x)
         normed = self.qk_norm if name in ("q", "k") else "none"
         if normed == "projection":
-            y = _rms_norm(self, f"{name}_norm", y)
+            y = _rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon)
         y = y.reshape(b, s, heads, -1)
-        return _rms_norm(self, f"{name}_norm", y) if normed == "head" else y
+        return _rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon) if normed == "head" else y
 
     def _dense(self, features: int, axes: tuple[str, str], name: str, init: Initializer) -> Dense:
         return Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)
@@ -191,7 +194,14 @@ def attend(
 
     The scores of all queries are `[h, s, t]` in float32, which in long sequences is more than anything else in a block. So
     they are computed for `CHUNK` queries at a time, and again in the backward pass, where `CHUNK` divides s.
+
+    Raises:
+      ConfigError: float16 on a CPU.
     """
+    if q.dtype == jnp.float16 and current_chip().platform == "cpu":
+        raise ConfigError(
+            "dtype='float16' cannot be computed on a CPU: XLA has no scores of float16 there; take 'bfloat16' or 'float32'"
+        )
     b, s = q.shape[:2]
     if s <= CHUNK or s % CHUNK:
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
@@ -253,7 +263,7 @@ def token_positions(ctx: Context, b: int, s: int) -> Int[Array, "b s"]:
     return jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
 
 
-def _rms_norm(module: nn.Module, name: str, x: Float[Array, "*b c"], eps: float = 1e-6) -> Float[Array, "*b c"]:
+def _rms_norm(module: nn.Module, name: str, x: Float[Array, "*b c"], eps: float) -> Float[Array, "*b c"]:
     scale = param(module, name, nn.initializers.ones, (x.shape[-1],), (None,), role="norms")
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.control import Site
 from moejax.core.errors import ConfigError
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, batch_mean, losses
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ class AdaptiveL1(Loss):
 
     def __call__(self, routing: Routing, state: Float[Array, ""]) -> Float[Array, ""]:
         gates, active = routing.plan.dense(), jax.lax.stop_gradient(routing.plan.wanted())
-        mean = masked_mean(gates, routing.valid, (0, 1))
+        mean = batch_mean(gates, routing.valid)
         if self.balanced:
-            mean = mean * masked_mean(active, routing.valid, (0, 1)) * (routing.plan.num_experts / self.k)
+            mean = mean * batch_mean(active, routing.valid) * (routing.plan.num_experts / self.k)
         return state * mean.sum()

@@ -1,6 +1,7 @@
 """The balance loss of Switch, GShard, Mixtral, OLMoE."""
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import ConfigError, check_choice
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean, mean_of_groups
+from moejax.core.sowing import batch_sum
+from moejax.routing.losses.base import Loss, Routing, batch_mean, losses, masked_mean, mean_of_groups
 from moejax.routing.plan import Plan, TokenPlan
 
 
@@ -23,7 +25,8 @@ class Balance(Loss):
       coef: weight; may be negative.
       count: 'all' choices (OLMoE, Mixtral up to their factor k), or only the 'first' (GShard, ST-MoE).
       over: 'group' averages f and P inside each group and then over groups, which is the same however a batch is cut into
-        microbatches as long as groups stay whole; 'batch' averages over all tokens first.
+        microbatches as long as groups stay whole; 'batch' averages over all
+        tokens of the batch first, those of other microbatches too.
       share: f as a share of all 'choices', or of all 'tokens', for rules under which the number of choices varies: a token with
         three experts then counts three times, and uniform routing costs `coef` times the mean number of experts (Huang et al. 2024).
     """
@@ -42,14 +45,15 @@ class Balance(Loss):
         wanted = _first(routing.plan) if self.count == "first" else routing.plan.wanted()
         wanted = jax.lax.stop_gradient(wanted)
         wanted = jnp.where(routing.valid[..., None], wanted, 0)
-        axes = (0, 1) if self.over == "batch" else (1,)
+        batch = self.over == "batch"
+        mean = batch_mean if batch else partial(masked_mean, axes=(1,))
         if self.share == "tokens":
-            share = masked_mean(wanted, routing.valid, axes)
+            share = mean(wanted, routing.valid)
         else:
-            share = wanted.sum(axes) / jnp.maximum(wanted.sum(axes).sum(-1, keepdims=True), 1e-9)
-        mean_prob = masked_mean(routing.probs, routing.valid, axes)
-        unevenness = self._unevenness(share, mean_prob)
-        return unevenness if self.over == "batch" else mean_of_groups(unevenness, routing.valid)
+            choices = batch_sum(wanted.sum((0, 1))) if batch else wanted.sum(1)
+            share = choices / jnp.maximum(choices.sum(-1, keepdims=True), 1e-9)
+        unevenness = self._unevenness(share, mean(routing.probs, routing.valid))
+        return unevenness if batch else mean_of_groups(unevenness, routing.valid)
 
     def _unevenness(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
         return share.shape[-1] * (share * mean_prob).sum(-1)

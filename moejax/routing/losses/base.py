@@ -7,6 +7,9 @@
 
     layer = MoE(..., losses=(LogitSize(1e-3),))
 
+A batch may be cut into microbatches. A loss that is a mean over tokens is that of the whole batch by itself; one that looks at the
+batch as a whole (a product of means, say) takes them by `batch_mean`, or sums by `moejax.core.batch_sum`.
+
 Published balance losses differ by a factor of k and in what they average over. Here both are explicit, and the scale is fixed:
 the balance loss is `coef` times 1 under uniform routing and `coef` times e when one expert takes everything, for every k.
 """
@@ -21,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.core.errors import ConfigError
 from moejax.core.registry import Registry
+from moejax.core.sowing import batch_sum
 from moejax.routing.plan import Plan
 
 losses = Registry("loss", "moejax.routing.losses")
@@ -95,7 +99,16 @@ def masked_mean(values: Float[Array, "g n *e"], valid: Bool[Array, "g n"], axes:
     return jnp.where(mask, values, 0).sum(axes) / jnp.maximum(mask.sum(axes), 1)
 
 
+def batch_mean(values: Float[Array, "g n *e"], valid: Bool[Array, "g n"]) -> Array:
+    """Mean over the valid tokens of the whole batch, whatever microbatches it was cut into; 0 where there are none.
+
+    For what is not averaged afterwards: a product or a power of means. A loss that is itself a mean over tokens takes `masked_mean`.
+    """
+    mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
+    return batch_sum(jnp.where(mask, values, 0).sum((0, 1))) / jnp.maximum(batch_sum(valid.sum()), 1)
+
+
 def mean_of_groups(values: Float[Array, "g"], valid: Bool[Array, "g n"]) -> Float[Array, ""]:
     """Mean over groups, which count by their number of valid tokens: an empty group counts nothing."""
     tokens = valid.sum(1)
-    return (values * tokens).sum() / jnp.maximum(tokens.sum(), 1)
+    return (jnp.where(tokens > 0, values, 0) * tokens).sum() / jnp.maximum(tokens.sum(), 1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import check_choice
+from moejax.core.sowing import batch_sum
 from moejax.routing.losses.base import Loss, Routing, losses
 
 
@@ -29,7 +30,7 @@ class Importance(Loss):
 
     def cost(self, routing: Routing) -> Float[Array, ""]:
         gates = routing.probs if self.gates == "probs" or not hasattr(routing.plan, "dense") else routing.plan.dense()
-        importance = jnp.where(routing.valid[..., None], gates, 0).sum((0, 1))
+        importance = batch_sum(jnp.where(routing.valid[..., None], gates, 0).sum((0, 1)))
         # The coefficient of variation does not depend on the scale, so gates of any size are brought to one.
         size = jax.lax.stop_gradient(jnp.abs(importance).max())
         importance = importance / jnp.where(size > 0, size, 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import check_choice
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, batch_mean, losses
 from moejax.routing.scores import best
 
 
@@ -36,8 +36,8 @@ class NullBalance(Loss):
         e, o, k = routing.plan.num_experts, routing.logits.shape[-1], routing.plan.expert.shape[-1]
         # A plan does not say which null experts were chosen; the logits do.
         chosen = jax.nn.one_hot(best(routing.logits, k), o).sum(-2)
-        share = masked_mean(chosen, routing.valid, (0, 1)) / k
+        share = batch_mean(chosen, routing.valid) / k
         if self.null == "mean":
             share = jnp.where(jnp.arange(o) < e, share, share[e:].mean())
-        mean_prob = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1))
+        mean_prob = batch_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid)
         return o * (jax.lax.stop_gradient(share) * mean_prob).sum()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import check_choice
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean, mean_of_groups
+from moejax.routing.losses.base import Loss, Routing, batch_mean, losses, masked_mean, mean_of_groups
 
 
 @losses.register("spread")
@@ -29,6 +29,7 @@ class Spread(Loss):
         check_choice("over", self.over, ("batch", "group"))
 
     def cost(self, routing: Routing) -> Float[Array, ""]:
-        p = masked_mean(jax.nn.softmax(routing.logits, axis=-1), routing.valid, (0, 1) if self.over == "batch" else (1,))
+        probs = jax.nn.softmax(routing.logits, axis=-1)
+        p = batch_mean(probs, routing.valid) if self.over == "batch" else masked_mean(probs, routing.valid, (1,))
         negative = (p * jnp.log(jnp.where(p > 0, p, 1))).sum(-1)
         return negative if self.over == "batch" else mean_of_groups(negative, routing.valid)

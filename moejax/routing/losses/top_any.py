@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.errors import ConfigError
-from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, batch_mean, losses, masked_mean
 
 
 @losses.register("top_any")
@@ -35,6 +35,6 @@ class TopAnyLoss(Loss):
         gates = routing.plan.dense() * k  # weights are g / k, in which k passes no gradient
         some = routing.valid & (k[..., 0] > 0)
         share = gates / jnp.where(some[..., None], gates.sum(-1, keepdims=True), 1)
-        busy = jax.lax.stop_gradient(masked_mean(gates, some, (0, 1)))
-        balance = e**2 * (masked_mean(share, some, (0, 1)) * busy).mean()
+        busy = jax.lax.stop_gradient(batch_mean(gates, some))
+        balance = e**2 * (batch_mean(share, some) * busy).mean()
         return self.balance * balance + self.efficiency * masked_mean(gates, routing.valid, (0, 1)).mean()

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.errors import check_seed
 from moejax.core.layer import RowWise
 from moejax.routing.routers.base import Router, routers
 
@@ -20,6 +21,10 @@ class Random(Router, RowWise):
 
     std: float = 1.0
     eval_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed("eval_seed", self.eval_seed)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:

@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError
+from moejax.core.errors import ConfigError, check_seed
 from moejax.core.layer import RowWise
 from moejax.routing.routers.base import Router, routers, told
 
@@ -59,6 +59,7 @@ class TokenMask(Router, RowWise):
             raise ConfigError(f"head={self.head} must be a share of all tokens, between 0 and 1")
         if isinstance(self.frequencies, dict):
             object.__setattr__(self, "frequencies", FrozenDict(self.frequencies))  # modules are hashed
+        check_seed("seed", self.seed)
         object.__setattr__(self, "router", told(self.router, self.outputs))
         super().__post_init__()
 

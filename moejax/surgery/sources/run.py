@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.core.errors import ConfigError
+from moejax.core.errors import check_seed
 from moejax.surgery.base import Checkpoint
 from moejax.surgery.sources.base import Reader, Source, network_of, sources
 
@@ -27,8 +27,8 @@ class RunSource(Source):
     seed: str | int = OWN
 
     def __post_init__(self):
-        if self.seed != OWN and not (isinstance(self.seed, int) and self.seed >= 0):
-            raise ConfigError(f"seed={self.seed!r} must be '{OWN}' or a number of at least 0")
+        if self.seed != OWN:
+            check_seed("seed", self.seed)
 
     def read(self, reader: Reader) -> Checkpoint:
         """See the class."""
