@@ -149,8 +149,12 @@ class Registry:
     def _look(self) -> None:
         """Imports the homes, once. Those of a folder may build parts while they are imported."""
         homes, self._homes = self._homes, ()
-        for home in homes:
-            import_all(home)
+        try:
+            for home in homes:
+                import_all(home)
+        except BaseException:
+            self._homes = homes  # a file that does not import is told each time, and not as an unknown kind the next
+            raise
 
     def __getitem__(self, kind: str) -> type:
         self._look()

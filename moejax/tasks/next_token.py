@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.fields import Positive
 from moejax.tasks.base import Batch, Sums, Task, cross_entropies, ratio, tasks
 
 
@@ -27,7 +28,7 @@ class NextToken(Task):
     """
 
     domains: tuple[str, ...] = ()
-    bytes_per_token: float = 1.0
+    bytes_per_token: Positive = 1.0
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Int[Array, "b s"], Context]:
         segments = batch["segments"]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import Count, Whole, check, checked, short
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
 OPTIONAL = ("adapters", "init", "trainable", "eval", "checkpoint", "mesh", "exchange")
@@ -23,6 +24,7 @@ UNTRAINED = {"source": {"kind": "fresh"}}
 Section = TypeVar("Section")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """`config.train`.
@@ -33,14 +35,12 @@ class TrainSettings:
       log_every: steps between two lines of metrics. A step that is not logged never waits for the device.
     """
 
-    steps: int
-    accumulation: int = 1
-    log_every: int = 20
-
-    def __post_init__(self):
-        _at_least(self, "train", steps=0, accumulation=1, log_every=1)
+    steps: Whole
+    accumulation: Count = 1
+    log_every: Count = 20
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
     """`config.eval`.
@@ -51,14 +51,12 @@ class EvalSettings:
       split: name of the data's split.
     """
 
-    every: int = 0
-    batches: int = 0
+    every: Whole = 0
+    batches: Whole = 0
     split: str = "validation"
 
-    def __post_init__(self):
-        _at_least(self, "eval", every=0, batches=0)
 
-
+@checked
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
     """`config.checkpoint`.
@@ -69,12 +67,9 @@ class CheckpointSettings:
       asynchronous: training goes on while a checkpoint is written.
     """
 
-    every: int = 0
-    keep: int = 2
+    every: Whole = 0
+    keep: Count = 2
     asynchronous: bool = True
-
-    def __post_init__(self):
-        _at_least(self, "checkpoint", every=0, keep=1)
 
 
 def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
@@ -91,6 +86,9 @@ def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     for name in REQUIRED:
         if name not in config:
             raise ConfigError(f"the config has no section '{name}'; a run needs {', '.join(REQUIRED)}")
+    for name in config:
+        if name != "mesh":
+            _mapping(config[name], name)
     if "init" not in config and config.train.get("steps") == 0:
         raise ConfigError(
             "train.steps=0 must be a whole number of at least 1 unless the run starts from a trained model (init)"
@@ -138,7 +136,7 @@ def section(cls: type[Section], config: ConfigDict, name: str) -> Section:
     Raises:
       ConfigError: an unknown key, a missing one, or a value out of range.
     """
-    given = dict(config.get(name) or {})
+    given = dict(_mapping(config.get(name), name))
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in given:
         if key not in fields:
@@ -146,6 +144,7 @@ def section(cls: type[Section], config: ConfigDict, name: str) -> Section:
     for key, field in fields.items():
         if field.default is dataclasses.MISSING and key not in given:
             raise ConfigError(f"{name} needs '{key}'")
+    check(cls, given, name)
     return cls(**given)
 
 
@@ -186,19 +185,19 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], place: s
 
 def _named(entries: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     """The entries of a mapping by name, without those that None leaves out."""
-    if not isinstance(entries or {}, Mapping):
-        raise ConfigError(f"{where}={entries!r} must be a mapping of names to what is said of them")
-    return {name: entry for name, entry in (entries or {}).items() if entry is not None}
+    return {name: entry for name, entry in _mapping(entries, where).items() if entry is not None}
+
+
+def _mapping(section: Any, where: str) -> Mapping[str, Any] | ConfigDict:
+    """A section, or a part of one; an empty one where it is None."""
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping | ConfigDict):
+        raise ConfigError(f"{where}={short(section)} must be a mapping of names to values")
+    return section
 
 
 def _flat(tree: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
-
-
-def _at_least(settings: Any, name: str, **lowest: int) -> None:
-    for key, low in lowest.items():
-        value = getattr(settings, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"{name}.{key}={value!r} must be a whole number of at least {low}")

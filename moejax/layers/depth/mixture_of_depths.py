@@ -1,6 +1,6 @@
 """Mixture-of-depths (Raposo et al. 2024): a block processes a fixed share of the tokens, the rest pass by the residual."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, In
 from moejax.core.initializers.usual import FanIn
 from moejax.core.layer import Layer
 from moejax.core.params import param
@@ -49,25 +50,13 @@ class MixtureOfDepths(Layer):
     """
 
     block: nn.Module
-    capacity_factor: float = 0.125
+    capacity_factor: Annotated[float, In(above=0, most=1)] = 0.125
     remedy: Literal["predictor", "router"] | None = "predictor"
     remedy_coef: float = 0.01
     gate: Literal["raw", "sigmoid", "one"] = "raw"
     router: nn.Module | None = None
     eval_select: Literal["causal", "top_k"] = "causal"
-    predictor_hidden: int = 64
-
-    def __post_init__(self) -> None:
-        if not 0 < self.capacity_factor <= 1:
-            raise ConfigError(
-                f"capacity_factor={self.capacity_factor} must lie in (0, 1]: the share of tokens that the block processes"
-            )
-        for name, options in (
-            ("gate", (*GATES,)), ("remedy", ("predictor", "router", None)),
-            ("eval_select", ("causal", "top_k")),
-        ):  # fmt: skip
-            check_choice(name, getattr(self, name), options)
-        super().__post_init__()
+    predictor_hidden: Count = 64
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:

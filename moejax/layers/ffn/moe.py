@@ -8,18 +8,20 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.control import control
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count
 from moejax.core.layer import Layer
 from moejax.core.registry import Given, Many
+from moejax.dispatch import Backend
 from moejax.experts.base import experts_of
 from moejax.experts.registry import banks
 from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
-from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
+from moejax.layers.routed import group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
 from moejax.routing.balancers import STATE, Balancer, balancers
-from moejax.routing.losses.base import Loss, check_losses, losses
+from moejax.routing.losses.base import Loss, losses
 from moejax.routing.routers.base import ask, check_num_experts, routers, told
-from moejax.routing.select.base import Select, check_select, selects
+from moejax.routing.select.base import Select, selects
 
 SLOTS = {
     "router": routers,
@@ -65,17 +67,14 @@ class MoE(Layer):
     shared: nn.Module | None = None
     losses: tuple[Loss, ...] = ()
     balancer: Balancer | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
     group_by: Literal["sequence", "batch", "position"] = "sequence"
     leaky_training: bool = False
-    num_experts: int | None = None
+    num_experts: Count | None = None
 
     def __post_init__(self) -> None:
-        check_losses(self.losses)
-        check_choice("group_by", self.group_by, GROUPINGS)
         check_num_experts(self.router, self.bank)
-        for name, rule in (("select", self.select), ("eval_select", self.eval_select or self.select)):
-            check_select(name, rule)
+        for rule in (self.select, self.eval_select or self.select):
             rule.check_num_experts(self.bank.num_experts)
         object.__setattr__(self, "router", told(self.router, self.select.outputs))
         super().__post_init__()

@@ -11,17 +11,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.control import Site, control
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, NonNegative, Rate
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.dispatch.expert_parallel.rows import by_device
 from moejax.experts.rank_one import RankOne
+from moejax.experts.registry import Activation
 from moejax.layers.registry import ffns
 from pallas_kernels.product_keys import product_key_top_k
 
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
-QUERY_NORMS = ("batch", "layer", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +72,20 @@ class ProductKeys(RowWise):
       ConfigError: sizes that do not fit, unknown options.
     """
 
-    num_keys: int
-    heads: int = 8
-    k: int = 16
-    query_dim: int = 128
+    num_keys: Count
+    heads: Count = 8
+    k: Count = 16
+    query_dim: Count = 128
     values_only: bool = False
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     score: Literal["softmax", "sigmoid", "relu"] = "softmax"
     query_norm: Literal["batch", "layer", "none"] = "batch"
     shared_keys: bool = True
-    momentum: float = 0.9
-    key_std: float = 0.02
+    momentum: Rate = 0.9
+    key_std: NonNegative = 0.02
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, options in (("score", (*SCORES,)), ("query_norm", QUERY_NORMS)):
-            check_choice(name, getattr(self, name), options)
         if self.query_dim % 2:
             raise ConfigError(f"query_dim={self.query_dim} must be even: a query has two halves")
         if self.k > self.num_keys**2:

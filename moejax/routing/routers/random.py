@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.fields import NonNegative
 from moejax.core.layer import RowWise
 from moejax.routing.routers.base import Router, routers
 
@@ -18,7 +19,7 @@ class Random(Router, RowWise):
     differ, and decoding token by token gives what a whole forward pass gives.
     """
 
-    std: float = 1.0
+    std: NonNegative = 1.0
     eval_seed: int = 0
 
     @nn.compact
