@@ -39,7 +39,7 @@ class In:
     above: float | None = None
     below: float | None = None
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -190,7 +190,9 @@ def _refused(value: Any, hint: Any) -> str:
     names = _names(hint)
     if isinstance(value, str) and names:
         return f"='{value}' is unknown{nearest(value, names)}"
-    return f"={short(value)} must be {described(hint)}"
+    one = next((get_args(option)[0] for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
+    fix = f"; write ({short(value)},)" if one is not None and fits(value, one) else ""
+    return f"={short(value)} must be {described(hint)}{fix}"
 
 
 def _names(hint: Any) -> tuple[str, ...]:

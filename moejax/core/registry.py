@@ -221,8 +221,9 @@ def _check_parts(cls: type, given: Mapping[str, Any]) -> None:
     """Refuses a part in the place of another one: a router for a select rule."""
     for name, slots in _PARTS_OF.get(cls, {}).items():
         part = given.get(name)
-        for item in part if isinstance(part, tuple) else (part,):
-            _check_slot(item, name, slots)
+        several = isinstance(part, tuple)
+        for i, item in enumerate(part if several else (part,)):
+            _check_slot(item, f"{name}[{i}]" if several else name, slots)
 
 
 def _check_slot(part: Any, where: str, slots: set[str]) -> None:

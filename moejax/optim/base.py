@@ -24,7 +24,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Fraction, NonNegative, Positive, Whole
+from moejax.core.fields import Fraction, NonNegative, Positive, Whole, check
 from moejax.core.registry import Registry
 from moejax.core.roles import Parameter
 
@@ -68,6 +68,7 @@ class Optimizer:
     decay: tuple[str, ...] = MATRICES
 
     def __post_init__(self):
+        check(type(self), vars(self))  # of one's own optimizer too, which no registry knows
         # A run of no steps only evaluates: its schedule is never asked.
         if self.warmup_steps > self.steps and self.steps:
             raise ConfigError(

@@ -10,11 +10,12 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Count, Rate
+from moejax.core.fields import Count, Rate, Whole
 from moejax.core.layer import Layer, RowWise
 from moejax.core.params import param, per_expert
 from moejax.core.paths import matches
 from moejax.dispatch import Backend
+from moejax.experts.base import AnyBank
 from moejax.experts.low_rank import LowRank
 from moejax.experts.registry import dropout
 from moejax.layers.adapters.base import Adapter, Site, as_tokens
@@ -45,10 +46,10 @@ class LowRankAdapter(Adapter, RowWise):
       ranks: of each expert of a bank, at most `rank`; 0 leaves an expert as it is. None gives all of them `rank`.
     """
 
-    rank: Count | Mapping[str, Count] | None = None
+    rank: Count | Mapping[str, Whole] | None = None
     scale: float | None = None
     dropout: Rate = 0.0
-    ranks: tuple[Count, ...] | None = None
+    ranks: tuple[Whole, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rank is None or self.scale is None:
@@ -142,7 +143,7 @@ class LoRA(LowRankAdapter):
     router: nn.Module | None = None
     select: Select | None = None
     eval_select: Select | None = None
-    bank: nn.Module | None = None
+    bank: AnyBank | None = None
     losses: tuple[Loss, ...] = ()
     balancer: Balancer | None = None
     backend: Backend = "auto"

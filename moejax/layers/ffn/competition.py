@@ -16,7 +16,7 @@ from moejax.core.registry import Many
 from moejax.core.sowing import sow
 from moejax.dispatch import Backend, backend_index
 from moejax.dispatch.layout import Batched
-from moejax.experts.base import experts_of
+from moejax.experts.base import AnyBank, experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_losses, sow_routing
@@ -84,7 +84,7 @@ class Competition(RowWise):
     """
 
     router: nn.Module
-    bank: nn.Module
+    bank: AnyBank
     k: Count = 2
     rate: Fraction = 0.07
     schedule: Literal["constant", "decaying"] = "constant"

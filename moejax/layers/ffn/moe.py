@@ -13,7 +13,7 @@ from moejax.core.fields import Count
 from moejax.core.layer import Layer
 from moejax.core.registry import Given, Many
 from moejax.dispatch import Backend
-from moejax.experts.base import experts_of
+from moejax.experts.base import AnyBank, experts_of
 from moejax.experts.registry import banks
 from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
@@ -62,9 +62,9 @@ class MoE(Layer):
 
     router: nn.Module
     select: Select
-    bank: nn.Module
+    bank: AnyBank
     eval_select: Select | None = None
-    shared: nn.Module | None = None
+    shared: AnyBank | None = None
     losses: tuple[Loss, ...] = ()
     balancer: Balancer | None = None
     backend: Backend = "auto"

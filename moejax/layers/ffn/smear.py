@@ -14,7 +14,7 @@ from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.registry import Many
 from moejax.dispatch import Backend
-from moejax.experts.base import experts_of
+from moejax.experts.base import AnyBank, experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns, mixers
 from moejax.layers.routed import run_plan, sow_routing
@@ -55,7 +55,7 @@ class SMEAR(Layer):
       ConfigError: unknown options; in a decoder, `route_by='sequence'`; a 'tag' without domains in the batch.
     """
 
-    bank: nn.Module
+    bank: AnyBank
     num_experts: Count
     layer: nn.Module | None = None
     combine: Literal["merge", "ensemble", "st_gumbel", "top1", "tag"] = "merge"

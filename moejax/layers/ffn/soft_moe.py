@@ -9,6 +9,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.fields import Count
 from moejax.core.layer import Layer
+from moejax.experts.base import AnyBank
 from moejax.experts.registry import banks
 from moejax.layers.ffn.moe import MoE
 from moejax.layers.registry import ffns
@@ -30,7 +31,7 @@ class SoftMoE(Layer):
       dispatch, combine: 'soft', or 'uniform' for the paper's ablation ladder.
     """
 
-    bank: nn.Module
+    bank: AnyBank
     num_experts: Count
     slots: Count = 1
     normalise: bool = True

@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from moejax.core.errors import ConfigError
+from moejax.core.fields import check
 from moejax.core.registry import Registry
 from moejax.routing.plan import Plan
 
@@ -56,6 +57,9 @@ class Loss:
     """
 
     coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(type(self), vars(self))  # of one's own loss too, which no registry knows
 
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         """The weighted scalar. What lies in padding, NaN included, touches neither it nor its gradient."""

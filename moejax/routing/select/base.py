@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Positive
+from moejax.core.fields import Positive, check
 from moejax.core.registry import Registry
 from moejax.routing.capacity import Priority, drop_over_capacity
 from moejax.routing.plan import Plan, TokenPlan, dropless
@@ -66,6 +66,9 @@ class Select:
     needs: ClassVar[tuple[str, ...]] = ()
     outputs_per_expert: ClassVar[int] = 1
     null_outputs: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check(type(self), vars(self))  # of one's own rule too, which no registry knows
 
     def __call__(
         self, logits: Float[Array, "g n o"], ctx: Context = NO_CONTEXT, *, bias: Float[Array, "b"] | None = None

@@ -52,6 +52,7 @@ class TopK(CapacityLimited):
     constant_gate: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.groups_kept or 1) > self.expert_groups:
             raise ConfigError(f"groups_kept={self.groups_kept} exceeds expert_groups={self.expert_groups}")
         if self.k == 1 and (self.normalise or self.score == "softmax_selected") and not self.constant_gate:
