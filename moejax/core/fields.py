@@ -63,7 +63,7 @@ class Floating:
 
         try:
             return jnp.issubdtype(jnp.dtype(value), jnp.floating) and value is not None
-        except TypeError:
+        except (TypeError, ValueError):
             return False
 
     def __str__(self) -> str:
@@ -72,6 +72,8 @@ class Floating:
 
 Count: TypeAlias = Annotated[int, In(1)]
 Whole: TypeAlias = Annotated[int, In(0)]
+# Of what is written into a program again and again: with a slip of the keyboard it would be traced for ever.
+Few: TypeAlias = Annotated[int, In(1, 10_000)]
 Positive: TypeAlias = Annotated[float, In(above=0)]
 NonNegative: TypeAlias = Annotated[float, In(0)]
 Fraction: TypeAlias = Annotated[float, In(0, 1)]

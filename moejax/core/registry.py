@@ -176,15 +176,19 @@ class Many:
     def build(self, specs: Any, where: str, **context: Any) -> tuple[Any, ...]:
         if isinstance(specs, (tuple, list)):
             return tuple(self.registry.build(s, f"{where}[{i}]", **context) for i, s in enumerate(specs))
-        if not _is_mapping(specs):
-            raise ConfigError(f"{where}={short(specs)} must be a mapping of {self.registry.slot} kinds to their fields")
-        items = {kind: fields for kind, fields in specs.items() if fields is not None}
+        items = {kind: fields for kind, fields in self.named(specs, where).items() if fields is not None}
         for kind, fields in items.items():
             if not _is_mapping(fields):
                 raise ConfigError(f"{where}.{kind}={short(fields)} must be a mapping of fields, or None to leave it out")
         return tuple(
             self.registry.build({"kind": kind, **fields}, f"{where}.{kind}", **context) for kind, fields in items.items()
         )
+
+    def named(self, specs: Any, where: str) -> Mapping[str, Any]:
+        """The specs by name. Raises ConfigError for what is no mapping."""
+        if not _is_mapping(specs):
+            raise ConfigError(f"{where}={short(specs)} must be a mapping of names to {self.registry.slot}s")
+        return specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +208,7 @@ class Given:
 Slot: TypeAlias = Registry | Many | Given
 
 # What a config is made of: never a part.
-_DATA = str | bytes | bool | int | float | complex | tuple | list | set | frozenset
+_DATA = None | str | bytes | bool | int | float | complex | tuple | list | set | frozenset
 
 
 def _is_mapping(spec: Any) -> bool:

@@ -8,6 +8,8 @@ from moejax.core.errors import ConfigError, nearest
 from moejax.core.fields import Count, In, Positive, Whole, check, checked, fits, short
 from moejax.data.catalog import DATASETS, ImageDataset, TextDataset
 
+MOST = 2**24  # rows of a batch, or tokens of a row: a thousand times what anybody trains with
+
 
 @checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class DataConfig:
     """
 
     name: str
-    batch_size: Count
+    batch_size: Annotated[int, In(1, MOST)]
     data_dir: str | None = None
     shuffle: bool = True
     prefetch: Count = 4
@@ -51,7 +53,7 @@ class TextConfig(DataConfig):
         over 256 MB are streamed.
     """
 
-    seq_len: Annotated[int, In(2)] = 256
+    seq_len: Annotated[int, In(2, MOST)] = 256
     domains: tuple[str, ...] | None = None
     mixture: tuple[tuple[str, Positive], ...] | None = None
     packing: bool = True

@@ -1,6 +1,5 @@
 """Experts of several widths and kinds in one layer."""
 
-
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.registry import Given, Many

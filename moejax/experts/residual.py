@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.core.context import Context
-from moejax.core.fields import Count
+from moejax.core.fields import Count, Few
 from moejax.core.initializers.usual import FanIn, Zeros
 from moejax.core.params import Initializer, per_expert
 from moejax.dispatch.experts import Experts, Matrices
@@ -33,7 +33,7 @@ class Residual(Bank):
 
     hidden: Count
     num_experts: Count = 1
-    sublayers: Count = 1
+    sublayers: Few = 1
     activation: Activation = "relu"
     init_in: Initializer = FanIn()
     init_out: Initializer = Zeros()

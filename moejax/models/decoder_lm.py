@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.fields import Count, DType, NonNegative, Positive
+from moejax.core.fields import Count, DType, Few, NonNegative, Positive
 from moejax.core.params import param
 from moejax.layers.mixers.attention import token_positions
 from moejax.layers.registry import norms
@@ -45,7 +45,7 @@ class DecoderLM(nn.Module):
 
     vocab_size: Count
     d_model: Count
-    num_layers: Count
+    num_layers: Few
     pattern: tuple[str, ...]
     blocks: tuple[NamedBlock, ...]
     norm: nn.Module | None = None

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from moejax.core.carried import Carried, Shared, carried_by, shared_by
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
-from moejax.core.fields import Count
+from moejax.core.fields import Few
 from moejax.core.registry import Many
 from moejax.layers.registry import blocks
 from moejax.models.over_depth import at_layer, varies
@@ -54,7 +54,8 @@ class BlockTable(Many):
         if isinstance(specs, tuple):
             return specs
         context = {**dict(self.defaults), **context}
-        return tuple(self._named(name, spec, f"{where}.{name}", context) for name, spec in specs.items() if spec is not None)
+        named = self.named(specs, where).items()
+        return tuple(self._named(name, spec, f"{where}.{name}", context) for name, spec in named if spec is not None)
 
     def _named(self, name: str, spec: Any, where: str, context: dict[str, Any]) -> NamedBlock:
         if not varies(spec):
@@ -86,7 +87,7 @@ class Stack(nn.Module):
 
     blocks: tuple[NamedBlock, ...]
     pattern: tuple[str, ...]
-    num_layers: Count
+    num_layers: Few
     scan: bool = True
     remat: Remat = "none"
 

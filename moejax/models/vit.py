@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Count, DType
+from moejax.core.fields import Count, DType, Few
 from moejax.core.params import Dense, param
 from moejax.layers.registry import norms
 from moejax.models.parts import NamedBlock
@@ -41,7 +41,7 @@ class ViT(nn.Module):
     patch_size: Count
     num_classes: Count
     d_model: Count
-    num_layers: Count
+    num_layers: Few
     pattern: tuple[str, ...]
     blocks: tuple[NamedBlock, ...]
     norm: nn.Module | None = None

@@ -79,7 +79,7 @@ def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
       ConfigError: a section is missing or unknown, or nothing would be trained.
     """
     config = config if isinstance(config, ConfigDict) else ConfigDict(dict(config))
-    config = ConfigDict(without_defaults(config.to_dict()))
+    config = ConfigDict(without_defaults(_tree(config)))
     for name in config:
         if name not in REQUIRED + OPTIONAL:
             raise ConfigError(f"unknown section '{name}' in the config{nearest(name, REQUIRED + OPTIONAL)}")
@@ -87,6 +87,8 @@ def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
         if name not in config:
             raise ConfigError(f"the config has no section '{name}'; a run needs {', '.join(REQUIRED)}")
     for name in config:
+        if config[name] is None and name in REQUIRED:
+            raise ConfigError(f"{name}=None must be a mapping of names to values")
         if name != "mesh":
             _mapping(config[name], name)
     if "init" not in config and config.train.get("steps") == 0:
@@ -154,7 +156,7 @@ def plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     Raises:
       ConfigError: it holds something that JSON has no word for.
     """
-    tree = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    tree = _tree(config)
     try:
         return json.loads(json.dumps(tree, sort_keys=True))
     except TypeError as error:
@@ -181,6 +183,14 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], place: s
                     f"{place} holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}; "
                     "take another workdir, or remove this one to start anew"
                 )
+
+
+def _tree(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """The config as a dict; a ConfigDict is one all the way down."""
+    try:
+        return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    except TypeError:  # it sorts its names
+        raise ConfigError("every name in a config must be a text; a mapping in this one has another key too") from None
 
 
 def _named(entries: Mapping[str, Any] | None, where: str) -> dict[str, Any]:

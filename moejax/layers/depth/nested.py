@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.core.carried import Declared, shared
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Count, Fraction, Positive, Whole
+from moejax.core.fields import Count, Fraction, In, Positive, Whole
 from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.sowing import sow
@@ -60,7 +60,7 @@ class Nested(Layer):
     num_heads: Count
     hidden: Count
     norm: nn.Module
-    num_experts: Count = 4
+    num_experts: Annotated[int, In(1, 32)] = 4
     budgets: tuple[Positive, ...] = (0.5,)
     eval_budget: Positive | None = None
     capacities: tuple[Fraction, ...] | None = None

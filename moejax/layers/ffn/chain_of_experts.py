@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
-from moejax.core.fields import Count
+from moejax.core.fields import Few
 from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import ffns, norms
 
@@ -29,7 +29,7 @@ class ChainOfExperts(MoE):
         lets the scale grow.
     """
 
-    iterations: Count = 2
+    iterations: Few = 2
     gating: Literal["own", "shared"] = "own"
     residual: Literal["inner", "outer", "none"] = "inner"
     norm: nn.Module | None = None

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Count
+from moejax.core.fields import Count, Few
 from moejax.core.layer import RowWise
 from moejax.core.params import param, per_expert
 from moejax.dispatch import Backend
@@ -40,7 +40,7 @@ class MultiHash(RowWise):
 
     num_experts: Count
     hidden: Count
-    hashes: Count = 2
+    hashes: Few = 2
     seed: int = 0
     activation: Activation = "relu"
     backend: Backend = "auto"
@@ -91,7 +91,7 @@ class Pieces(nn.Module):
     width: int
     hidden: Count
     num_experts: Count
-    hashes: Count
+    hashes: Few
 
     def setup(self) -> None:
         shapes = (self.width, self.hidden // self.hashes), (self.hidden, self.width // self.hashes)
