@@ -305,7 +305,7 @@ def _resolved(study: Study, preset: str, arm: str, extra: Mapping[str, Any], on_
     for section in ("init", "task"):
         if section in config:
             config[section] = ConfigDict(filled(config[section], section))
-    overrides.apply(config, extra, f"the command line for {where}")
+    overrides.apply(config, overrides.shortened(config, extra), f"the command line for {where}")
     return config.lock()
 
 
@@ -327,6 +327,7 @@ def load(slug: str) -> Study:
     """
     files = study_files()
     if slug not in files:
+        _refuse_undone(slug)
         raise ConfigError(f"unknown study '{slug}' in experiments/{nearest(slug, files)}")
     path = files[slug]
     name = f"experiments.{path.parent.name}.{slug}"
@@ -340,6 +341,17 @@ def load(slug: str) -> Study:
     if study.slug != slug:
         raise ConfigError(f"slug '{study.slug}' in {path.parent.name}/{path.name} differs from the file's name '{slug}'")
     return study
+
+
+def _refuse_undone(slug: str) -> None:
+    """Says so of a method that the catalogue lists and nobody has a study of."""
+    from experiments import catalog  # which reads this file
+
+    row = catalog.load().get(slug)
+    if row is not None:
+        raise ConfigError(
+            f"'{slug}' ({row.title}, arXiv {row.arxiv}) is in the catalogue, but has no study yet; see --list for those that do"
+        )
 
 
 def _check_arms(study: Study, where: str) -> None:

@@ -184,7 +184,7 @@ class Many:
             self.registry.build({"kind": kind, **fields}, f"{where}.{kind}", **context) for kind, fields in items.items()
         )
 
-    def named(self, specs: Any, where: str) -> Mapping[str, Any]:
+    def named(self, specs: Any, where: str) -> Any:
         """The specs by name. Raises ConfigError for what is no mapping."""
         if not _is_mapping(specs):
             raise ConfigError(f"{where}={short(specs)} must be a mapping of names to {self.registry.slot}s")
@@ -234,8 +234,10 @@ def _check_slot(part: Any, where: str, slots: set[str]) -> None:
     """Refuses an object whose class is registered for other slots only; of what is registered nowhere nothing is known."""
     own = _SLOTS_OF.get(type(part), slots)
     if not own & slots:
-        one, other = (" or a ".join(sorted(names)) for names in (own, slots))
-        raise ConfigError(f"{where}={type(part).__name__} is a {one}, and here goes a {other}")
+        one, other = (" or ".join(sorted(names)) for names in (own, slots))
+        raise ConfigError(
+            f"{where}={type(part).__name__} is registered as a kind of {one}, and what goes here is a kind of {other}"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.fields import Count, In, Positive, Whole, check, checked, fits, short
@@ -53,6 +53,8 @@ class TextConfig(DataConfig):
         over 256 MB are streamed.
     """
 
+    gives: ClassVar[tuple[str, ...]] = ("tokens", "targets", "segments", "positions", "valid", "domain")
+
     seq_len: Annotated[int, In(2, MOST)] = 256
     domains: tuple[str, ...] | None = None
     mixture: tuple[tuple[str, Positive], ...] | None = None
@@ -71,6 +73,8 @@ class ImageConfig(DataConfig):
       shift: in training, images move by up to this many pixels each way; zeros come in.
       flip: in training, every second image is mirrored.
     """
+
+    gives: ClassVar[tuple[str, ...]] = ("image", "label", "valid")
 
     image_size: Count | None = None
     shift: Whole = 0

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.core.fields import Count, DType, Few, NonNegative, Positive
 from moejax.core.params import param
 from moejax.layers.mixers.attention import token_positions
@@ -42,6 +43,7 @@ class DecoderLM(nn.Module):
     """
 
     causal: ClassVar[bool] = True
+    reads: ClassVar[str] = "tokens"  # of a batch
 
     vocab_size: Count
     d_model: Count
@@ -64,6 +66,8 @@ class DecoderLM(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b s"], ctx: Context | None = None) -> Float[Array, "b s v"]:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ConfigError(f"decoder_lm reads ids of tokens [b, s], and was given {tokens.dtype}{list(tokens.shape)}")
         ctx = Context() if ctx is None else ctx
         positions = token_positions(ctx, *tokens.shape)
         ctx = ctx.replace(positions=positions, token_ids=tokens if ctx.token_ids is None else ctx.token_ids)

@@ -1,6 +1,6 @@
 """The vision transformer (Dosovitskiy et al. 2021): patches, a bidirectional stack, pooling, a linear head."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class ViT(nn.Module):
     Raises:
       ConfigError: sizes do not fit, or an option is unknown.
     """
+
+    reads: ClassVar[str] = "image"  # of a batch
 
     image_size: Count
     channels: Count

@@ -83,6 +83,11 @@ class Distill(Task):
         soft = self.soft * self.temperature**2 * sums["divergence"] / count
         return soft + self.hard * sums["nll"] / count, sums
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the task reads."""
+        return self.task.reads
+
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Any, Context]:
         return self.task.inputs(batch, step, train)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class NextToken(Task):
 
     domains: tuple[str, ...] = ()
     bytes_per_token: Positive = 1.0
+
+    reads: ClassVar[tuple[str, ...]] = ("tokens", "targets", "segments", "positions", "valid")
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Int[Array, "b s"], Context]:
         segments = batch["segments"]

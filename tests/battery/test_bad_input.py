@@ -19,9 +19,8 @@ from experiments.battery import subjects
 from experiments.battery.kinds import Kind, kinds
 from moejax.aot import program_of
 from moejax.core.errors import ConfigError
-from moejax.parallel import Exchange
-from moejax.train.settings import CheckpointSettings, EvalSettings, plain, section
-from moejax.train.starts import parse_init
+from moejax.train.checks import check_config
+from moejax.train.settings import plain
 
 MUTATIONS = int(os.environ.get("MOEJAX_MUTATIONS", "60"))
 SECONDS = 60  # in which a broken config must be refused or built
@@ -95,11 +94,8 @@ def small(subject: subjects.Subject) -> dict[str, Any]:
 def trace(config: dict[str, Any]) -> None:
     """Everything that is made of a config, and the shapes of its forward pass."""
     config = ConfigDict(config)
-    program = program_of(config)
-    program.state  # noqa: B018
-    for cls, name in ((EvalSettings, "eval"), (CheckpointSettings, "checkpoint"), (Exchange, "exchange")):
-        section(cls, config, name)
-    parse_init(plain(config).get("init"))
+    check_config(config)
+    program_of(config).state  # noqa: B018
 
 
 @contextlib.contextmanager
@@ -137,7 +133,7 @@ def any_broken(draw: st.DrawFn) -> tuple[str, Broken]:
         what, _, which = name.partition(" ")
         MADE[name] = small(subjects.of_study(which) if what == "study" else subjects.of_kind(what, which))
     config = MADE[name]
-    path = draw(st.sampled_from([path for path in places(config) if path != ("model", "kind")]))
+    path = draw(st.sampled_from(list(places(config))))
     return name, broken(config, path, draw(st.sampled_from([*NONSENSE, *OTHERS, GONE])))
 
 

@@ -128,10 +128,10 @@ def test_a_registered_kind_is_checked_in_configs_and_in_python_and_names_its_pla
         (lambda: mj.TopK(k=2, normalise="no"), "normalise='no' must be true or false"),
         (lambda: mj.TopK(kk=2), "unknown key 'kk' in TopK; did you mean 'k'"),
         (lambda: mj.GLU(hidden=True), "hidden=True must be a whole number"),
-        (lambda: mj.GLU(hidden=8, activation="gilu"), "activation='gilu' is unknown; did you mean 'gelu'"),
+        (lambda: mj.GLU(hidden=8, activation="gilu"), "activation='gilu' is unknown; did you mean 'silu'"),
         (lambda: mj.Attention(num_heads=0), "num_heads=0 must be a whole number of at least 1"),
         (lambda: mj.Attention(num_heads=2, dtype="float33"), "dtype='float33' must be a floating-point type"),
-        (lambda: mj.Transformer(mixer=3, ffn=mj.Copy(), norm=mj.RMSNorm()), "mixer=3 must be a Module"),
+        (lambda: mj.Transformer(mixer=3, ffn=mj.DenseFFN(hidden=3), norm=mj.RMSNorm()), "mixer=3 must be a Module"),
         (lambda: mj.TextConfig(name="prose", batch_size=2, packing="no"), "packing='no' must be true or false"),
     ],
 )

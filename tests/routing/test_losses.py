@@ -169,7 +169,7 @@ class TestOnesOwn:
 
     def test_what_is_no_loss_is_refused(self) -> None:
         for given, message in (
-            ((TopK(),), r"losses\[0\]=TopK is a select, and here goes a loss"),
+            ((TopK(),), r"losses\[0\]=TopK is registered as a kind of select, and what goes here is a kind of loss"),
             ((3,), r"losses=\(3,\) must be a tuple of items, each a Loss"),
             (Balance(), r"losses=Balance\(.*\) must be a tuple of items, each a Loss; write \(Balance\(.*\),\)"),
         ):
