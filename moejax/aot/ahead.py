@@ -155,7 +155,7 @@ def batch_shapes(config: Mapping[str, Any] | ConfigDict) -> dict[str, jax.ShapeD
     return {"image": shape(jnp.float32, side, side, channels), "label": shape(jnp.int32), "valid": shape(jnp.bool_)}
 
 
-def _size(model: Mapping[str, Any], name: str, images: str) -> int:
+def _size(model: Any, name: str, images: str) -> int:
     """The size of a model of images by name, which no model has been built yet to check."""
     if not fits(model.get(name), Count):
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
-from moejax.core.fields import Count, Whole, check, checked, short
+from moejax.core.fields import Count, Whole, check, checked, fits, short
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
 OPTIONAL = ("adapters", "init", "trainable", "eval", "checkpoint", "mesh", "exchange")
@@ -91,6 +91,8 @@ def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
             raise ConfigError(f"{name}=None must be a mapping of names to values")
         if name != "mesh":
             _mapping(config[name], name)
+        elif not fits(config.mesh, str | None):
+            raise ConfigError(f"mesh={short(config.mesh)} must be a text such as 'data=2,expert=4'")
     if "init" not in config and config.train.get("steps") == 0:
         raise ConfigError(
             "train.steps=0 must be a whole number of at least 1 unless the run starts from a trained model (init)"
@@ -193,12 +195,12 @@ def _tree(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         raise ConfigError("every name in a config must be a text; a mapping in this one has another key too") from None
 
 
-def _named(entries: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+def _named(entries: Any, where: str) -> dict[Any, Any]:
     """The entries of a mapping by name, without those that None leaves out."""
     return {name: entry for name, entry in _mapping(entries, where).items() if entry is not None}
 
 
-def _mapping(section: Any, where: str) -> Mapping[str, Any] | ConfigDict:
+def _mapping(section: Any, where: str) -> Any:
     """A section, or a part of one; an empty one where it is None."""
     if section is None:
         return {}

@@ -53,7 +53,10 @@ WRONG = {
     "study and config": (["--config=x.py", "--study=toy"], r"--study=toy does not go with --config"),
     "workdir of a study": (["--study=toy", "--workdir=x"], r"--workdir=x does not go with --study; it belongs to --config"),
     "unknown family": (["--list", "--family=sofd"], r"unknown family 'sofd'; did you mean 'soft'"),
-    "no such config": (["--config=configs/base_ml.py"], r"'configs/base_ml\.py'; did you mean 'configs/base_lm\.py'"),
+    "no such config": (
+        ["--config=configs/base_ml.py"],
+        r"'configs/base_ml\.py' does not exist; did you mean 'configs/base_lm\.py'",
+    ),
     "config without get_config": (["--config=configs/__init__.py"], r"defines no get_config\(\)"),
     "key of a config": (
         ["--config=configs/base_lm.py", "--config.data.seqlen=3"],

@@ -44,8 +44,9 @@ class MixtureOfDepths(Layer):
       remedy_coef: weight of the remedy's binary cross-entropy.
       gate: 'raw' multiplies by r, as the paper does; 'sigmoid' by its sigmoid (many ports); 'one' by nothing.
       router: one logit a token; linear if left out. `random` is the paper's control.
-      eval_select: 'causal' decides by the remedy outside training; 'top_k' as in training, which leaks and is only for measuring
-        the leak.
+      eval_select: outside training, in a model that is causal, 'causal' decides by the remedy; 'top_k' as in training, which leaks and is
+        only for measuring the leak. An encoder has no future to leak, and always decides as in training.
+      causal: whether the model is. Filled in by the model.
       predictor_hidden: width of the predictor's hidden layer.
     """
 
@@ -57,17 +58,18 @@ class MixtureOfDepths(Layer):
     router: nn.Module | None = None
     eval_select: Literal["causal", "top_k"] = "causal"
     predictor_hidden: Count = 64
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         ctx = ctx or Context()
-        b, s, _ = x.shape
+        b, s, _ = ctx.fit(x)
         if ctx.positions is None:
             ctx = ctx.replace(positions=jnp.broadcast_to(jnp.arange(s), (b, s)))
         valid = ctx.real(x)
         router = Linear(1, init_w=FanIn(), name="router") if self.router is None else self.router
         r = ask(router, x, ctx)
-        causal = self.eval_select == "causal" and self.remedy is not None and not ctx.train
+        causal = self.causal and self.eval_select == "causal" and self.remedy is not None and not ctx.train
         top_k = ExpertChoice(self.capacity_factor, score="logit", in_order=True)(r, ctx)
         chosen = top_k.assigned()[..., 0] > 0
         predicted = self._predict(ctx.clean(x), r) if self.remedy is not None else None

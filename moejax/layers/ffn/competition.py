@@ -172,7 +172,7 @@ class Competition(RowWise):
 
     def _all(self, x: Array, ctx: Context) -> tuple[Float[Array, "b s e o"], Float[Array, "b s e"]]:
         """Every expert's output on every token, and its affinity."""
-        b, s, d = x.shape
+        b, s, d = ctx.fit(x)
         rows = jnp.broadcast_to(x.reshape(1, b * s, d), (self.bank.num_experts, b * s, d))
         # On a mesh every device runs all experts on its own rows: said here, or the compiler moves rows about.
         outputs = experts_of(self.bank, d, ctx).run(constrain(rows, None, "batch", None), Batched())

@@ -1,5 +1,6 @@
 """The sparse mixture-of-experts layer: any router, any select rule, any bank."""
 
+import warnings
 from typing import Literal
 
 import flax.linen as nn
@@ -32,6 +33,12 @@ SLOTS = {
     "losses": Many(losses),
     "balancer": balancers,
 }
+
+
+_UNMOVED = (
+    "{} of {} balances nothing in this call: name 'measured' and 'router_state' in mutable=[...], and move the state after each step, as "
+    "moejax.train does (moejax.train.controllers)"
+)
 
 
 @ffns.register("moe", slots=SLOTS)
@@ -87,7 +94,7 @@ class MoE(Layer):
           ConfigError: parts that do not fit each other, named with both values.
         """
         ctx = ctx or Context()
-        b, s, _ = x.shape
+        b, s, _ = ctx.fit(x)
         tokens, grouped_ctx = group_tokens(x, ctx, self.group_by)
         select = self.select if ctx.train or self.eval_select is None else self.eval_select
         logits = ask(self.router, tokens, grouped_ctx)
@@ -97,6 +104,8 @@ class MoE(Layer):
         routing = routing.replace(plan=plan)
         sow_routing(self, routing, self.losses, backend=backend)
         if self.balancer is not None and ctx.train:
+            if not self.is_initializing() and not self.is_mutable_collection("measured"):
+                warnings.warn(_UNMOVED.format(type(self.balancer).__name__, "/".join(self.path) or "the layer"), stacklevel=2)
             control(self, "balancer", self.balancer, self.balancer.measure(routing))
         y = ungroup_tokens(y, b, s, self.group_by).astype(x.dtype)
         if self.shared is not None:

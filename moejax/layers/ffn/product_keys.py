@@ -20,6 +20,7 @@ from moejax.dispatch.expert_parallel.rows import by_device
 from moejax.experts.rank_one import RankOne
 from moejax.experts.registry import Activation
 from moejax.layers.registry import ffns
+from moejax.routing.plan import dropless
 from pallas_kernels.product_keys import product_key_top_k
 
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
@@ -96,6 +97,7 @@ class ProductKeys(RowWise):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         """Padding gets zeros."""
         ctx = ctx or Context()
+        b, s, _ = ctx.fit(x)
         rows, valid = ctx.clean(x).reshape(-1, x.shape[-1]), ctx.real(x).reshape(-1)
         score, index = self._retrieve(self._query(rows, valid, ctx.train))
         weight = SCORES[self.score](score)
@@ -105,6 +107,9 @@ class ProductKeys(RowWise):
         fan_in = x.shape[-1] if self.values_only else self.heads * self.k
         bank = RankOne(self.num_keys**2, self.activation, self.values_only, fan_in**-0.5, self.implementation, name="bank")
         y = bank(rows, index.reshape(rows.shape[0], -1), weight.reshape(rows.shape[0], -1))
+        expert, share = (values.reshape(b, s, -1) for values in (index, weight))
+        used = jnp.broadcast_to(ctx.real(x)[..., None], expert.shape)
+        sow(self, "routing", "plan", dropless(expert, share, used, self.num_keys**2))
         return y.reshape(x.shape).astype(x.dtype)
 
     def _query(self, x: Float[Array, "n d"], valid: Bool[Array, "n"], train: bool) -> Float[Array, "n h q"]:

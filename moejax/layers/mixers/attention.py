@@ -72,7 +72,7 @@ class Attention(Layer):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
-        b, s, d = x.shape
+        b, s, d = ctx.fit(x)
         kv_heads = self.num_kv_heads or self.num_heads
         positions = token_positions(ctx, b, s)
         q = self._project(x, "q", self.num_heads, "heads")
