@@ -60,7 +60,8 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
 
 def shortened(config: ConfigDict, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     """The command line's overrides; where they leave fewer steps than the warm-up has, with a warm-up that is as much shorter."""
-    steps, before, warmup = overrides.get("train.steps"), config.train.steps, config.optimizer.get("warmup_steps", 0)
+    steps, before = overrides.get("train.steps"), config.train.steps
+    warmup = config.get("optimizer", {}).get("warmup_steps", 0)
     if not isinstance(steps, int) or "optimizer.warmup_steps" in overrides or not 0 < steps < min(before, warmup):
         return overrides
     return {**overrides, "optimizer.warmup_steps": warmup * steps // before}

@@ -22,6 +22,7 @@ import importlib.util
 import math
 import re
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -345,13 +346,11 @@ def load(slug: str) -> Study:
 
 def _refuse_undone(slug: str) -> None:
     """Says so of a method that the catalogue lists and nobody has a study of."""
-    from experiments import catalog  # which reads this file
-
-    row = catalog.load().get(slug)
-    if row is not None:
-        raise ConfigError(
-            f"'{slug}' ({row.title}, arXiv {row.arxiv}) is in the catalogue, but has no study yet; see --list for those that do"
-        )
+    for row in tomllib.loads((Path(__file__).parent / "catalog.toml").read_text())["method"]:
+        if row["slug"] == slug:
+            raise ConfigError(
+                f"'{slug}' ({row['title']}, arXiv {row['arxiv']}) is in the catalogue, but has no study yet; see --list for those that do"
+            )
 
 
 def _check_arms(study: Study, where: str) -> None:

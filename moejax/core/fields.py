@@ -198,7 +198,9 @@ def _refused(value: Any, hint: Any) -> str:
 
 
 def _names(hint: Any) -> tuple[str, ...]:
-    """The names that a field takes, if it takes names."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return sum(map(_names, get_args(hint)), ())
-    return tuple(name for name in get_args(hint) if isinstance(name, str)) if get_origin(hint) is Literal else ()
+    """The names that a field takes, if it takes names and nothing else."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    options = [option for option in options if option is not types.NoneType]
+    if not all(get_origin(option) is Literal for option in options):
+        return ()
+    return tuple(name for option in options for name in get_args(option) if isinstance(name, str))
