@@ -81,7 +81,7 @@ def execute_config(
     console = console or make_console()
     configs, todo, cache = {name: config}, [(name, seed) for seed in range(seeds)], Cache(runs)
     if fit is None:
-        fit = _prepared_fit(configs, cache, console)
+        fit = _prepared_fit(configs, cache, console, False)
         if accept_numerics or any(cache.load(config, seed, name) for _, seed in todo):
             _ask_canary(cache, fit, accept_numerics, console)
     if workdir is None:
@@ -151,55 +151,28 @@ def choose(study: Study, ablation: str, arms: Sequence[str]) -> list[str]:
     return [name for name in names if not arms or name in arms]
 
 
-def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Console) -> Fit:
-    """`moejax.train.fit`, after building every model once: a wrong spec is found now and not after the first arms. Shows what
-    adapters sit around."""
+def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Console, arms: bool = True) -> Fit:
+    """`moejax.train.fit`, after building everything once: what is wrong is found now and not after the first arms. Shows what adapters
+    sit around. `arms`: the configs are those of a study's arms, which errors name."""
     import jax
 
     from moejax.aot.ahead import program_of
     from moejax.train import fit
+    from moejax.train.checks import check_config
 
     for arm, config in configs.items():
         try:
-            _check(config.to_dict())
+            check_config(config)
             if config.get("adapters"):
                 show(console, tables.adapted(arm, program_of(config).adapted_layers))
         except ConfigError as error:
-            raise ConfigError(f"{error} (arm '{arm}')") from None
+            raise ConfigError(f"{error} (arm '{arm}')" if arms else str(error)) from None
     if jax.default_backend() == "cpu":
         environment.keep_freed_memory()
     if jax.config.jax_compilation_cache_dir is None:
         # Compiling is most of a small run's time, and the same programs come again: further presets, --fresh, resumption.
         jax.config.update("jax_compilation_cache_dir", str(cache.root.absolute() / "compiled"))
     return fit
-
-
-def _check(config: Mapping[str, Any], where: str = "") -> None:
-    """Builds what can be built of a config, and of those of the runs that it starts from, without data."""
-    from moejax import models
-    from moejax.train.identity import is_config
-    from moejax.train.starts import parse_init
-    from moejax.train.trainable import parse_rule
-
-    place = f" (the config at {where})" if where else ""
-    try:
-        models.network(config)
-        parse_init(config.get("init"))
-        for name, rule in (config.get("trainable") or {}).items():
-            if rule is not None:
-                parse_rule(name, rule)
-    except ConfigError as error:
-        raise ConfigError(f"{error}{place}") from None
-
-    def look(value: Any, where: str) -> None:
-        if is_config(value):
-            _check(value, where)
-        elif isinstance(value, Mapping):
-            for name, part in value.items():
-                look(part, f"{where}.{name}")
-
-    for name in ("init", "task"):
-        look(config.get(name), f"{where}.{name}".strip("."))
 
 
 def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:

@@ -117,10 +117,15 @@ def load_config(place: str) -> tuple[str, Any]:
 
     file, _, argument = place.partition(":")
     path = Path(file)
-    if not path.is_file():
-        siblings = [p.as_posix() for p in path.parent.glob("*.py") if p.stem != "__init__"] or ["configs/base_lm.py"]
-        raise ConfigError(f"--config={place}: no file '{file}'{nearest(file, siblings)}")
-    get_config = runpy.run_path(file).get("get_config")
+    if not path.is_file() or path.suffix != ".py":
+        folder = path if path.is_dir() else path.parent
+        siblings = [p.as_posix() for p in folder.glob("*.py") if p.stem not in ("__init__", "setup")]
+        what = "is a folder, and no config" if path.is_dir() else "is no Python file" if path.exists() else "does not exist"
+        raise ConfigError(f"--config={place}: '{file}' {what}{nearest(file, siblings or ['configs/base_lm.py'])}")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+    except SyntaxError as error:
+        raise ConfigError(f"--config={place}: {error.msg} in line {error.lineno} of '{file}'") from None
     if get_config is None:
         raise ConfigError(f"--config={place}: '{file}' defines no get_config()")
     config = get_config(argument) if argument else get_config()

@@ -1,6 +1,7 @@
 """Dotted overrides of a config: applied from studies, parsed from the command line, and refused with the nearest name.
 
-A key must exist in the config, so that a typing error cannot start a training. There are two exceptions. The fields of a model's
+A key must exist in the config, so that a typing error cannot start a training. There are three exceptions. What data may be told
+(`data.data_dir`) need not be said in a config. The fields of a model's
 blocks are optional (`model.blocks.moe.ffn.router.jitter`): there the last part of a key may be new, and building the model checks
 it against the fields of the class. What a run starts from, its adapters and what learns are named freely
 (`init.source.path`, `adapters.main.rank`, `trainable.norms.rate`): there every part but the section may be new, and is checked when the sections are read.
@@ -9,14 +10,18 @@ it against the fields of the class. What a run starts from, its adapters and wha
 import ast
 import contextlib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.data.config import ImageConfig, TextConfig
 from moejax.train.identity import is_config
 
 FREE = ("model", "blocks")
+# What `config.data` may say, of any kind of data; a key that is not for these is refused when the section is read.
+DATA = {field.name for cls in (TextConfig, ImageConfig) for field in fields(cls)}
 OPEN = ("init", "adapters", "trainable")
 # What a run starts from, its adapters and what learns: every config has these. From nothing, none, and everything.
 BEGIN = {"init": {"source": {"kind": "fresh"}, "others": {}, "surgeries": {}, "order": ()}, "adapters": {}, "trainable": {}}
@@ -53,10 +58,19 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any], where: str) -> None:
             ) from None
 
 
+def shortened(config: ConfigDict, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The command line's overrides; where they leave fewer steps than the warm-up has, with a warm-up that is as much shorter."""
+    steps, before = overrides.get("train.steps"), config.train.steps
+    warmup = config.get("optimizer", {}).get("warmup_steps", 0)
+    if not isinstance(steps, int) or "optimizer.warmup_steps" in overrides or not 0 < steps < min(before, warmup):
+        return overrides
+    return {**overrides, "optimizer.warmup_steps": warmup * steps // before}
+
+
 def parse(config: ConfigDict, key: str, text: str, where: str) -> Any:
     """The value that `text` gives to dotted `key`, in the type that the config holds there.
 
-    Numbers, `true`/`false`, strings; tuples as `a,b` or `('a', 'b')`; a sub-dict as a Python literal. In `OPEN` sections a single
+    Numbers, `true`/`false`, strings; `None` unsets what is no string; tuples as `a,b` or `('a', 'b')`; a sub-dict as a Python literal. In `OPEN` sections a single
     value may have another type than before (a seed is a number or 'own').
 
     Raises:
@@ -124,12 +138,15 @@ def _locate(config: ConfigDict, key: str, where: str, make: bool = True) -> tupl
             raise ConfigError(f"unknown key '{part}' in {_place(seen)} ('{key}' in {where}){nearest(part, node.keys())}")
         node = node[part]
         seen.append(part)
-    if name not in node and tuple(path[: len(FREE)]) != FREE and not is_open:
-        raise ConfigError(f"unknown key '{name}' in {_place(seen)} ('{key}' in {where}){nearest(name, node.keys())}")
+    known = {*node.keys(), *(DATA if path == ["data"] else ())}
+    if name not in known and tuple(path[: len(FREE)]) != FREE and not is_open:
+        raise ConfigError(f"unknown key '{name}' in {_place(seen)} ('{key}' in {where}){nearest(name, known)}")
     return node, name
 
 
 def _convert(text: str, old: Any) -> Any:
+    if text == "None" and not isinstance(old, str):
+        return None
     match old:
         case bool():
             return _bool(text)

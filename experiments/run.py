@@ -103,7 +103,7 @@ def _run_config(options: Options, console: Console) -> int:
     from experiments import overrides, tables
     from experiments.execute import execute_config
 
-    overrides.apply(config, _overrides(config, options), "the command line")
+    overrides.apply(config, overrides.shortened(config, _overrides(config, options)), "the command line")
     found = execute_config(
         name,
         config,
@@ -131,7 +131,7 @@ def _run_compile(options: Options, console: Console) -> int:
 
     if options.config:
         name, config = flags.load_config(options.config)
-        overrides.apply(config, _overrides(config, options), "the command line")
+        overrides.apply(config, overrides.shortened(config, _overrides(config, options)), "the command line")
         configs = {name: config}
     else:
         study, preset = studies.load(options.study or flags.DEFAULT_STUDY), options.preset or flags.DEFAULT_PRESET

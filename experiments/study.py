@@ -22,6 +22,7 @@ import importlib.util
 import math
 import re
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -307,7 +308,7 @@ def _resolved(study: Study, preset: str, arm: str, extra: Mapping[str, Any], on_
     for section in ("init", "task"):
         if section in config:
             config[section] = ConfigDict(filled(config[section], section))
-    overrides.apply(config, extra, f"the command line for {where}")
+    overrides.apply(config, overrides.shortened(config, extra), f"the command line for {where}")
     return config.lock()
 
 
@@ -329,6 +330,7 @@ def load(slug: str) -> Study:
     """
     files = study_files()
     if slug not in files:
+        _refuse_undone(slug)
         raise ConfigError(f"unknown study '{slug}' in experiments/{nearest(slug, files)}")
     path = files[slug]
     name = f"experiments.{path.parent.name}.{slug}"
@@ -342,6 +344,15 @@ def load(slug: str) -> Study:
     if study.slug != slug:
         raise ConfigError(f"slug '{study.slug}' in {path.parent.name}/{path.name} differs from the file's name '{slug}'")
     return study
+
+
+def _refuse_undone(slug: str) -> None:
+    """Says so of a method that the catalogue lists and nobody has a study of."""
+    for row in tomllib.loads((Path(__file__).parent / "catalog.toml").read_text())["method"]:
+        if row["slug"] == slug:
+            raise ConfigError(
+                f"'{slug}' ({row['title']}, arXiv {row['arxiv']}) is in the catalogue, but has no study yet; see --list for those that do"
+            )
 
 
 def _check_arms(study: Study, where: str) -> None:

@@ -7,8 +7,10 @@ cannot check.
 from collections.abc import Callable
 from typing import Any
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
+
+_typed = beartype(conf=BeartypeConf(is_pep484_tower=True))  # a whole number is a float, as Python's typing has it
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function if getattr(function, "__name__", "") == "__init__" else beartype(function)
+    return function if getattr(function, "__name__", "") == "__init__" else _typed(function)

@@ -106,7 +106,7 @@ STUDY = Study(
         higher("eval/bits_per_byte", "warm_again", "upcycled", text="warming up again costs quality"),
     ),
     presets={
-        "smoke": dataclasses.replace(SMOKE, arms=scaled(4, 1.25, 1)),
+        "smoke": dataclasses.replace(SMOKE, arms={**scaled(4, 1.25, 1), "warm_again": {"optimizer.warmup_steps": 1}}),
         "cpu": Preset(seeds=3),
         # T5 Base as a decoder: 24 layers, of which every second one becomes 32 experts.
         "paper": Preset(

@@ -189,7 +189,8 @@ def _routing(model: nn.Module, variables: Any, x: Array, ctx: Context, responses
 
 
 def _nodes(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    if "plan" in tree and not isinstance(tree["plan"], (Mapping, MergePlan)):
+    # Product keys give a plan alone: probabilities of a million experts nobody wants.
+    if {"plan", "probs"} <= tree.keys() and not isinstance(tree["plan"], (Mapping, MergePlan)):
         yield ".".join(path), dict(tree)
     for key, value in tree.items():
         if isinstance(value, Mapping):

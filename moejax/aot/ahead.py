@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import Count, described, fits, short
 from moejax.data.config import TextConfig, parse
 from moejax.parallel.mesh import make_mesh
 from moejax.parallel.scope import Exchange, Parallel
@@ -87,7 +88,7 @@ def program_for(config: Mapping[str, Any] | ConfigDict, where: Topology) -> Prog
     """
     config = normalized(config)
     mesh = make_mesh(config.get("mesh") or DEFAULT_MESH, where.devices)
-    parallel = Parallel(mesh, Exchange(**dict(config.get("exchange") or {})))
+    parallel = Parallel(mesh, section(Exchange, config, "exchange"))
     data = parse(config.data)
     domains = (data.domains or (data.base,)) if isinstance(data, TextConfig) else ()
     context = {"domains": tuple(domains), "bytes_per_token": 1.0}
@@ -150,9 +151,18 @@ def batch_shapes(config: Mapping[str, Any] | ConfigDict) -> dict[str, jax.ShapeD
     if isinstance(data, TextConfig):
         names = ("tokens", "targets", "segments", "positions", "domain", *(() if data.tokenizer == "bytes" else ("bytes",)))
         return {name: shape(jnp.int32, data.seq_len) for name in names} | {"valid": shape(jnp.bool_, data.seq_len)}
-    model = config["model"]
-    side, channels = model["image_size"], model["channels"]
+    side, channels = (_size(config["model"], name, data.name) for name in ("image_size", "channels"))
     return {"image": shape(jnp.float32, side, side, channels), "label": shape(jnp.int32), "valid": shape(jnp.bool_)}
+
+
+def _size(model: Any, name: str, images: str) -> int:
+    """The size of a model of images by name, which no model has been built yet to check."""
+    if not fits(model.get(name), Count):
+        raise ConfigError(
+            f"model.{name}={short(model.get(name))} must be {described(Count)}: data.name='{images}' gives images; take a model of "
+            "images, such as kind 'vit', or other data"
+        )
+    return model[name]
 
 
 def _simulated(name: str, count: str) -> tuple[jax.Device, ...]:

@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int, Key, Shaped
 
 from moejax.core.carried import Carried
+from moejax.core.errors import ConfigError
 
 _PER_TOKEN = ("valid", "positions", "segments", "token_ids", "domain", "adapter")
 
@@ -48,6 +49,28 @@ class Context:
     decode: bool = struct.field(pytree_node=False, default=False)
     shared: Mapping[str, Any] | None = None
     carried: Carried | None = struct.field(pytree_node=False, default=None)
+
+    def fit(self, x: Any) -> tuple[int, int, int]:
+        """The sizes b, s, d of tokens `x`.
+
+        Raises:
+          ConfigError: `x` is no `[b, s, d]`, or what is said of each token is not `[b, s]`; `valid` must also be true or false.
+        """
+        if jnp.ndim(x) != 3:
+            fix = {2: "add a batch axis, x[None]", 4: "flatten the axes between the first and the last"}.get(
+                jnp.ndim(x), "reshape it"
+            )
+            raise ConfigError(f"x of shape {jnp.shape(x)} must be tokens [b, s, d]: {fix}")
+        for name, value in self.per_token().items():
+            if jnp.shape(value) != x.shape[:2]:
+                raise ConfigError(
+                    f"ctx.{name} of shape {jnp.shape(value)} must be {x.shape[:2]}, one for each token of x {x.shape}"
+                )
+        if self.valid is not None and jnp.result_type(self.valid) != jnp.bool_:
+            raise ConfigError(
+                f"ctx.valid is {jnp.result_type(self.valid)} and must be bool: valid=mask.astype(bool), or mask > 0"
+            )
+        return x.shape
 
     def real(self, x: Shaped[Array, "b s *d"]) -> Bool[Array, "b s"]:
         """Which tokens of `x` are no padding."""

@@ -9,9 +9,9 @@ class ConfigError(ValueError):
     """A configuration cannot be used. The command line prints its message as one line and exits with status 2."""
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
+def nearest(name: Any, options: Iterable[Any]) -> str:
     """A hint to append to an error about an unknown `name`: the closest of `options`, or all of them."""
-    options = sorted(options)
+    options = sorted(map(str, options))
     close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"

@@ -2,29 +2,32 @@
 
 A class registers itself where it is written, a registry knows the folders in which to look for them, and so a new file in such a
 folder is all that a new kind takes. A class is then buildable from a mapping `{'kind': name, **fields}`. Its dataclass fields are the valid
-keys, so a new method needs no parsing code:
+keys and their annotations what each may hold (`moejax.core.fields`), so a new method needs neither parsing nor checking code:
 
     routers = Registry('router', 'moejax.routing.routers')
 
     @routers.register('linear')
     class Linear(nn.Module):
-        num_experts: int
+        num_experts: Count
 
     routers.build({'kind': 'linear'}, where='model.ffn.router', num_experts=8)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import check, checked, hints_of, short
 from moejax.core.folders import import_all
 
 # What a spec tells its own parts, where they have a field of that name and do not say otherwise. Nothing else is handed down: a
 # block's `dropout` is not its bank's, nor a layer's `coef` its loss's.
 HANDED_DOWN = frozenset({"num_experts", "num_layers", "d_model", "dtype", "backend", "max_length", "causal", "rope_base"})
-# Fields that Flax adds to every module's dataclass; never keys of a config.
-_FLAX_FIELDS = frozenset({"parent", "name"})
+# Class -> the slots for which it is registered, anywhere; and class -> field -> the slots of what goes there.
+_SLOTS_OF: dict[type, set[str]] = {}
+_PARTS_OF: dict[type, dict[str, set[str]]] = {}
 
 
 class Registry:
@@ -47,7 +50,7 @@ class Registry:
         self._slots: dict[str, dict[str, "Slot"]] = {}
 
     def register(self, kind: str, slots: Mapping[str, "Slot"] | None = None) -> Callable[[type], type]:
-        """Class decorator: makes the class buildable as `kind`."""
+        """Class decorator: makes the class buildable as `kind`, and checks what its fields are given whoever makes one."""
 
         def add(cls: type) -> type:
             if kind in self._classes:
@@ -56,7 +59,10 @@ class Registry:
                 cls.role = self.role
             self._classes[kind] = cls
             self._slots[kind] = dict(slots or {})
-            return cls
+            _SLOTS_OF.setdefault(cls, set()).add(self.slot)
+            for name, slot in self._slots[kind].items():
+                _PARTS_OF.setdefault(cls, {}).setdefault(name, set()).add(_slot_name(slot))
+            return checked(cls, functools.partial(_check_parts, cls))
 
         return add
 
@@ -72,31 +78,29 @@ class Registry:
         Raises:
           ConfigError: unknown kind or key, or a required field left out; names the place and the nearest valid name.
         """
-        if not isinstance(spec, Mapping) and not hasattr(spec, "items"):
-            if isinstance(spec, str):
-                raise ConfigError(f"{where}='{spec}' must be a mapping such as {{'kind': '{spec}'}}")
-            return spec
+        if not _is_mapping(spec):
+            return self.accept(spec, where)
         given = {k: v for k, v in spec.items() if k != "kind"}
         if "kind" not in spec:
             raise ConfigError(f"{where} has no 'kind'; valid {self.slot} kinds: {', '.join(self.kinds())}")
         kind = spec["kind"]
         self._look()
-        if kind not in self._classes:
+        if not isinstance(kind, str) or kind not in self._classes:
             raise ConfigError(f"unknown {self.slot} kind '{kind}' in {where}.kind{nearest(kind, self._classes)}")
         cls, slots = self._classes[kind], self._slots[kind]
-        fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _FLAX_FIELDS}
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.name in hints_of(cls)}
         for key in given:
             if key not in fields:
                 raise ConfigError(f"unknown key '{key}' in {where} ({self.slot} '{kind}'){nearest(key, fields)}")
+        given = {key: value if key in slots else _plain(value) for key, value in given.items()}
+        check(cls, {key: value for key, value in given.items() if key not in slots}, where)
         # A slot is filled only where it is written: an outer part may use the same name for something else.
         inherited = {k: v for k, v in context.items() if k in fields and k not in given and k not in slots}
         inner = {**context, **{k: v for k, v in given.items() if k in HANDED_DOWN and k not in slots}}
         built = {}
         for key, value in given.items():
-            if key in slots and value is not None:
-                built[key] = slots[key].build(value, f"{where}.{key}", **inner)
-            else:
-                built[key] = _plain(value)
+            has_parts = key in slots and value is not None
+            built[key] = slots[key].build(value, f"{where}.{key}", **inner) if has_parts else value
         for name, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and name not in built and name not in inherited:
@@ -107,6 +111,18 @@ class Registry:
             if where in str(error):
                 raise
             raise ConfigError(f"{error} (in {where})") from None
+
+    def accept(self, part: Any, where: str) -> Any:
+        """A ready part, as it is.
+
+        Raises:
+          ConfigError: it can be none: plain data, or of a kind that is registered for another slot only.
+        """
+        if isinstance(part, _DATA):
+            example = f"{{'kind': '{part if isinstance(part, str) else self.kinds()[0]}'}}"
+            raise ConfigError(f"{where}={short(part)} must be a mapping such as {example}")
+        _check_slot(part, where, {self.slot})
+        return part
 
     def kinds(self) -> list[str]:
         """The registered names, sorted."""
@@ -133,8 +149,12 @@ class Registry:
     def _look(self) -> None:
         """Imports the homes, once. Those of a folder may build parts while they are imported."""
         homes, self._homes = self._homes, ()
-        for home in homes:
-            import_all(home)
+        try:
+            for home in homes:
+                import_all(home)
+        except BaseException:
+            self._homes = homes  # a file that does not import is told each time, and not as an unknown kind the next
+            raise
 
     def __getitem__(self, kind: str) -> type:
         self._look()
@@ -156,13 +176,19 @@ class Many:
     def build(self, specs: Any, where: str, **context: Any) -> tuple[Any, ...]:
         if isinstance(specs, (tuple, list)):
             return tuple(self.registry.build(s, f"{where}[{i}]", **context) for i, s in enumerate(specs))
-        items = {kind: fields for kind, fields in specs.items() if fields is not None}
+        items = {kind: fields for kind, fields in self.named(specs, where).items() if fields is not None}
         for kind, fields in items.items():
-            if not hasattr(fields, "items"):
-                raise ConfigError(f"{where}.{kind}={fields!r} must be a mapping of fields, or None to leave it out")
+            if not _is_mapping(fields):
+                raise ConfigError(f"{where}.{kind}={short(fields)} must be a mapping of fields, or None to leave it out")
         return tuple(
             self.registry.build({"kind": kind, **fields}, f"{where}.{kind}", **context) for kind, fields in items.items()
         )
+
+    def named(self, specs: Any, where: str) -> Any:
+        """The specs by name. Raises ConfigError for what is no mapping."""
+        if not _is_mapping(specs):
+            raise ConfigError(f"{where}={short(specs)} must be a mapping of names to {self.registry.slot}s")
+        return specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +206,38 @@ class Given:
 
 
 Slot: TypeAlias = Registry | Many | Given
+
+# What a config is made of: never a part.
+_DATA = None | str | bytes | bool | int | float | complex | tuple | list | set | frozenset
+
+
+def _is_mapping(spec: Any) -> bool:
+    """Whether it is a mapping; a ConfigDict is none by its class."""
+    return isinstance(spec, Mapping) or hasattr(spec, "items")
+
+
+def _slot_name(slot: Slot) -> str:
+    """The slot of the parts that it holds."""
+    return slot.slot if isinstance(slot, Registry) else _slot_name(slot.registry)
+
+
+def _check_parts(cls: type, given: Mapping[str, Any]) -> None:
+    """Refuses a part in the place of another one: a router for a select rule."""
+    for name, slots in _PARTS_OF.get(cls, {}).items():
+        part = given.get(name)
+        several = isinstance(part, tuple)
+        for i, item in enumerate(part if several else (part,)):
+            _check_slot(item, f"{name}[{i}]" if several else name, slots)
+
+
+def _check_slot(part: Any, where: str, slots: set[str]) -> None:
+    """Refuses an object whose class is registered for other slots only; of what is registered nowhere nothing is known."""
+    own = _SLOTS_OF.get(type(part), slots)
+    if not own & slots:
+        one, other = (" or ".join(sorted(names)) for names in (own, slots))
+        raise ConfigError(
+            f"{where}={type(part).__name__} is registered as a kind of {one}, and what goes here is a kind of {other}"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -25,10 +25,10 @@ PARTS, WHOLE = "parts", "whole"
 def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
     """Sows one value (not a tuple of values); a module called twice keeps the sum of losses and measurements, the last of the rest.
 
-    Nothing that is summed is sown by `init`, whose variables are passed to the first `apply`: it would count twice there.
+    `init` sows nothing: its variables are parameters and state, and are passed to the first `apply`, where they would count twice.
     """
     add = collection in SUMMED
-    if add and module.is_initializing():
+    if module.is_initializing():
         return
     module.sow(
         collection,

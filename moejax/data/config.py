@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import Count, In, Positive, Whole, check, checked, fits, short
 from moejax.data.catalog import DATASETS, ImageDataset, TextDataset
 
+MOST = 2**24  # rows of a batch, or tokens of a row: a thousand times what anybody trains with
 
+
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The keys of `config.data`.
@@ -22,11 +26,11 @@ class DataConfig:
     """
 
     name: str
-    batch_size: int
+    batch_size: Annotated[int, In(1, MOST)]
     data_dir: str | None = None
     shuffle: bool = True
-    prefetch: int = 4
-    workers: int = 0
+    prefetch: Count = 4
+    workers: Whole = 0
 
     @property
     def base(self) -> str:
@@ -34,6 +38,7 @@ class DataConfig:
         return self.name.replace(":", "/").split("/")[0]
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(DataConfig):
     """The keys of `config.data` for text.
@@ -48,14 +53,17 @@ class TextConfig(DataConfig):
         over 256 MB are streamed.
     """
 
-    seq_len: int = 256
+    gives: ClassVar[tuple[str, ...]] = ("tokens", "targets", "segments", "positions", "valid", "domain")
+
+    seq_len: Annotated[int, In(2, MOST)] = 256
     domains: tuple[str, ...] | None = None
-    mixture: tuple[tuple[str, float], ...] | None = None
+    mixture: tuple[tuple[str, Positive], ...] | None = None
     packing: bool = True
     tokenizer: str = "bytes"
     streaming: bool | None = None
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig(DataConfig):
     """The keys of `config.data` for images.
@@ -66,8 +74,10 @@ class ImageConfig(DataConfig):
       flip: in endless training, every second image is mirrored.
     """
 
-    image_size: int | None = None
-    shift: int = 0
+    gives: ClassVar[tuple[str, ...]] = ("image", "label", "valid")
+
+    image_size: Count | None = None
+    shift: Whole = 0
     flip: bool = False
 
 
@@ -79,6 +89,8 @@ def parse(config: Any) -> TextConfig | ImageConfig:
     """
     if isinstance(config, DataConfig):
         return config
+    if not hasattr(config, "items"):
+        raise ConfigError(f"data={short(config)} must be a mapping of names to values")
     given = {key: value for key, value in config.items() if value is not None}
     if "name" not in given:
         raise ConfigError(f"data.name is missing; valid names: {', '.join(sorted(DATASETS))}")
@@ -94,10 +106,7 @@ def parse(config: Any) -> TextConfig | ImageConfig:
             raise ConfigError(f"unknown key '{key}' in data (name='{name}'){nearest(key, keys)}")
     if "batch_size" not in given:
         raise ConfigError("data.batch_size is missing")
-    for key in ("batch_size", "seq_len", "prefetch", "image_size", "shift", "workers"):
-        least = {"seq_len": 2, "batch_size": 1, "prefetch": 1, "image_size": 1}.get(key, 0)
-        if key in given and (not isinstance(given[key], int) or isinstance(given[key], bool) or given[key] < least):
-            raise ConfigError(f"data.{key}={given[key]!r} must be a whole number of at least {least}")
+    check(cls, {key: value for key, value in given.items() if key not in ("domains", "mixture")}, "data")
     if isinstance(dataset, TextDataset):
         given |= _check_domains(given, base, dataset)
     return cls(**given)
@@ -136,6 +145,8 @@ def _check_domains(given: Mapping[str, Any], base: str, dataset: TextDataset) ->
     domains = given.get("domains", valid)
     if isinstance(domains, str):
         raise ConfigError(f"data.domains='{domains}' must be a tuple of names, such as ('{domains}',)")
+    if not isinstance(domains, tuple | list) or not all(isinstance(domain, str) for domain in domains):
+        raise ConfigError(f"data.domains={short(domains)} must be a tuple of names, such as ('{valid[0]}',)")
     domains = tuple(domains)
     for domain in domains:
         if domain not in valid:
@@ -150,8 +161,10 @@ def _check_domains(given: Mapping[str, Any], base: str, dataset: TextDataset) ->
     for domain, weight in mixture.items():
         if domain not in domains:
             raise ConfigError(f"unknown domain '{domain}' in data.mixture{nearest(domain, domains)}")
-        if not weight > 0:
-            raise ConfigError(f"data.mixture.{domain}={weight} must be positive; leave the domain out of data.domains instead")
+        if not fits(weight, Positive):
+            raise ConfigError(
+                f"data.mixture.{domain}={short(weight)} must be a number above 0; leave the domain out of data.domains instead"
+            )
     missing = [domain for domain in domains if domain not in mixture]
     if missing:
         raise ConfigError(f"data.mixture has no weight for '{missing[0]}'; add one or leave it out of data.domains")

@@ -1,7 +1,7 @@
 """`dispatch(plan, experts, x, backend='auto')`: executing a plan on experts, and what 'auto' means."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ BACKENDS: dict[str, Callable[[Plan, Experts, Array], Array]] = {
     "merged": merged,
     "expert_parallel": expert_parallel,
 }
+Backend: TypeAlias = Literal["auto", *BACKENDS]
 ACCEPTS: dict[str, tuple[type, ...]] = {
     "reference": (TokenPlan, ExpertPlan, SlotPlan, MergePlan),
     "einsum": (TokenPlan, ExpertPlan, SlotPlan),

@@ -1,11 +1,20 @@
 """What a bank is: a Flax module that owns the parameters of e experts and, called, gives the experts as a value."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.layer import RowWise
 from moejax.dispatch.experts import AnyExperts, Experts, MixedExperts
+
+
+@runtime_checkable
+class AnyBank(Protocol):
+    """What a layer needs of a bank: a `num_experts`, and a call with the width of the tokens that gives the experts."""
+
+    num_experts: int
+
+    def __call__(self, width: int, ctx: Context | None = None) -> AnyExperts: ...
 
 
 class Bank(RowWise):

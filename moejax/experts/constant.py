@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.fields import Count
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import Normal
 from moejax.core.params import Initializer, per_expert
@@ -23,7 +24,7 @@ class Constant(Bank):
       init_v: how the vectors start.
     """
 
-    num_experts: int = 1
+    num_experts: Count = 1
     init_v: Initializer = Normal(0.02)
 
     @nn.compact

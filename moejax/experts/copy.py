@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.fields import Count
 from moejax.dispatch.experts import Experts
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
@@ -17,7 +18,7 @@ class Copy(Bank):
       num_experts: e.
     """
 
-    num_experts: int = 1
+    num_experts: Count = 1
 
     def __call__(self, width: int, ctx: Context | None = None) -> Experts:
         return Experts(_copy, {}, num_experts=self.num_experts, light=True)

@@ -4,13 +4,14 @@ import flax.linen as nn
 from jaxtyping import Array
 
 from moejax.core.context import Context
+from moejax.core.fields import Count, Rate
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn
 from moejax.core.params import Initializer, per_expert
 from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
-from moejax.experts.registry import activation, banks, declare, dropout, dropout_key
+from moejax.experts.registry import Activation, activation, banks, declare, dropout, dropout_key
 
 INITS = {"init_in": initializers, "init_out": initializers}
 
@@ -27,11 +28,11 @@ class FFNFields(nn.Module):
       init_in, init_out: how W_in and W_out start.
     """
 
-    hidden: int
-    activation: str = "gelu"
+    hidden: Count
+    activation: Activation = "gelu"
     use_bias: bool = False
-    dropout: float = 0.0
-    features: int | None = None
+    dropout: Rate = 0.0
+    features: Count | None = None
     init_in: Initializer = FanIn()
     init_out: Initializer = FanIn()
 
@@ -40,7 +41,7 @@ class FFNFields(nn.Module):
 class FFN(FFNFields, Bank):
     """`act(x W_in + b_in) W_out + b_out` for each of num_experts experts. Fields as in `FFNFields`."""
 
-    num_experts: int = 1
+    num_experts: Count = 1
 
     @nn.compact
     def __call__(self, width: int, ctx: Context | None = None) -> Experts:

@@ -4,13 +4,14 @@ import flax.linen as nn
 from jaxtyping import Array
 
 from moejax.core.context import Context
+from moejax.core.fields import Count, Rate
 from moejax.core.initializers.usual import FanIn
 from moejax.core.params import Initializer, per_expert
 from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
 from moejax.experts.ffn import INITS
-from moejax.experts.registry import activation, banks, declare, dropout, dropout_key
+from moejax.experts.registry import Activation, activation, banks, declare, dropout, dropout_key
 
 
 class GLUFields(nn.Module):
@@ -21,10 +22,10 @@ class GLUFields(nn.Module):
       init_in: how W_gate and W_up start.
     """
 
-    hidden: int
-    activation: str = "silu"
-    dropout: float = 0.0
-    features: int | None = None
+    hidden: Count
+    activation: Activation = "silu"
+    dropout: Rate = 0.0
+    features: Count | None = None
     scaled: bool = False
     init_in: Initializer = FanIn()
     init_out: Initializer = FanIn()
@@ -34,7 +35,7 @@ class GLUFields(nn.Module):
 class GLU(GLUFields, Bank):
     """`(act(x W_gate) * (x W_up)) W_out` (Shazeer 2020; SwiGLU with silu) for each of num_experts experts. Fields as in `GLUFields`."""
 
-    num_experts: int = 1
+    num_experts: Count = 1
 
     @nn.compact
     def __call__(self, width: int, ctx: Context | None = None) -> Experts:

@@ -4,6 +4,7 @@ import flax.linen as nn
 from jaxtyping import Array
 
 from moejax.core.context import Context
+from moejax.core.fields import Count, Rate
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn, Zeros
 from moejax.core.params import Initializer, per_expert
@@ -27,11 +28,11 @@ class LowRank(Bank):
         U(-1/sqrt(d), 1/sqrt(d)).
     """
 
-    rank: int
-    features: int | None = None
-    num_experts: int = 1
+    rank: Count
+    features: Count | None = None
+    num_experts: Count = 1
     scale: float = 1.0
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     init_a: Initializer = FanIn(1 / 3, "uniform")
     init_b: Initializer = Zeros()
 

@@ -1,12 +1,10 @@
 """Experts of several widths and kinds in one layer."""
 
-import flax.linen as nn
-
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.registry import Given, Many
 from moejax.dispatch.experts import MixedExperts
-from moejax.experts.base import Bank, experts_of
+from moejax.experts.base import AnyBank, Bank, experts_of
 from moejax.experts.registry import banks
 
 
@@ -31,7 +29,7 @@ class Mixed(Bank):
       parts: the banks.
     """
 
-    parts: tuple[nn.Module, ...]
+    parts: tuple[AnyBank, ...]
 
     def __post_init__(self) -> None:
         if not self.parts:

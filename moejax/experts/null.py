@@ -1,6 +1,7 @@
 """Null experts: a choice that is spent on nothing (MoE++, Jin et al. 2024; AdaMoE, Zeng et al. 2024)."""
 
 from moejax.core.context import Context
+from moejax.core.fields import Count
 from moejax.dispatch.experts import Experts, nothing
 from moejax.experts.base import Bank
 from moejax.experts.registry import banks
@@ -14,7 +15,7 @@ class Null(Bank):
       num_experts: e.
     """
 
-    num_experts: int = 1
+    num_experts: Count = 1
 
     def __call__(self, width: int, ctx: Context | None = None) -> Experts:
         return Experts(nothing, {}, num_experts=self.num_experts, light=True)

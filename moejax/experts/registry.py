@@ -1,6 +1,7 @@
 """The registry of banks and the activations they name."""
 
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -31,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jax.numpy.tanh,
     "identity": lambda x: x,
 }
+
+Activation: TypeAlias = Literal[*ACTIVATIONS]
 
 
 def declare(

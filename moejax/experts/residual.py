@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.core.context import Context
+from moejax.core.fields import Count, Few
 from moejax.core.initializers.usual import FanIn, Zeros
 from moejax.core.params import Initializer, per_expert
 from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
 from moejax.experts.base import Bank
 from moejax.experts.ffn import INITS
-from moejax.experts.registry import activation, banks, declare
+from moejax.experts.registry import Activation, activation, banks, declare
 
 
 @banks.register("residual", slots=INITS)
@@ -30,10 +31,10 @@ class Residual(Bank):
       init_in, init_out: how each W_in and W_out starts.
     """
 
-    hidden: int
-    num_experts: int = 1
-    sublayers: int = 1
-    activation: str = "relu"
+    hidden: Count
+    num_experts: Count = 1
+    sublayers: Few = 1
+    activation: Activation = "relu"
     init_in: Initializer = FanIn()
     init_out: Initializer = Zeros()
 

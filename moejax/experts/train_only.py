@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moejax.core.context import Context
 from moejax.dispatch.experts import AnyExperts
-from moejax.experts.base import Bank
+from moejax.experts.base import AnyBank, Bank
 from moejax.experts.registry import banks
 
 
@@ -16,7 +16,7 @@ class TrainOnly(Bank):
     As `shared`, it measures whether routed experts can stand in for the shared one (DeepSeekMoE, Dai et al. 2024, section 4.5).
     """
 
-    bank: nn.Module
+    bank: AnyBank
 
     @property
     def num_experts(self) -> int:

@@ -25,8 +25,6 @@ from moejax.routing.plan import Plan, TokenPlan
 from moejax.routing.select.base import Select, TokenChoice
 from moejax.routing.stats import routing_stats
 
-GROUPINGS = ("sequence", "batch", "position")
-
 
 def plan_tokens(
     module: nn.Module,

@@ -1,19 +1,21 @@
 """The decoder language model: Llama, Mixtral, OLMoE, DeepSeek and kin, as far as their blocks can be named in a config."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, DType, Few, NonNegative, Positive
 from moejax.core.params import param
 from moejax.layers.mixers.attention import token_positions
 from moejax.layers.registry import norms
 from moejax.models.inspection import check_causal
 from moejax.models.parts import NamedBlock
 from moejax.models.registry import models
-from moejax.models.stack import Stack, block_table, pattern_blocks
+from moejax.models.stack import Remat, Stack, block_table, pattern_blocks
 from moejax.parallel import constrain
 
 
@@ -41,21 +43,22 @@ class DecoderLM(nn.Module):
     """
 
     causal: ClassVar[bool] = True
+    reads: ClassVar[str] = "tokens"  # of a batch
 
-    vocab_size: int
-    d_model: int
-    num_layers: int
+    vocab_size: Count
+    d_model: Count
+    num_layers: Few
     pattern: tuple[str, ...]
     blocks: tuple[NamedBlock, ...]
     norm: nn.Module | None = None
     tied: bool = True
     learned_positions: bool = False
-    max_length: int = 2048
-    embed_std: float = 0.02
-    logit_cap: float | None = None
+    max_length: Count = 2048
+    embed_std: NonNegative = 0.02
+    logit_cap: Positive | None = None
     scan: bool = True
-    remat: str = "none"
-    dtype: Any = "float32"
+    remat: Remat = "none"
+    dtype: DType = "float32"
 
     def __post_init__(self):
         check_causal(pattern_blocks(self))
@@ -63,6 +66,8 @@ class DecoderLM(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b s"], ctx: Context | None = None) -> Float[Array, "b s v"]:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ConfigError(f"decoder_lm reads ids of tokens [b, s], and was given {tokens.dtype}{list(tokens.shape)}")
         ctx = Context() if ctx is None else ctx
         positions = token_positions(ctx, *tokens.shape)
         ctx = ctx.replace(positions=positions, token_ids=tokens if ctx.token_ids is None else ctx.token_ids)

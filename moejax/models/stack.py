@@ -11,7 +11,7 @@ repeat of all layers; `to_scanned` and `to_unrolled` move any such tree from one
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from moejax.core.carried import Carried, Shared, carried_by, shared_by
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import Few
 from moejax.core.registry import Many
 from moejax.layers.registry import blocks
 from moejax.models.over_depth import at_layer, varies
@@ -37,6 +38,8 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+Remat: TypeAlias = Literal[*REMAT]
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockTable(Many):
@@ -51,7 +54,8 @@ class BlockTable(Many):
         if isinstance(specs, tuple):
             return specs
         context = {**dict(self.defaults), **context}
-        return tuple(self._named(name, spec, f"{where}.{name}", context) for name, spec in specs.items() if spec is not None)
+        named = self.named(specs, where).items()
+        return tuple(self._named(name, spec, f"{where}.{name}", context) for name, spec in named if spec is not None)
 
     def _named(self, name: str, spec: Any, where: str, context: dict[str, Any]) -> NamedBlock:
         if not varies(spec):
@@ -83,9 +87,9 @@ class Stack(nn.Module):
 
     blocks: tuple[NamedBlock, ...]
     pattern: tuple[str, ...]
-    num_layers: int
+    num_layers: Few
     scan: bool = True
-    remat: str = "none"
+    remat: Remat = "none"
 
     def __post_init__(self):
         pattern_blocks(self)
@@ -143,7 +147,7 @@ def pattern_blocks(net: Any) -> tuple[NamedBlock, ...]:
     Where a block varies over depth nothing repeats: the blocks of all layers.
 
     Raises:
-      ConfigError: the pattern is empty, names a block that is not there, or does not divide `num_layers`; unknown `remat`.
+      ConfigError: the pattern is empty, names a block that is not there, or does not divide `num_layers`.
     """
     by_name = {block.name: block for block in net.blocks}
     pattern = tuple(net.pattern)
@@ -154,8 +158,6 @@ def pattern_blocks(net: Any) -> tuple[NamedBlock, ...]:
         raise ConfigError(
             f"num_layers={net.num_layers} is not a positive multiple of the {len(pattern)} blocks of pattern={pattern}"
         )
-    if net.remat not in REMAT:
-        raise ConfigError(f"unknown remat='{net.remat}'{nearest(net.remat, REMAT)}")
     named = tuple(by_name[name] for name in pattern)
     if any(block.layers for block in named):
         return tuple(named[i % len(named)].at(i) for i in range(net.num_layers))

@@ -1,6 +1,6 @@
 """The vision transformer (Dosovitskiy et al. 2021): patches, a bidirectional stack, pooling, a linear head."""
 
-from typing import Any
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,16 +8,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, DType, Few
 from moejax.core.params import Dense, param
 from moejax.layers.registry import norms
 from moejax.models.parts import NamedBlock
 from moejax.models.registry import models
-from moejax.models.stack import Stack, block_table, pattern_blocks
+from moejax.models.stack import Remat, Stack, block_table, pattern_blocks
 from moejax.parallel import constrain
-
-POSITIONS = ("learned", "sincos2d")
-POOLINGS = ("mean", "cls")
 
 
 @models.register("vit", slots={"blocks": block_table(causal=False, rope_base=None), "norm": norms})
@@ -38,31 +36,29 @@ class ViT(nn.Module):
       ConfigError: sizes do not fit, or an option is unknown.
     """
 
-    image_size: int
-    channels: int
-    patch_size: int
-    num_classes: int
-    d_model: int
-    num_layers: int
+    reads: ClassVar[str] = "image"  # of a batch
+
+    image_size: Count
+    channels: Count
+    patch_size: Count
+    num_classes: Count
+    d_model: Count
+    num_layers: Few
     pattern: tuple[str, ...]
     blocks: tuple[NamedBlock, ...]
     norm: nn.Module | None = None
-    positions: str = "learned"
-    pooling: str = "mean"
+    positions: Literal["learned", "sincos2d"] = "learned"
+    pooling: Literal["mean", "cls"] = "mean"
     scan: bool = True
-    remat: str = "none"
-    dtype: Any = "float32"
+    remat: Remat = "none"
+    dtype: DType = "float32"
 
     def __post_init__(self):
         pattern_blocks(self)
         if self.image_size % self.patch_size:
             raise ConfigError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
-        if self.positions not in POSITIONS:
-            raise ConfigError(f"unknown positions='{self.positions}'{nearest(self.positions, POSITIONS)}")
         if self.positions == "sincos2d" and self.d_model % 4:
             raise ConfigError(f"d_model={self.d_model} must be a multiple of 4 for positions='sincos2d'")
-        if self.pooling not in POOLINGS:
-            raise ConfigError(f"unknown pooling='{self.pooling}'{nearest(self.pooling, POOLINGS)}")
         super().__post_init__()
 
     @nn.compact

@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 
+from moejax.core.fields import NonNegative, Rate
 from moejax.optim.base import Optimizer, Params, clip, optimizers
 
 
@@ -12,9 +13,9 @@ from moejax.optim.base import Optimizer, Params, clip, optimizers
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: Rate = 0.9
+    b2: Rate = 0.95
+    eps: NonNegative = 1e-8
 
     def transform(self, params: Params | None = None) -> optax.GradientTransformation:
         """Clipped gradients, Adam's direction, decoupled decay."""

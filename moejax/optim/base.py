@@ -16,14 +16,15 @@ norm of each slice.
 import dataclasses
 import fnmatch
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from moejax.core.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Fraction, NonNegative, Positive, Whole, check
 from moejax.core.registry import Registry
 from moejax.core.roles import Parameter
 
@@ -54,23 +55,22 @@ class Optimizer:
       decay: patterns of the names of parameters that decay, see `MATRICES`.
 
     Raises:
-      ConfigError: unknown schedule, or a warm-up longer than the run.
+      ConfigError: a warm-up longer than the run.
     """
 
-    steps: int
-    learning_rate: float
-    warmup_steps: int = 0
-    schedule: str = "cosine"
-    final_fraction: float = 0.1
-    clip_norm: float | None = 1.0
-    weight_decay: float = 0.0
+    steps: Whole
+    learning_rate: NonNegative
+    warmup_steps: Whole = 0
+    schedule: Literal["cosine", "linear", "constant", "rsqrt"] = "cosine"
+    final_fraction: Fraction = 0.1
+    clip_norm: Positive | None = 1.0
+    weight_decay: NonNegative = 0.0
     decay: tuple[str, ...] = MATRICES
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"unknown schedule '{self.schedule}' in optimizer.schedule{nearest(self.schedule, SCHEDULES)}")
+        check(type(self), vars(self))  # of one's own optimizer too, which no registry knows
         # A run of no steps only evaluates: its schedule is never asked.
-        if not 0 <= self.warmup_steps <= self.steps and self.steps:
+        if self.warmup_steps > self.steps and self.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.warmup_steps} must lie between 0 and the {self.steps} steps of the run"
             )

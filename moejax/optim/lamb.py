@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moejax.core.fields import NonNegative, Rate
 from moejax.optim.base import Params, clip, optimizers
 from moejax.optim.trust import Trusting
 
@@ -23,10 +24,10 @@ class LAMB(Trusting):
       corrected: divides the moments by what their age lacks, as Adam does; with a warm-up it matters little (section 3.1).
     """
 
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-6
-    weight_decay: float = 0.01
+    b1: Rate = 0.9
+    b2: Rate = 0.999
+    eps: NonNegative = 1e-6
+    weight_decay: NonNegative = 0.01
     corrected: bool = True
 
     def transform(self, params: Params | None = None) -> optax.GradientTransformation:

@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 
+from moejax.core.fields import NonNegative, Rate
 from moejax.optim.base import Params, clip, optimizers
 from moejax.optim.trust import Trusting
 
@@ -17,8 +18,8 @@ class LARS(Trusting):
       b1: of the momentum.
     """
 
-    b1: float = 0.9
-    weight_decay: float = 0.01
+    b1: Rate = 0.9
+    weight_decay: NonNegative = 0.01
 
     def transform(self, params: Params | None = None) -> optax.GradientTransformation:
         """The momentum of clipped gradients with decay, scaled by the trust ratio."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 
+from moejax.core.fields import Rate
 from moejax.optim.base import Optimizer, Params, clip, optimizers
 
 
@@ -12,8 +13,8 @@ from moejax.optim.base import Optimizer, Params, clip, optimizers
 class Lion(Optimizer):
     """The sign of an interpolated momentum (Chen et al. 2023); wants a tenth of AdamW's learning rate."""
 
-    b1: float = 0.9
-    b2: float = 0.99
+    b1: Rate = 0.9
+    b2: Rate = 0.99
 
     def transform(self, params: Params | None = None) -> optax.GradientTransformation:
         """Clipped gradients, signs of a momentum, decoupled decay."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 
+from moejax.core.fields import Rate
 from moejax.optim.base import Optimizer, Params, clip, optimizers
 
 
@@ -12,7 +13,7 @@ from moejax.optim.base import Optimizer, Params, clip, optimizers
 class SGD(Optimizer):
     """Gradient descent with heavy-ball momentum; 0 is plain."""
 
-    momentum: float = 0.0
+    momentum: Rate = 0.0
 
     def transform(self, params: Params | None = None) -> optax.GradientTransformation:
         """Clipped gradients, momentum, decoupled decay."""

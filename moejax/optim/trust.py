@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import NonNegative, Positive
 from moejax.core.roles import Parameter
 from moejax.optim.base import MATRICES, STACKED, Optimizer, Params, decay_mask, slice_norm
-
-NORMS = ("l1", "l2", "max")
 
 
 class TrustState(NamedTuple):
@@ -43,19 +42,16 @@ class Trusting(Optimizer):
     """
 
     adapted: tuple[str, ...] = MATRICES
-    lowest: float = 0.0
-    highest: float | None = None
-    largest: float | None = None
+    lowest: NonNegative = 0.0
+    highest: Positive | None = None
+    largest: Positive | None = None
     norm: Literal["l1", "l2", "max"] = "l2"
     from_zero: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("norm", self.norm, NORMS)
-        if self.lowest < 0 or (self.highest is not None and self.highest <= self.lowest):
+        if self.highest is not None and self.highest <= self.lowest:
             raise ConfigError(f"lowest={self.lowest} and highest={self.highest} of optimizer must bound the length of a tensor")
-        if self.largest is not None and self.largest <= 0:
-            raise ConfigError(f"largest={self.largest} of optimizer must be more than 0; None bounds no ratio")
 
     def trusted(self, params: Params | None = None) -> optax.GradientTransformation:
         """Multiplies each slice of the updates by its ratio; `params` as for `transform`. Comes after what |u| is to hold."""

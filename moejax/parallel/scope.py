@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Positive, checked
 from moejax.core.params import placing
 from moejax.parallel.mesh import BATCH_AXES, SINGLE, make_mesh
 
@@ -24,6 +25,7 @@ _ACTIVATIONS = {
 }
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Exchange:
     """How tokens travel to experts on other devices.
@@ -36,9 +38,9 @@ class Exchange:
     """
 
     kind: str = "auto"
-    chunks: int = 1
-    bound: float | None = None
-    hosts: int | None = None
+    chunks: Count = 1
+    bound: Positive | None = None
+    hosts: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)

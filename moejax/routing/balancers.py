@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moejax.core.control import Controller, Site
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.fields import NonNegative
 from moejax.core.registry import Registry
 from moejax.routing.losses.base import Routing
 
@@ -47,13 +47,8 @@ class LossFree(Balancer):
       rule: 'sign', or 'proportional' to the distance from the mean, as a share of the mean (the paper's variant).
     """
 
-    speed: float = 1e-3
+    speed: NonNegative = 1e-3
     rule: Literal["sign", "proportional"] = "sign"
-
-    def __post_init__(self) -> None:
-        check_choice("rule", self.rule, ("sign", "proportional"))
-        if self.speed < 0:
-            raise ConfigError(f"speed={self.speed} must not be negative: it would feed the busiest expert")
 
     def after_step(self, site: Site) -> Site:
         choices: Int[Array, "e"] = site.measured["choices"]

@@ -42,7 +42,8 @@ def capacity_of(
     buffer = compute_capacity(n, num_experts, k, factor)
     if valid is None:
         return buffer, buffer
-    table = np.array([compute_capacity(i, num_experts, k, factor) for i in range(n + 1)], np.int32)
+    i = np.arange(n + 1)
+    table = np.minimum(i, np.maximum(1, np.ceil(i * k * factor / num_experts - 1e-9))).astype(np.int32)  # `compute_capacity`
     return buffer, jnp.asarray(table)[valid.sum(1)]
 
 

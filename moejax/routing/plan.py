@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.core.errors import ConfigError
+
 
 @struct.dataclass
 class TokenPlan:
@@ -203,6 +205,8 @@ def sort_by_expert(key: Int[Array, "m"], num_experts: int) -> tuple[Int[Array, "
       order: which row comes at each place; inverse: at which place each row comes; sizes: rows of each expert.
     """
     m = key.shape[0]
+    if m >= 2**31:
+        raise ConfigError(f"{m} rows to route (tokens times choices of each) are more than int32 counts; lower the batch, or k")
     row = jnp.arange(m, dtype=jnp.int32)
     if isinstance(m, int) and (num_experts + 1) * m < 2**31:  # with a symbolic batch (`jax.export`) nobody can tell
         # Key and row in one number: one sort without a payload, several times faster than argsort on a CPU.

@@ -13,7 +13,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Whole
 from moejax.layers.ffn.allotted import STATE, AllottedMoE
 from moejax.models.parts import walk
 from moejax.models.registry import build
@@ -21,8 +22,6 @@ from moejax.models.stack import UNROLLED, block_name, pattern_blocks, to_scanned
 from moejax.surgery import budgets
 from moejax.surgery.base import Checkpoint, Target, surgeries
 
-BY = ("gaussian", "hidden", "loss", "nothing")
-SEARCHES = ("exact", "evolution")
 Path = tuple[str, ...]
 Text = tuple[Array, Context, dict[str, Array]]  # tokens, their context, and what is judged
 
@@ -54,21 +53,15 @@ class Allot:
       ConfigError: the model has no such mixture, the budget cannot be met, or 'hidden' and 'loss' are asked of other data than text.
     """
 
-    budget: int
+    budget: Count
     by: Literal["gaussian", "hidden", "loss", "nothing"] = "gaussian"
     relative: bool = False
     search: Literal["exact", "evolution"] = "exact"
-    least: int = 1
-    draws: int = 4
-    shape: tuple[int, int] = (4, 64)
-    population: int = 64
-    generations: int = 200
-
-    def __post_init__(self) -> None:
-        check_choice("by", self.by, BY)
-        check_choice("search", self.search, SEARCHES)
-        if self.draws < 1:
-            raise ConfigError(f"draws={self.draws} must be at least 1")
+    least: Count = 1
+    draws: Count = 4
+    shape: tuple[Count, Count] = (4, 64)
+    population: Count = 64
+    generations: Whole = 200
 
     def __call__(self, checkpoint: Checkpoint, target: Target) -> Checkpoint:
         model = build(target.config["model"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Rate
 from moejax.core.params import Path
 from moejax.core.paths import find, listed
 from moejax.surgery.base import Checkpoint, Target, spelt
@@ -37,12 +38,8 @@ class OnTaskVectors:
 
     paths: tuple[str, ...] = ("*",)
     without: tuple[str, ...] = ()
-    drop: float = 0.0
+    drop: Rate = 0.0
     rescale: bool = True
-
-    def __post_init__(self):
-        if not 0 <= self.drop < 1:
-            raise ConfigError(f"drop={self.drop} must be at least 0 and less than 1: the share of entries that is dropped")
 
     def __call__(self, checkpoint: Checkpoint, target: Target) -> Checkpoint:
         leaves = checkpoint.leaves

@@ -2,16 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.fields import In
 from moejax.surgery.base import surgeries
 from moejax.surgery.task_vectors import OnTaskVectors, Vector
-
-COMBINE = ("mean", "sum", "max")
 
 
 @surgeries.register("ties")
@@ -35,15 +33,9 @@ class Ties(OnTaskVectors):
       ConfigError: a share that is not in (0, 1].
     """
 
-    keep: float = 0.2
+    keep: Annotated[float, In(above=0, most=1)] = 0.2
     scale: float = 1.0
     combine: Literal["mean", "sum", "max"] = "mean"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice("combine", self.combine, COMBINE)
-        if not 0 < self.keep <= 1:
-            raise ConfigError(f"keep={self.keep} must lie in (0, 1]: the share of entries that stays")
 
     def merged(self, vectors: Mapping[str, Vector]) -> Vector:
         paths = list(next(iter(vectors.values())))

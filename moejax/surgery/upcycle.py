@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError
+from moejax.core.fields import NonNegative
 from moejax.core.params import Path
 from moejax.core.paths import find, listed
 from moejax.surgery.base import Checkpoint, Target, spelt, surgeries
@@ -37,11 +38,7 @@ class Upcycle:
 
     banks: tuple[str, ...] = ("*/bank",)
     dense: str = "expert"
-    noise: float = 0.0
-
-    def __post_init__(self):
-        if self.noise < 0:
-            raise ConfigError(f"noise={self.noise} of upcycle must not be negative")
+    noise: NonNegative = 0.0
 
     def __call__(self, checkpoint: Checkpoint, target: Target) -> Checkpoint:
         leaves, wanted = checkpoint.leaves, target.leaves

@@ -16,8 +16,8 @@ is the mean over the whole set, whatever the batch size and however many targets
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.errors import ConfigError
 from moejax.core.registry import Registry
 from moejax.surgery.sources.base import Source
 from moejax.tasks.models import LearningModel
@@ -41,7 +42,12 @@ class Task:
     Most tasks write `inputs`, `sums`, `count`, `metrics` and `size`, and descend the mean of `nll`. One with another objective (a
     teacher, several losses, pairs of answers, other targets in each part of a batch) writes `objective`, and `scores` if it is
     also judged otherwise.
+
+    Attributes:
+      reads: what of a batch it cannot do without, by name.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Any, Context]:
         """The model's arguments. Parameters are made for these."""
@@ -113,3 +119,16 @@ def cross_entropies(
 
 def ratio(total: Any, count: Any) -> float:
     return float(total) / float(count) if count else float("nan")
+
+
+def check_batch(task: Task, gives: Collection[str]) -> None:
+    """Raises ConfigError if a batch of `gives`, by name, is none for the task."""
+    missing = [name for name in task.reads if name not in gives]
+    if missing:
+        able = [
+            kind for kind, cls in tasks.items() if isinstance(cls.reads, tuple) and cls.reads and set(cls.reads) <= set(gives)
+        ]
+        raise ConfigError(
+            f"the task {type(task).__name__} reads '{missing[0]}', and batches of these data have {', '.join(gives)}; take other data, or "
+            f"for these task.kind={' or '.join(map(repr, able))}"
+        )

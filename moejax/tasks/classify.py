@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,6 +15,8 @@ from moejax.tasks.base import Batch, Sums, Task, cross_entropies, ratio, tasks
 @dataclasses.dataclass(frozen=True)
 class Classify(Task):
     """Cross entropy of `label[b]` where `valid[b]`. Metrics: loss (nats an example), accuracy."""
+
+    reads: ClassVar[tuple[str, ...]] = ("image", "label", "valid")
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Float[Array, "b h w c"], Context]:
         # Of a whole image, for all of its patches: what fills up a last batch is neither routed nor counted.

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import NonNegative, Positive
 from moejax.core.registry import Many
 from moejax.surgery.sources.base import Source, sources
 from moejax.tasks.base import Batch, Sums, Task, ratio, tasks
 from moejax.tasks.models import LearningModel
-
-MEANS = ("arithmetic", "geometric")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +56,14 @@ class Distill(Task):
 
     task: Task
     teacher: Source | Mapping[str, Source]
-    temperature: float = 2.0
-    soft: float = 1.0
-    hard: float = 0.1
+    temperature: Positive = 2.0
+    soft: NonNegative = 1.0
+    hard: NonNegative = 0.1
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
 
     def __post_init__(self):
-        check_choice("mean", self.mean, MEANS)
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature={self.temperature} of distill must be more than 0")
-        if self.soft < 0 or self.hard < 0 or not self.soft + self.hard:
-            raise ConfigError(f"soft={self.soft} and hard={self.hard} of distill must be weights, and one of them not 0")
+        if not self.soft + self.hard:
+            raise ConfigError(f"soft={self.soft} and hard={self.hard} of distill must not both be 0")
         if not self.frozen():
             raise ConfigError("distill has no teacher; name a source, or several")
 
@@ -86,6 +82,11 @@ class Distill(Task):
         count = jnp.maximum(sums["count"], 1)
         soft = self.soft * self.temperature**2 * sums["divergence"] / count
         return soft + self.hard * sums["nll"] / count, sums
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the task reads."""
+        return self.task.reads
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Any, Context]:
         return self.task.inputs(batch, step, train)

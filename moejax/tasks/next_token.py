@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
+from moejax.core.fields import Positive
 from moejax.tasks.base import Batch, Sums, Task, cross_entropies, ratio, tasks
 
 
@@ -28,7 +29,9 @@ class NextToken(Task):
     """
 
     domains: tuple[str, ...] = ()
-    bytes_per_token: float = 1.0
+    bytes_per_token: Positive = 1.0
+
+    reads: ClassVar[tuple[str, ...]] = ("tokens", "targets", "segments", "positions", "valid")
 
     def inputs(self, batch: Batch, step: Int[Array, ""], train: bool) -> tuple[Int[Array, "b s"], Context]:
         segments = batch["segments"]

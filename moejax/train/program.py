@@ -22,7 +22,7 @@ from moejax.layers.adapters.places import record_adapted
 from moejax.layers.adapters.table import AdaptedLayer, layers_of
 from moejax.optim.base import Optimizer, optimizers
 from moejax.parallel import Parallel, rules, use
-from moejax.tasks.base import Batch, Task, tasks
+from moejax.tasks.base import Batch, Task, check_batch, tasks
 from moejax.train.flops import matmul_flops
 from moejax.train.readers import frozen_specs
 from moejax.train.settings import TrainSettings
@@ -316,6 +316,8 @@ def get_program(
     Raises:
       ConfigError: the mesh does not divide the batch; or, when `Program.state` is asked for, a parameter.
     """
+    task = build_task(config["task"], context)
+    check_batch(task, tuple(batch))
     spec = json.dumps(
         {
             "model": None if model is not None else config["model"],
@@ -326,7 +328,7 @@ def get_program(
             "steps": settings.steps,
             "accumulation": settings.accumulation,
             "context": context,
-            "frozen": frozen_specs(build_task(config["task"], context)),
+            "frozen": frozen_specs(task),
         },
         sort_keys=True,
     )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import Count, Whole, check, checked, fits, short
 
 REQUIRED = ("model", "data", "task", "optimizer", "train")
 OPTIONAL = ("adapters", "init", "trainable", "eval", "checkpoint", "mesh", "exchange")
@@ -19,6 +20,7 @@ UNTRAINED = {"source": {"kind": "fresh"}}
 Section = TypeVar("Section")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """`config.train`.
@@ -29,14 +31,12 @@ class TrainSettings:
       log_every: steps between two lines of metrics. A step that is not logged never waits for the device.
     """
 
-    steps: int
-    accumulation: int = 1
-    log_every: int = 20
-
-    def __post_init__(self):
-        _at_least(self, "train", steps=0, accumulation=1, log_every=1)
+    steps: Whole
+    accumulation: Count = 1
+    log_every: Count = 20
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
     """`config.eval`.
@@ -47,14 +47,12 @@ class EvalSettings:
       split: name of the data's split.
     """
 
-    every: int = 0
-    batches: int = 0
+    every: Whole = 0
+    batches: Whole = 0
     split: str = "validation"
 
-    def __post_init__(self):
-        _at_least(self, "eval", every=0, batches=0)
 
-
+@checked
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
     """`config.checkpoint`.
@@ -65,12 +63,9 @@ class CheckpointSettings:
       asynchronous: training goes on while a checkpoint is written.
     """
 
-    every: int = 0
-    keep: int = 2
+    every: Whole = 0
+    keep: Count = 2
     asynchronous: bool = True
-
-    def __post_init__(self):
-        _at_least(self, "checkpoint", every=0, keep=1)
 
 
 def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
@@ -80,13 +75,20 @@ def normalized(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
       ConfigError: a section is missing or unknown, or nothing would be trained.
     """
     config = config if isinstance(config, ConfigDict) else ConfigDict(dict(config))
-    config = ConfigDict(without_defaults(config.to_dict()))
+    config = ConfigDict(without_defaults(_tree(config)))
     for name in config:
         if name not in REQUIRED + OPTIONAL:
             raise ConfigError(f"unknown section '{name}' in the config{nearest(name, REQUIRED + OPTIONAL)}")
     for name in REQUIRED:
         if name not in config:
             raise ConfigError(f"the config has no section '{name}'; a run needs {', '.join(REQUIRED)}")
+    for name in config:
+        if config[name] is None and name in REQUIRED:
+            raise ConfigError(f"{name}=None must be a mapping of names to values")
+        if name != "mesh":
+            _mapping(config[name], name)
+        elif not fits(config.mesh, str | None):
+            raise ConfigError(f"mesh={short(config.mesh)} must be a text such as 'data=2,expert=4'")
     if "init" not in config and config.train.get("steps") == 0:
         raise ConfigError(
             "train.steps=0 must be a whole number of at least 1 unless the run starts from a trained model (init)"
@@ -112,7 +114,7 @@ def section(cls: type[Section], config: ConfigDict, name: str) -> Section:
     Raises:
       ConfigError: an unknown key, a missing one, or a value out of range.
     """
-    given = dict(config.get(name) or {})
+    given = dict(_mapping(config.get(name), name))
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in given:
         if key not in fields:
@@ -120,6 +122,7 @@ def section(cls: type[Section], config: ConfigDict, name: str) -> Section:
     for key, field in fields.items():
         if field.default is dataclasses.MISSING and key not in given:
             raise ConfigError(f"{name} needs '{key}'")
+    check(cls, given, name)
     return cls(**given)
 
 
@@ -129,22 +132,30 @@ def plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     Raises:
       ConfigError: it holds something that JSON has no word for.
     """
-    tree = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    tree = _tree(config)
     try:
         return json.loads(json.dumps(tree, sort_keys=True))
     except TypeError as error:
         raise ConfigError(f"the config must be made of mappings, lists, strings and numbers: {error}") from None
 
 
-def _named(entries: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+def _tree(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """The config as a dict; a ConfigDict is one all the way down."""
+    try:
+        return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    except TypeError:  # it sorts its names
+        raise ConfigError("every name in a config must be a text; a mapping in this one has another key too") from None
+
+
+def _named(entries: Any, where: str) -> dict[Any, Any]:
     """The entries of a mapping by name, without those that None leaves out."""
-    if not isinstance(entries or {}, Mapping):
-        raise ConfigError(f"{where}={entries!r} must be a mapping of names to what is said of them")
-    return {name: entry for name, entry in (entries or {}).items() if entry is not None}
+    return {name: entry for name, entry in _mapping(entries, where).items() if entry is not None}
 
 
-def _at_least(settings: Any, name: str, **lowest: int) -> None:
-    for key, low in lowest.items():
-        value = getattr(settings, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"{name}.{key}={value!r} must be a whole number of at least {low}")
+def _mapping(section: Any, where: str) -> Any:
+    """A section, or a part of one; an empty one where it is None."""
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping | ConfigDict):
+        raise ConfigError(f"{where}={short(section)} must be a mapping of names to values")
+    return section

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import fits, short
 from moejax.core.params import Path
 from moejax.core.paths import listed
 from moejax.surgery.base import Checkpoint, Leaves, Surgery, Target, spelt, surgeries
@@ -65,10 +66,13 @@ def parse_init(spec: Mapping[str, Any] | None) -> Init:
     named = {name: fields for name, fields in (spec.get("surgeries") or {}).items() if fields is not None}
     others = {name: fields for name, fields in (spec.get("others") or {}).items() if fields is not None}
     operations = {name: _surgery(name, fields) for name, fields in named.items()}
+    order = spec.get("order") or ()
+    if not fits(order, tuple[str, ...] | list[str]):
+        raise ConfigError(f"init.order={short(order)} must be a tuple of names of init.surgeries")
     return Init(
         sources.build(spec.get("source") or UNTRAINED["source"], "init.source"),
         {name: sources.build(fields, f"init.others.{name}") for name, fields in others.items()},
-        tuple((name, operations[name]) for name in _order(tuple(spec.get("order") or ()), operations)),
+        tuple((name, operations[name]) for name in _order(tuple(order), operations)),
     )
 
 

@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import Fraction, Positive, Whole, check, checked
 from moejax.core.params import Path
 from moejax.core.paths import find
 from moejax.core.roles import ROLES, Parameter
@@ -30,6 +31,7 @@ from moejax.optim.base import Optimizer
 Tree = Any
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Learns:
     """One rule of `config.trainable`.
@@ -47,9 +49,9 @@ class Learns:
 
     what: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
-    rate: float = 1.0
-    since: int | float = 0
-    until: int | float | None = None
+    rate: Positive = 1.0
+    since: Whole | Fraction = 0
+    until: Whole | Fraction | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,25 +228,15 @@ def parse_rule(name: str, fields: Any) -> Learns:
     given = dict(fields.items())
     for key in ("what", "but"):
         value = given.get(key, ())
-        given[key] = (value,) if isinstance(value, str) else tuple(value)
-    rule = Learns(**{**given, "what": given["what"] or (name,)})
-    if not isinstance(rule.rate, int | float) or rule.rate <= 0:
-        raise ConfigError(f"{where}.rate={rule.rate!r} must be a positive number; what is not to learn is named by no rule")
-    return rule
+        given[key] = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    given["what"] = given["what"] or (name,)
+    check(Learns, given, where)
+    return Learns(**given)
 
 
 def _span(rule: Learns, where: str, steps: int) -> Span:
     def number(key: str) -> int | None:
         value = getattr(rule, key)
-        if value is None:
-            return None
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value < 0
-            or (isinstance(value, float) and value > 1)
-        ):
-            raise ConfigError(f"{where}.{key}={value!r} must be a number of updates, or a share of them between 0.0 and 1.0")
         return round(value * steps) if isinstance(value, float) else value
 
     since, until = number("since"), number("until")

@@ -11,7 +11,7 @@ import pytest
 from toy_studies import SOURCE, FakeFit, make_study
 
 from experiments import execute as executing
-from experiments import record, report, study
+from experiments import overrides, record, report, study
 from experiments.run import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,7 +53,10 @@ WRONG = {
     "study and config": (["--config=x.py", "--study=toy"], r"--study=toy does not go with --config"),
     "workdir of a study": (["--study=toy", "--workdir=x"], r"--workdir=x does not go with --study; it belongs to --config"),
     "unknown family": (["--list", "--family=sofd"], r"unknown family 'sofd'; did you mean 'soft'"),
-    "no such config": (["--config=configs/base_ml.py"], r"no file 'configs/base_ml\.py'; did you mean 'configs/base_lm\.py'"),
+    "no such config": (
+        ["--config=configs/base_ml.py"],
+        r"'configs/base_ml\.py' does not exist; did you mean 'configs/base_lm\.py'",
+    ),
     "config without get_config": (["--config=configs/__init__.py"], r"defines no get_config\(\)"),
     "key of a config": (
         ["--config=configs/base_lm.py", "--config.data.seqlen=3"],
@@ -89,7 +92,7 @@ def test_a_wrong_model_spec_is_found_before_anything_is_trained(toy, capsys, tmp
     config = str(REPOSITORY / "configs" / "base_lm.py")
     assert main([f"--config={config}", f"--runs={tmp_path}", "--config.model.blocks.moe.ffn.select.kk=2"]) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"error: unknown key 'kk' in model\.blocks\.moe\.ffn\.select .*\(arm 'base_lm'\)\n", err)
+    assert re.fullmatch(r"error: unknown key 'kk' in model\.blocks\.moe\.ffn\.select .*did you mean 'k'\?\n", err)
 
 
 def test_a_study_prints_tables_and_verdicts_and_writes_what_it_says(toy, capsys, tmp_path, monkeypatch):
@@ -224,3 +227,79 @@ def test_the_list_is_quick_and_complete():
     assert re.search(r"\d+ of 214 methods implemented", done.stdout)
     # 0.4 s alone on a laptop; the bound leaves room for a machine that runs other tests.
     assert seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config.task.kind=classify"], r"the task Classify reads 'image', .* for these task\.kind='next_token'"),
+        (["--config.eval.split=tests"], r"'embedded_text' in data\.name has no split 'tests'"),
+        (["--config.data.name=digits"], r"unknown data set 'digits' in data\.name; did you mean 'embedded_digits'"),
+        (["--config.data.workers=-1"], r"data\.workers=-1 must be a whole number of at least 0"),
+        (["--config.data.wrokers=1"], r"unknown key 'wrokers' in config\.data .*did you mean 'workers'"),
+        (["--config.train.accumulation=0"], r"train\.accumulation=0 must be a whole number of at least 1"),
+        (["--config.optimizer.learning_rate=-1"], r"optimizer\.learning_rate=-1\.0 must be a number of at least 0"),
+        (["--config.model.scan=None"], r"model\.scan=None must be true or false"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_before_anything_is_read(toy, capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.undo()
+    assert main([f"--config={REPOSITORY / 'configs' / 'base_lm.py'}", f"--runs={tmp_path}", *argv]) == 2
+    err = capsys.readouterr().err
+    assert re.match(rf"error: .*{words}", err)
+    assert "(arm " not in err
+    assert err.count("\n") == 1
+
+
+def test_a_corpus_that_is_not_there_is_one_line(capsys, tmp_path):
+    argv = [
+        f"--config={REPOSITORY / 'configs' / 'base_lm.py'}",
+        f"--runs={tmp_path / 'runs'}",
+        f"--config.data.data_dir={tmp_path}",
+    ]
+    assert main([*argv, "--config.data.name=c4", "--config.data.domains=None"]) == 2
+    err = capsys.readouterr().err
+    assert re.match(r"error: 'c4' in data\.name is not prepared in .*tfds build c4", err)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (
+            "README.md",
+            r"'README\.md' is no Python file; did you mean|'README\.md' is no Python file; valid names: configs/base_lm\.py",
+        ),
+        ("configs", r"'configs' is a folder, and no config; did you mean 'configs/base_lm\.py'"),
+        ("configs/base_ml.py", r"'configs/base_ml\.py' does not exist; did you mean 'configs/base_lm\.py'"),
+    ],
+)
+def test_what_is_no_config_is_told_with_one_that_is(capsys, monkeypatch, place, words):
+    monkeypatch.chdir(REPOSITORY)
+    assert main([f"--config={place}"]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_config_with_a_slip_in_it_is_one_line(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(:\n    pass\n")
+    assert main([f"--config={tmp_path / 'mine.py'}"]) == 2
+    assert re.fullmatch(r"error: --config=.*mine\.py: .* in line 1 of '.*mine\.py'\n", capsys.readouterr().err)
+
+
+def test_a_method_without_a_study_is_known(capsys):
+    from experiments import catalog
+
+    slug = next(row.slug for row in catalog.load().values() if not row.study)
+    assert main([f"--study={slug}"]) == 2
+    assert re.search(rf"'{slug}' \(.*, arXiv .*\) is in the catalogue, but has no study yet", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(200, 100), (100, 100), (50, 25), (1, 0)])
+def test_a_shortened_run_warms_up_for_as_much_less(steps, warmup):
+    from ml_collections import ConfigDict
+
+    config = ConfigDict({"train": {"steps": 200}, "optimizer": {"warmup_steps": 100}})
+    found = overrides.shortened(config, {"train.steps": steps})
+    assert {"optimizer.warmup_steps": 100, **found} == {"train.steps": steps, "optimizer.warmup_steps": warmup}
+    given = {"train.steps": 50, "optimizer.warmup_steps": 3}
+    assert overrides.shortened(config, given) == given

@@ -12,7 +12,7 @@ from toy_studies import FakeFit, make_study
 from configs import base_lm, small_lm
 from experiments import cache, overrides, pods, progress, report, tables
 from experiments.cache import Cache, key
-from experiments.execute import _check, execute, execute_config
+from experiments.execute import execute, execute_config
 from experiments.run import main
 from experiments.study import Arm, Preset, lower, resolve
 from experiments.terminal import make_console
@@ -20,6 +20,7 @@ from moejax.aot import ahead
 from moejax.aot.report import held_bytes
 from moejax.core.errors import ConfigError
 from moejax.train import StartDiverged
+from moejax.train.checks import check_config
 
 SHORT = {"train.steps": 50}
 START = Arm("pretrained", {"model.pattern": ("dense", "dense"), "train.steps": 70})
@@ -271,7 +272,7 @@ class TestCommandLine:
         with pytest.raises(
             ConfigError, match=r"unknown key 'kk' in model.blocks.moe.ffn.select .*\(the config at init.source.config\)"
         ):
-            _check(config.to_dict())
+            check_config(config)
 
 
 def test_the_list_says_what_arms_start_from_and_what_learns():

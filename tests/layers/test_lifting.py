@@ -46,13 +46,7 @@ def test_variables_of_init_are_not_counted_again() -> None:
     """What `init` returns is passed to the first `apply`: its losses must not be in there."""
     moe = layer()
     shapes = jax.eval_shape(moe.init, jax.random.key(0), tokens())
-    assert "losses" not in shapes
-    assert "stats" in shapes  # whose values are replaced, not added up
-    variables = draw(moe, tokens())
-    initial = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7, leaf.dtype), dict(shapes))
-    _, clean = compiled(moe, *SOWN)(variables, tokens())
-    _, sown = compiled(moe, *SOWN)({**initial, **variables}, tokens())
-    close(sown, clean, 0, 0)
+    assert set(shapes) == {"params"}
 
 
 class Residual(nn.Module):

@@ -171,7 +171,7 @@ def test_every_collection_gets_a_layers_axis():
         (dict(num_layers=5), r"num_layers=5 is not a positive multiple of the 2 blocks .* \(in model\)"),
         (dict(pattern=()), r"pattern=\(\)"),
         (dict(pattern=("dense", "moee")), "names block 'moee', not in blocks; did you mean 'moe'"),
-        (dict(remat="ful"), "unknown remat='ful'; did you mean 'full'"),
+        (dict(remat="ful"), "remat='ful' is unknown; did you mean 'full'"),
     ],
 )
 def test_bad_stacks_are_refused(fields, message):

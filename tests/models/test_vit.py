@@ -138,7 +138,7 @@ def test_vit_large_has_its_published_size():
         (dict(patch_size=4), r"patch_size=4 does not divide image_size=6 \(in model\)"),
         (dict(positions="sincos"), "did you mean 'sincos2d'"),
         (dict(positions="sincos2d", d_model=6), "d_model=6 must be a multiple of 4"),
-        (dict(pooling="max"), "unknown pooling='max'"),
+        (dict(pooling="max"), "pooling='max' is unknown; did you mean 'mean'"),
         (dict(pattern=("a", "c")), "names block 'c'"),
     ],
 )

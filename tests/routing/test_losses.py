@@ -169,8 +169,9 @@ class TestOnesOwn:
 
     def test_what_is_no_loss_is_refused(self) -> None:
         for given, message in (
-            ((TopK(),), r"losses has a TopK, which is no routing loss; derive it from moejax\.Loss"),
-            (Balance(), r"losses=Balance\(.*\) must be a tuple, as in losses=\(Balance"),
+            ((TopK(),), r"losses\[0\]=TopK is registered as a kind of select, and what goes here is a kind of loss"),
+            ((3,), r"losses=\(3,\) must be a tuple of items, each a Loss"),
+            (Balance(), r"losses=Balance\(.*\) must be a tuple of items, each a Loss; write \(Balance\(.*\),\)"),
         ):
             with pytest.raises(ConfigError, match=message):
                 MoE(Linear(E), TopK(), FFN(3, num_experts=E), losses=given)
@@ -180,8 +181,8 @@ class TestOnesOwn:
     ("make", "message"),
     [
         (lambda: Balance(count="second"), "count='second' is unknown; valid names: all, first"),
-        (lambda: Balance(over="layer"), "over='layer' is unknown; valid names: group, batch"),
-        (lambda: Importance(gates="logits"), "gates='logits' is unknown; valid names: weights, probs"),
+        (lambda: Balance(over="layer"), "over='layer' is unknown; valid names: batch, group"),
+        (lambda: Importance(gates="logits"), "gates='logits' is unknown; valid names: probs, weights"),
     ],
 )
 def test_errors_name_the_value(make, message: str) -> None:

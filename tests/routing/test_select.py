@@ -236,7 +236,7 @@ class TestRefusals:
                 expert = jnp.zeros((*logits.shape[:2], 1), jnp.int32)
                 return expert, jnp.ones(expert.shape, bool)
 
-        with pytest.raises(ConfigError, match="capacity_factor=-1 must be positive"):
+        with pytest.raises(ConfigError, match="capacity_factor=-1 must be a number above 0"):
             First(capacity_factor=-1)
         plan = First(capacity_factor=1.0)(jnp.zeros((1, 8, E)))
         np.testing.assert_array_equal(plan.used[0, :, 0], np.arange(8) < 2)

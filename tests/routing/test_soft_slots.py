@@ -70,7 +70,7 @@ def test_a_bias_shifts_both_softmaxes_and_probabilities_are_per_expert(rng: np.r
 
 
 def test_errors_and_mean_experts() -> None:
-    with pytest.raises(ConfigError, match="slots=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="slots=0 must be a whole number of at least 1"):
         SoftSlots(0)
     with pytest.raises(ConfigError, match="combine='hard' is unknown; valid names: soft, uniform"):
         SoftSlots(combine="hard")

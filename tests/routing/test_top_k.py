@@ -103,11 +103,11 @@ def test_a_constant_gate_is_refused_unless_asked_for(rng: np.random.Generator, f
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(k=0), "k=0 must be at least 1"),
-        (dict(score="softmin"), "score='softmin' is unknown; valid names: softmax, softmax_selected, sigmoid, logit"),
-        (dict(priority="first"), "priority='first' is unknown; valid names: token, choice, score"),
-        (dict(capacity_factor=0.0), "capacity_factor=0.0 must be positive, or None for dropless"),
-        (dict(eval_capacity_factor=-1.0), "eval_capacity_factor=-1.0 must be positive"),
+        (dict(k=0), "k=0 must be a whole number of at least 1"),
+        (dict(score="softmin"), "score='softmin' is unknown; did you mean 'softmax'"),
+        (dict(priority="first"), "priority='first' is unknown; valid names: choice, score, token"),
+        (dict(capacity_factor=0.0), "capacity_factor=0.0 must be a number above 0, or None"),
+        (dict(eval_capacity_factor=-1.0), "eval_capacity_factor=-1.0 must be a number above 0"),
     ],
 )
 def test_errors_name_the_value(fields: dict, message: str) -> None:

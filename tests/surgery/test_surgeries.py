@@ -167,7 +167,10 @@ def test_surgeries_are_in_the_order_that_the_config_says():
         ({"source": {"kind": "chekpoint"}}, r"unknown source kind 'chekpoint' in init.source.kind; did you mean 'checkpoint'"),
         ({"source": {"kind": "checkpoint"}}, r"init.source \(source 'checkpoint'\) needs 'path'"),
         ({"others": {"a": {"kind": "run"}}}, r"init.others.a \(source 'run'\) needs 'config'"),
-        ({"source": {"kind": "run", "config": {}, "seed": "mine"}}, r"seed='mine' must be 'own' or a number .*init.source"),
+        (
+            {"source": {"kind": "run", "config": {}, "seed": "mine"}},
+            r"init.source.seed='mine' must be a whole number of at least 0, or 'own'",
+        ),
         ({"surgeries": {"keep": 3}}, r"init.surgeries.keep=3 must be a mapping"),
         ({"source": {"kind": "checkpoint", "path": "x/checkpoints/3", "step": 2}}, r"give one of them .*init.source"),
     ],

@@ -269,10 +269,13 @@ def test_eight_devices_do_as_one():
         ({"norms": {"but": ("norm/gain",)}}, r"'norm/gain' in trainable.norms.but matches no parameter"),
         ({"norms": {"but": ("norm",)}}, r"trainable.norms: all that 'what' matches is left out by 'but'"),
         ({"norms": {"rates": 1}}, r"unknown key 'rates' in trainable.norms; did you mean 'rate'"),
-        ({"norms": {"rate": 0}}, r"trainable.norms.rate=0 must be a positive number"),
+        ({"norms": {"rate": 0}}, r"trainable.norms.rate=0 must be a number above 0"),
         ({"norms": 0.1}, r"trainable.norms=0.1 must be a mapping"),
         ({"norms": {"since": 5, "until": 5}}, r"trainable.norms: since=5 must be less than until=5"),
-        ({"norms": {"until": 1.5}}, r"trainable.norms.until=1.5 must be a number of updates, or a share"),
+        (
+            {"norms": {"until": 1.5}},
+            r"trainable.norms.until=1.5 must be a whole number of at least 0, or a number between 0 and 1, or None",
+        ),
         (
             {"norms": {}, "all": {"what": "*"}},
             r"norm/.* learns by trainable.(norms|all) and by trainable.(norms|all) in the same steps",

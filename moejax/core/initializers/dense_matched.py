@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moejax.core.errors import check_choice
+from moejax.core.fields import Count
 from moejax.core.initializers.registry import initializers
 from moejax.core.params import per_expert
 
@@ -27,10 +27,7 @@ class DenseMatched:
     """
 
     fan_in: Literal["expert", "all"] = "expert"
-    num_layers: int = 1
-
-    def __post_init__(self) -> None:
-        check_choice("fan_in", self.fan_in, ("expert", "all"))
+    num_layers: Count = 1
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         return self._normal(shape[-2])(key, shape, dtype)

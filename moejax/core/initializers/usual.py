@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moejax.core.errors import check_choice
+from moejax.core.fields import NonNegative
 from moejax.core.initializers.registry import initializers
 
 Shape = tuple[int, ...]
@@ -22,11 +22,8 @@ Shape = tuple[int, ...]
 class FanIn:
     """Variance `scale / fan_in` (LeCun et al. 1998 with scale 1, He et al. 2015 with 2)."""
 
-    scale: float = 1.0
+    scale: NonNegative = 1.0
     distribution: Literal["truncated_normal", "normal", "uniform"] = "truncated_normal"
-
-    def __post_init__(self) -> None:
-        check_choice("distribution", self.distribution, ("truncated_normal", "normal", "uniform"))
 
     def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
         return nn.initializers.variance_scaling(self.scale, "fan_in", self.distribution)(key, shape, dtype)
@@ -37,7 +34,7 @@ class FanIn:
 class Normal:
     """A normal distribution around 0 with standard deviation `std`."""
 
-    std: float = 0.02
+    std: NonNegative = 0.02
 
     def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
         return nn.initializers.normal(self.std)(key, shape, dtype)
@@ -48,7 +45,7 @@ class Normal:
 class Uniform:
     """Uniform between `-bound` and `bound`."""
 
-    bound: float = 0.01
+    bound: NonNegative = 0.01
 
     def __call__(self, key: Array, shape: Shape, dtype: Any = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)

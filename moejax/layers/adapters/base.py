@@ -90,7 +90,7 @@ class Adapter(Layer):
 
     role = "adapters"
 
-    targets: tuple[str, ...] = dataclasses.field(kw_only=True)
+    targets: str | tuple[str, ...] = dataclasses.field(kw_only=True)
     on_routers: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.layers.adapters.base import Adapter, Site
@@ -31,15 +32,13 @@ class DoRA(Adapter, RowWise):
       train_norm: lets the gradient through the norm: the paper's ablation of what stopping it costs.
     """
 
-    rank: int | None = None
+    rank: Count | None = None
     scale: float | None = None
     train_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is None or self.scale is None:
             raise ConfigError("DoRA needs a rank and a scale: alpha / rank in the paper, and never implied")
-        if self.rank < 1:
-            raise ConfigError(f"rank={self.rank} must be at least 1")
         super().__post_init__()
 
     def weight(self, w: Float[Array, "d o"], site: Site, ctx: Context | None = None) -> Float[Array, "d o"]:

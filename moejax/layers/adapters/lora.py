@@ -10,9 +10,12 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Rate, Whole
 from moejax.core.layer import Layer, RowWise
 from moejax.core.params import param, per_expert
 from moejax.core.paths import matches
+from moejax.dispatch import Backend
+from moejax.experts.base import AnyBank
 from moejax.experts.low_rank import LowRank
 from moejax.experts.registry import dropout
 from moejax.layers.adapters.base import Adapter, Site, as_tokens
@@ -22,7 +25,7 @@ from moejax.layers.registry import adapters
 from moejax.routing.balancers import Balancer
 from moejax.routing.losses.base import Loss
 from moejax.routing.routers.linear import Linear
-from moejax.routing.select import TopK
+from moejax.routing.select import Select, TopK
 
 # Kaiming-uniform with a = sqrt(5), as in the reference implementation: U(-1/sqrt(d), 1/sqrt(d)).
 _UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -43,10 +46,10 @@ class LowRankAdapter(Adapter, RowWise):
       ranks: of each expert of a bank, at most `rank`; 0 leaves an expert as it is. None gives all of them `rank`.
     """
 
-    rank: int | Mapping[str, int] | None = None
+    rank: Count | Mapping[str, Whole] | None = None
     scale: float | None = None
-    dropout: float = 0.0
-    ranks: tuple[int, ...] | None = None
+    dropout: Rate = 0.0
+    ranks: tuple[Whole, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rank is None or self.scale is None:
@@ -136,14 +139,14 @@ class LoRA(LowRankAdapter):
       eval_select, losses, balancer, backend: as in `MoE`.
     """
 
-    num_experts: int = 1
+    num_experts: Count = 1
     router: nn.Module | None = None
-    select: Any = None
-    eval_select: Any = None
-    bank: nn.Module | None = None
+    select: Select | None = None
+    eval_select: Select | None = None
+    bank: AnyBank | None = None
     losses: tuple[Loss, ...] = ()
     balancer: Balancer | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         routed = ("router", "select", "eval_select", "bank", "losses", "balancer")

@@ -4,6 +4,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.fields import Rate
 from moejax.core.layer import RowWise
 from moejax.layers.registry import blocks, ffns, norms
 
@@ -20,7 +21,7 @@ class FeedForward(RowWise):
 
     ffn: nn.Module
     norm: nn.Module | None = None
-    dropout: float = 0.0
+    dropout: Rate = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:

@@ -1,6 +1,6 @@
 """Mixture-of-depths (Raposo et al. 2024): a block processes a fixed share of the tokens, the rest pass by the residual."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, In
 from moejax.core.initializers.usual import FanIn
 from moejax.core.layer import Layer
 from moejax.core.params import param
@@ -43,42 +44,32 @@ class MixtureOfDepths(Layer):
       remedy_coef: weight of the remedy's binary cross-entropy.
       gate: 'raw' multiplies by r, as the paper does; 'sigmoid' by its sigmoid (many ports); 'one' by nothing.
       router: one logit a token; linear if left out. `random` is the paper's control.
-      eval_select: 'causal' decides by the remedy outside training; 'top_k' as in training, which leaks and is only for measuring
-        the leak.
+      eval_select: outside training, in a model that is causal, 'causal' decides by the remedy; 'top_k' as in training, which leaks and is
+        only for measuring the leak. An encoder has no future to leak, and always decides as in training.
+      causal: whether the model is. Filled in by the model.
       predictor_hidden: width of the predictor's hidden layer.
     """
 
     block: nn.Module
-    capacity_factor: float = 0.125
+    capacity_factor: Annotated[float, In(above=0, most=1)] = 0.125
     remedy: Literal["predictor", "router"] | None = "predictor"
     remedy_coef: float = 0.01
     gate: Literal["raw", "sigmoid", "one"] = "raw"
     router: nn.Module | None = None
     eval_select: Literal["causal", "top_k"] = "causal"
-    predictor_hidden: int = 64
-
-    def __post_init__(self) -> None:
-        if not 0 < self.capacity_factor <= 1:
-            raise ConfigError(
-                f"capacity_factor={self.capacity_factor} must lie in (0, 1]: the share of tokens that the block processes"
-            )
-        for name, options in (
-            ("gate", (*GATES,)), ("remedy", ("predictor", "router", None)),
-            ("eval_select", ("causal", "top_k")),
-        ):  # fmt: skip
-            check_choice(name, getattr(self, name), options)
-        super().__post_init__()
+    predictor_hidden: Count = 64
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         ctx = ctx or Context()
-        b, s, _ = x.shape
+        b, s, _ = ctx.fit(x)
         if ctx.positions is None:
             ctx = ctx.replace(positions=jnp.broadcast_to(jnp.arange(s), (b, s)))
         valid = ctx.real(x)
         router = Linear(1, init_w=FanIn(), name="router") if self.router is None else self.router
         r = ask(router, x, ctx)
-        causal = self.eval_select == "causal" and self.remedy is not None and not ctx.train
+        causal = self.causal and self.eval_select == "causal" and self.remedy is not None and not ctx.train
         top_k = ExpertChoice(self.capacity_factor, score="logit", in_order=True)(r, ctx)
         chosen = top_k.assigned()[..., 0] > 0
         predicted = self._predict(ctx.clean(x), r) if self.remedy is not None else None

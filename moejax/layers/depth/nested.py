@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -11,11 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.carried import Declared, shared
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Fraction, In, Positive, Whole
 from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.sowing import sow
-from moejax.experts.registry import ACTIVATIONS
+from moejax.experts.registry import ACTIVATIONS, Activation
 from moejax.layers.depth.nested_budget import budget_capacities, expert_preferred, token_counts, widths
 from moejax.layers.mixers.attention import attend, visible
 from moejax.layers.registry import blocks, norms
@@ -24,7 +25,6 @@ from moejax.parallel import constrain
 from moejax.routing.losses.base import Routing, masked_mean
 from moejax.routing.plan import dropless
 
-CHOICES = ("learned", "random")
 Counts = tuple[int, ...]
 
 
@@ -57,28 +57,24 @@ class Nested(Layer):
 
     counts_padding: ClassVar[bool] = True  # how many tokens an expert has is part of the program
 
-    num_heads: int
-    hidden: int
+    num_heads: Count
+    hidden: Count
     norm: nn.Module
-    num_experts: int = 4
-    budgets: tuple[float, ...] = (0.5,)
-    eval_budget: float | None = None
-    capacities: tuple[float, ...] | None = None
-    pretrain_steps: int = 0
+    num_experts: Annotated[int, In(1, 32)] = 4
+    budgets: tuple[Positive, ...] = (0.5,)
+    eval_budget: Positive | None = None
+    capacities: tuple[Fraction, ...] | None = None
+    pretrain_steps: Whole = 0
     delta: float = 2.0
-    beta: float = 10.0
+    beta: Positive = 10.0
     choice: Literal["learned", "random"] = "learned"
-    activation: str = "gelu"
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
-        if self.choice not in CHOICES:
-            raise ConfigError(f"choice='{self.choice}' is unknown{nearest(self.choice, CHOICES)}")
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"activation='{self.activation}' is unknown{nearest(self.activation, ACTIVATIONS)}")
         if self.eval_budget is None and len(self.budgets) != 1:
             raise ConfigError(f"budgets={self.budgets} leaves open what to evaluate at; set eval_budget")
         given = self.capacities
-        if given is not None and (len(given) != self.num_experts or min(given) < 0 or abs(sum(given) - 1) > 1e-3):
+        if given is not None and (len(given) != self.num_experts or abs(sum(given) - 1) > 1e-3):
             raise ConfigError(f"capacities={given} must be num_experts={self.num_experts} numbers from 0 to 1 that sum to 1")
         self._plans(train=True), self._plans(train=False)  # solved here, once; refuses what has no solution
         super().__post_init__()

@@ -52,7 +52,7 @@ class AllottedMoE(MoE):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
         """As `MoE`."""
         ctx = ctx or Context()
-        b, s, _ = x.shape
+        b, s, _ = ctx.fit(x)
         tokens, grouped_ctx = group_tokens(x, ctx, self.group_by)
         select = self.select if ctx.train or self.eval_select is None else self.eval_select
         k = self.variable("router_state", STATE, lambda: jnp.int32(self.most)).value

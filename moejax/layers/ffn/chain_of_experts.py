@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.fields import Few
 from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import ffns, norms
 
@@ -29,17 +29,10 @@ class ChainOfExperts(MoE):
         lets the scale grow.
     """
 
-    iterations: int = 2
+    iterations: Few = 2
     gating: Literal["own", "shared"] = "own"
     residual: Literal["inner", "outer", "none"] = "inner"
     norm: nn.Module | None = None
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ConfigError(f"iterations={self.iterations} must be at least 1; with 1 and residual='none' it is a mixture")
-        for name, options in (("gating", ("own", "shared")), ("residual", ("inner", "outer", "none"))):
-            check_choice(name, getattr(self, name), options)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:

@@ -9,18 +9,19 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Fraction, Whole
 from moejax.core.layer import RowWise
 from moejax.core.registry import Many
 from moejax.core.sowing import batch_sum, sow, sow_loss
-from moejax.dispatch import backend_index
+from moejax.dispatch import Backend, backend_index
 from moejax.dispatch.layout import Batched
-from moejax.experts.base import experts_of
+from moejax.experts.base import AnyBank, experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_losses, sow_routing
 from moejax.parallel import constrain
-from moejax.routing.losses.base import Loss, Routing, check_losses, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
 from moejax.routing.plan import TokenPlan
 from moejax.routing.routers.base import ask, check_num_experts, routers, told
 from moejax.routing.select import TopK
@@ -85,12 +86,12 @@ class Competition(RowWise):
     """
 
     router: nn.Module
-    bank: nn.Module
-    k: int = 2
-    rate: float = 0.07
+    bank: AnyBank
+    k: Count = 2
+    rate: Fraction = 0.07
     schedule: Literal["constant", "decaying"] = "constant"
-    warmup: int = 0
-    affinity: str = "softplus"
+    warmup: Whole = 0
+    affinity: Literal[*AFFINITIES] = "softplus"
     gate: Literal["share", "softmax"] = "share"
     target: Literal["all", "winners"] = "all"
     winners_coef: float = 0.1
@@ -99,16 +100,10 @@ class Competition(RowWise):
     balance_coef: float = 0.01
     losses: tuple[Loss, ...] = ()
     watch: bool = False
-    backend: str = "auto"
-    num_experts: int | None = None
+    backend: Backend = "auto"
+    num_experts: Count | None = None
 
     def __post_init__(self) -> None:
-        check_losses(self.losses)
-        if not 0 <= self.rate <= 1:
-            raise ConfigError(f"rate={self.rate} must lie between 0 and 1: the share of steps in which experts compete")
-        check_choice("schedule", self.schedule, ("constant", "decaying"))
-        for name, options in (("affinity", tuple(AFFINITIES)), ("gate", ("share", "softmax")), ("target", ("all", "winners"))):
-            check_choice(name, getattr(self, name), options)
         check_num_experts(self.router, self.bank)
         self._rule.check_num_experts(self.bank.num_experts)
         object.__setattr__(self, "router", told(self.router, self._rule.outputs))
@@ -188,7 +183,7 @@ class Competition(RowWise):
 
     def _all(self, x: Array, ctx: Context) -> tuple[Float[Array, "b s e o"], Float[Array, "b s e"]]:
         """Every expert's output on every token, and its affinity."""
-        b, s, d = x.shape
+        b, s, d = ctx.fit(x)
         rows = jnp.broadcast_to(x.reshape(1, b * s, d), (self.bank.num_experts, b * s, d))
         # On a mesh every device runs all experts on its own rows: said here, or the compiler moves rows about.
         outputs = experts_of(self.bank, d, ctx).run(constrain(rows, None, "batch", None), Batched())

@@ -1,5 +1,6 @@
 """The sparse mixture-of-experts layer: any router, any select rule, any bank."""
 
+import warnings
 from typing import Literal
 
 import flax.linen as nn
@@ -8,18 +9,20 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.control import control
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count
 from moejax.core.layer import Layer
 from moejax.core.registry import Given, Many
-from moejax.experts.base import experts_of
+from moejax.dispatch import Backend
+from moejax.experts.base import AnyBank, experts_of
 from moejax.experts.registry import banks
 from moejax.layers.ffn.dense import sum_shared
 from moejax.layers.registry import ffns
-from moejax.layers.routed import GROUPINGS, group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
+from moejax.layers.routed import group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
 from moejax.routing.balancers import STATE, Balancer, balancers
-from moejax.routing.losses.base import Loss, check_losses, losses
+from moejax.routing.losses.base import Loss, losses
 from moejax.routing.routers.base import ask, check_num_experts, routers, told
-from moejax.routing.select.base import Select, check_select, selects
+from moejax.routing.select.base import Select, selects
 
 SLOTS = {
     "router": routers,
@@ -30,6 +33,12 @@ SLOTS = {
     "losses": Many(losses),
     "balancer": balancers,
 }
+
+
+_UNMOVED = (
+    "{} of {} balances nothing in this call: name 'measured' and 'router_state' in mutable=[...], and move the state after each step, as "
+    "moejax.train does (moejax.train.controllers)"
+)
 
 
 @ffns.register("moe", slots=SLOTS)
@@ -61,22 +70,19 @@ class MoE(Layer):
 
     router: nn.Module
     select: Select
-    bank: nn.Module
+    bank: AnyBank
     eval_select: Select | None = None
-    shared: nn.Module | None = None
+    shared: AnyBank | None = None
     losses: tuple[Loss, ...] = ()
     balancer: Balancer | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
     group_by: Literal["sequence", "batch", "position"] = "sequence"
     leaky_training: bool = False
-    num_experts: int | None = None
+    num_experts: Count | None = None
 
     def __post_init__(self) -> None:
-        check_losses(self.losses)
-        check_choice("group_by", self.group_by, GROUPINGS)
         check_num_experts(self.router, self.bank)
-        for name, rule in (("select", self.select), ("eval_select", self.eval_select or self.select)):
-            check_select(name, rule)
+        for rule in (self.select, self.eval_select or self.select):
             rule.check_num_experts(self.bank.num_experts)
         object.__setattr__(self, "router", told(self.router, self.select.outputs))
         super().__post_init__()
@@ -89,7 +95,7 @@ class MoE(Layer):
           ConfigError: parts that do not fit each other, named with both values.
         """
         ctx = ctx or Context()
-        b, s, _ = x.shape
+        b, s, _ = ctx.fit(x)
         tokens, grouped_ctx = group_tokens(x, ctx, self.group_by)
         select = self.select if ctx.train or self.eval_select is None else self.eval_select
         logits = ask(self.router, tokens, grouped_ctx)
@@ -99,6 +105,8 @@ class MoE(Layer):
         routing = routing.replace(plan=plan)
         sow_routing(self, routing, self.losses, backend=backend)
         if self.balancer is not None and ctx.train:
+            if not self.is_initializing() and not self.is_mutable_collection("measured"):
+                warnings.warn(_UNMOVED.format(type(self.balancer).__name__, "/".join(self.path) or "the layer"), stacklevel=2)
             control(self, "balancer", self.balancer, self.balancer.measure(routing))
         y = ungroup_tokens(y, b, s, self.group_by).astype(x.dtype)
         if self.shared is not None:

@@ -7,11 +7,13 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Few
 from moejax.core.layer import RowWise
 from moejax.core.params import param, per_expert
+from moejax.dispatch import Backend
 from moejax.dispatch.experts import Experts
 from moejax.dispatch.layout import Layout
-from moejax.experts.registry import activation
+from moejax.experts.registry import Activation, activation
 from moejax.layers.registry import ffns
 from moejax.layers.routed import run_plan, sow_routing
 from moejax.routing.losses.base import Routing
@@ -36,12 +38,12 @@ class MultiHash(RowWise):
       backend: of dispatch; 'auto' or a name.
     """
 
-    num_experts: int
-    hidden: int
-    hashes: int = 2
+    num_experts: Count
+    hidden: Count
+    hashes: Few = 2
     seed: int = 0
-    activation: str = "relu"
-    backend: str = "auto"
+    activation: Activation = "relu"
+    backend: Backend = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
@@ -87,9 +89,9 @@ class Pieces(nn.Module):
     """`A_i` and `B_i` of all hashes; each is a bank of linear maps."""
 
     width: int
-    hidden: int
-    num_experts: int
-    hashes: int
+    hidden: Count
+    num_experts: Count
+    hashes: Few
 
     def setup(self) -> None:
         shapes = (self.width, self.hidden // self.hashes), (self.hidden, self.width // self.hashes)

@@ -11,17 +11,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.control import Site, control
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, NonNegative, Rate
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.dispatch.expert_parallel.rows import by_device
 from moejax.experts.rank_one import RankOne
+from moejax.experts.registry import Activation
 from moejax.layers.registry import ffns
+from moejax.routing.plan import dropless
 from pallas_kernels.product_keys import product_key_top_k
 
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
-QUERY_NORMS = ("batch", "layer", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +74,21 @@ class ProductKeys(RowWise):
       ConfigError: sizes that do not fit, unknown options.
     """
 
-    num_keys: int
-    heads: int = 8
-    k: int = 16
-    query_dim: int = 128
+    num_keys: Count
+    heads: Count = 8
+    k: Count = 16
+    query_dim: Count = 128
     values_only: bool = False
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     score: Literal["softmax", "sigmoid", "relu"] = "softmax"
     query_norm: Literal["batch", "layer", "none"] = "batch"
     query_norm_epsilon: float | None = None
     shared_keys: bool = True
-    momentum: float = 0.9
-    key_std: float = 0.02
+    momentum: Rate = 0.9
+    key_std: NonNegative = 0.02
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, options in (("score", (*SCORES,)), ("query_norm", QUERY_NORMS)):
-            check_choice(name, getattr(self, name), options)
         if self.query_dim % 2:
             raise ConfigError(f"query_dim={self.query_dim} must be even: a query has two halves")
         if self.k > self.num_keys**2:
@@ -99,6 +99,7 @@ class ProductKeys(RowWise):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         """Padding gets zeros."""
         ctx = ctx or Context()
+        b, s, _ = ctx.fit(x)
         rows, valid = ctx.clean(x).reshape(-1, x.shape[-1]), ctx.real(x).reshape(-1)
         score, index = self._retrieve(self._query(rows, valid, ctx.train))
         weight = SCORES[self.score](score)
@@ -108,6 +109,9 @@ class ProductKeys(RowWise):
         fan_in = x.shape[-1] if self.values_only else self.heads * self.k
         bank = RankOne(self.num_keys**2, self.activation, self.values_only, fan_in**-0.5, self.implementation, name="bank")
         y = bank(rows, index.reshape(rows.shape[0], -1), weight.reshape(rows.shape[0], -1))
+        expert, share = (values.reshape(b, s, -1) for values in (index, weight))
+        used = jnp.broadcast_to(ctx.real(x)[..., None], expert.shape)
+        sow(self, "routing", "plan", dropless(expert, share, used, self.num_keys**2))
         return y.reshape(x.shape).astype(x.dtype)
 
     def _query(self, x: Float[Array, "n d"], valid: Bool[Array, "n"], train: bool) -> Float[Array, "n h q"]:

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, NonNegative, Positive, Rate
 from moejax.core.layer import Layer
 from moejax.core.params import param
 from moejax.core.registry import Many
-from moejax.experts.base import experts_of
+from moejax.dispatch import Backend
+from moejax.experts.base import AnyBank, experts_of
 from moejax.experts.registry import banks
 from moejax.layers.registry import ffns, mixers
 from moejax.layers.routed import run_plan, sow_routing
-from moejax.routing.losses.base import Loss, Routing, check_losses, losses, masked_mean
+from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
 from moejax.routing.plan import MergePlan, Plan, dropless
 from moejax.routing.scores import shares
 
-COMBINES = ("merge", "ensemble", "st_gumbel", "top1", "tag")
-ROUTE_BY = ("sequence", "previous", "prefix")
 SLOTS = {"bank": banks, "losses": Many(losses)}
 
 
@@ -56,31 +56,23 @@ class SMEAR(Layer):
       ConfigError: unknown options; in a decoder, `route_by='sequence'`; a 'tag' without domains in the batch.
     """
 
-    bank: nn.Module
-    num_experts: int
+    bank: AnyBank
+    num_experts: Count
     layer: nn.Module | None = None
     combine: Literal["merge", "ensemble", "st_gumbel", "top1", "tag"] = "merge"
     route_by: Literal["sequence", "previous", "prefix"] = "sequence"
-    segment: int = 16
-    expert_dropout: float = 0.1
-    router_scale: float = 1e-2
-    temperature: float = 1.0
-    epsilon: float = 1e-6
+    segment: Count = 16
+    expert_dropout: Rate = 0.1
+    router_scale: NonNegative = 1e-2
+    temperature: Positive = 1.0
+    epsilon: Positive = 1e-6
     losses: tuple[Loss, ...] = ()
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     @property
     def counts_padding(self) -> bool:
         """Segments are cut by places."""
         return self.route_by != "sequence"
-
-    def __post_init__(self) -> None:
-        check_losses(self.losses)
-        for name, options in (("combine", COMBINES), ("route_by", ROUTE_BY)):
-            check_choice(name, getattr(self, name), options)
-        if self.segment < 1:
-            raise ConfigError(f"segment={self.segment} must be at least 1")
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:

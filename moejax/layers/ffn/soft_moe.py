@@ -1,11 +1,15 @@
 """Soft MoE (Puigcerver et al. 2023): the MoE layer with the soft router and soft slots."""
 
+from typing import Literal
+
 import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count
 from moejax.core.layer import Layer
+from moejax.experts.base import AnyBank
 from moejax.experts.registry import banks
 from moejax.layers.ffn.moe import MoE
 from moejax.layers.registry import ffns
@@ -27,12 +31,12 @@ class SoftMoE(Layer):
       dispatch, combine: 'soft', or 'uniform' for the paper's ablation ladder.
     """
 
-    bank: nn.Module
-    num_experts: int
-    slots: int = 1
+    bank: AnyBank
+    num_experts: Count
+    slots: Count = 1
     normalise: bool = True
-    dispatch: str = "soft"
-    combine: str = "soft"
+    dispatch: Literal["soft", "uniform"] = "soft"
+    combine: Literal["soft", "uniform"] = "soft"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.core.context import Context
 from moejax.core.control import Site, control
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Fraction, NonNegative, Rate
 from moejax.core.params import param
 from moejax.core.sowing import sow, sow_loss
 from moejax.experts.base import experts_of
@@ -20,13 +21,6 @@ from moejax.layers.routed import run_plan, sow_routing
 from moejax.routing.losses.base import Routing, masked_mean
 from moejax.routing.plan import dropless
 
-OPTIONS = {
-    "quantise": ("straight_through", "blend"),
-    "distance": ("euclidean", "cosine"),
-    "paths": ("both", "discrete"),
-    "combine": ("gate", "mean"),
-    "codebook": ("learned", "averaged"),
-}
 MEMORY = 0.99  # of running means: codes' use and, where they are averages, their tokens
 
 
@@ -85,23 +79,19 @@ class VQMoE(MoE):
     'router_state', which controllers move after every optimizer step.
     """
 
-    num_codes: int | None = None
+    num_codes: Count | None = None
     quantise: Literal["straight_through", "blend"] = "straight_through"
-    rho: float = 0.05
+    rho: Fraction = 0.05
     coef: float = 0.08
-    commitment: float = 0.25
+    commitment: NonNegative = 0.25
     distance: Literal["euclidean", "cosine"] = "euclidean"
     paths: Literal["both", "discrete"] = "both"
     combine: Literal["gate", "mean"] = "gate"
-    revive_below: float = 0.0
-    epsilon: float = 1e-6
+    revive_below: Rate = 0.0
+    epsilon: Positive = 1e-6
     codebook: Literal["learned", "averaged"] = "learned"
 
     def __post_init__(self) -> None:
-        for name, options in OPTIONS.items():
-            check_choice(name, getattr(self, name), options)
-        if not 0 <= self.revive_below < 1:
-            raise ConfigError(f"revive_below={self.revive_below} must be at least 0 and below 1: a share of the mean use")
         if self.revive_below and self.codebook == "averaged":
             raise ConfigError(f"revive_below={self.revive_below} moves learned codes; take codebook='learned', or 0")
         super().__post_init__()

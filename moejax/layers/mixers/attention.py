@@ -3,7 +3,7 @@
 Letters: b batch, s tokens (queries), t keys, h query heads, j key-value heads, c channels of a head, d model width.
 """
 
-from typing import Any
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, nearest
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, DType, Positive
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn
 from moejax.core.layer import Layer
@@ -20,7 +21,6 @@ from moejax.layers.registry import mixers
 from moejax.parallel import constrain, current
 from pallas_kernels.implementations import current_chip
 
-QK_NORMS = ("none", "head", "projection")
 CHUNK = 512  # queries of a long sequence whose scores are in memory at a time
 INITS = {"init_qkv": initializers, "init_out": initializers}
 
@@ -52,34 +52,30 @@ class Attention(Layer):
       dtype: computation type; parameters stay float32.
     """
 
-    num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_heads: Count
+    num_kv_heads: Count | None = None
+    head_dim: Count | None = None
     causal: bool = True
-    rope_base: float | None = 10_000.0
-    window: int | None = None
+    rope_base: Positive | None = 10_000.0
+    window: Count | None = None
     use_bias: bool = False
-    qk_norm: str = "none"
-    qk_norm_epsilon: float = 1e-6
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    qk_norm_epsilon: Positive = 1e-6
     init_qkv: Initializer = FanIn()
     init_out: Initializer = FanIn()
-    max_length: int = 2048
-    dtype: Any = "float32"
+    max_length: Count = 2048
+    dtype: DType = "float32"
 
     def __post_init__(self):
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
         if self.head_dim is not None and self.rope_base is not None and self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd; rotary positions need an even one, or rope_base=None")
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"window={self.window} must be at least 1, the token itself; None turns it off")
-        if self.qk_norm not in QK_NORMS:
-            raise ConfigError(f"unknown qk_norm='{self.qk_norm}'{nearest(self.qk_norm, QK_NORMS)}")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
-        b, s, d = x.shape
+        b, s, d = ctx.fit(x)
         kv_heads = self.num_kv_heads or self.num_heads
         positions = token_positions(ctx, b, s)
         q = self._project(x, "q", self.num_heads, "heads")
@@ -219,7 +215,7 @@ def visible(
     query_positions: Int[Array, "b s"],
     key_positions: Int[Array, "b t"],
     causal: bool,
-    window: int | None = None,
+    window: Count | None = None,
     key_valid: Bool[Array, "b t"] | None = None,
     query_segments: Int[Array, "b s"] | None = None,
     key_segments: Int[Array, "b t"] | None = None,

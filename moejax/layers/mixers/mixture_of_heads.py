@@ -7,14 +7,15 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Whole
 from moejax.core.registry import Many
 from moejax.layers.mixers.attention import INITS, Attention
 from moejax.layers.registry import mixers
 from moejax.layers.routed import plan_tokens, sow_routing
-from moejax.routing.losses.base import Loss, Routing, check_losses, losses
+from moejax.routing.losses.base import Loss, Routing, losses
 from moejax.routing.routers.base import ask, routers, told
 from moejax.routing.routers.linear import Linear
-from moejax.routing.select import Select, TopK, check_select, selects
+from moejax.routing.select import Select, TopK, selects
 
 
 class RoutedHeads(Attention):
@@ -31,15 +32,13 @@ class RoutedHeads(Attention):
     Subclasses give `_gates`.
     """
 
-    shared_heads: int = 0
+    shared_heads: Whole = 0
     select: Select = TopK(k=1)
     losses: tuple[Loss, ...] = ()
 
     def __post_init__(self) -> None:
-        check_losses(self.losses)
-        if not 0 <= self.shared_heads < self.num_heads:
-            raise ConfigError(f"shared_heads={self.shared_heads} must be at least 0 and less than num_heads={self.num_heads}")
-        check_select("select", self.select)
+        if self.shared_heads >= self.num_heads:
+            raise ConfigError(f"shared_heads={self.shared_heads} must be less than num_heads={self.num_heads}")
         self.select.check_num_experts(self.num_heads - self.shared_heads)
         super().__post_init__()
 

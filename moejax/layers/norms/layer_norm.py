@@ -1,11 +1,10 @@
 """Layer norm. Statistics are float32 whatever the model computes in."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.core.fields import DType, NonNegative
 from moejax.core.layer import RowWise
 from moejax.layers.registry import norms
 
@@ -14,9 +13,9 @@ from moejax.layers.registry import norms
 class LayerNorm(RowWise):
     """Layer norm with learned scale and bias (Ba et al. 2016); Flax's, in the model's dtype."""
 
-    epsilon: float = 1e-6
+    epsilon: NonNegative = 1e-6
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -1,14 +1,14 @@
 """The root-mean-square norm whose statistic is that of the first few features only."""
 
 import math
-from typing import Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.core.errors import ConfigError
+from moejax.core.fields import DType, In, NonNegative
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.layers.registry import norms
@@ -30,14 +30,9 @@ class PartialRMSNorm(RowWise):
       ConfigError: a share that is not in (0, 1].
     """
 
-    fraction: float = 0.0625
-    epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction={self.fraction} must lie in (0, 1]: it is the share of the features that is measured")
-        super().__post_init__()
+    fraction: Annotated[float, In(above=0, most=1)] = 0.0625
+    epsilon: NonNegative = 1e-6
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

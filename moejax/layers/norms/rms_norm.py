@@ -1,11 +1,10 @@
 """Root-mean-square norm. Statistics are float32 whatever the model computes in."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.core.fields import DType, NonNegative
 from moejax.core.layer import RowWise
 from moejax.layers.registry import norms
 
@@ -14,8 +13,8 @@ from moejax.layers.registry import norms
 class RMSNorm(RowWise):
     """Root-mean-square norm with a learned scale (Zhang and Sennrich 2019); Flax's, in the model's dtype."""
 
-    epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-6
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -1,14 +1,14 @@
 """Losses whose weight follows what routing does: ReMoE's adaptive L1 (Wang et al. 2024)."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.control import Site
-from moejax.core.errors import ConfigError
+from moejax.core.fields import In, Positive
 from moejax.routing.losses.base import Loss, Routing, batch_mean, losses
 
 
@@ -53,15 +53,10 @@ class AdaptiveL1(Loss):
       balanced: press by load; False is the paper's ablation.
     """
 
-    k: float = 1.0
-    coef: float = dataclasses.field(default=1e-8, kw_only=True)
-    rate: float = 1.2
+    k: Positive = 1.0
+    coef: Positive = dataclasses.field(default=1e-8, kw_only=True)
+    rate: Annotated[float, In(above=1)] = 1.2
     balanced: bool = True
-
-    def __post_init__(self) -> None:
-        for name, low in (("k", 0), ("coef", 0), ("rate", 1)):
-            if getattr(self, name) <= low:
-                raise ConfigError(f"{name}={getattr(self, name)} must be greater than {low}")
 
     def fresh_state(self) -> Float[Array, ""]:
         return jnp.float32(self.coef)

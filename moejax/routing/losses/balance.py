@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
 from moejax.core.sowing import batch_sum
 from moejax.routing.losses.base import Loss, Routing, batch_mean, losses, masked_mean, mean_of_groups
 from moejax.routing.plan import Plan, TokenPlan
@@ -35,11 +35,6 @@ class Balance(Loss):
     count: Literal["all", "first"] = "all"
     over: Literal["group", "batch"] = "group"
     share: Literal["choices", "tokens"] = "choices"
-
-    def __post_init__(self) -> None:
-        check_choice("count", self.count, ("all", "first"))
-        check_choice("share", self.share, ("choices", "tokens"))
-        check_choice("over", self.over, ("group", "batch"))
 
     def cost(self, routing: Routing) -> Float[Array, ""]:
         wanted = _first(routing.plan) if self.count == "first" else routing.plan.wanted()

@@ -16,13 +16,13 @@ the balance loss is `coef` times 1 under uniform routing and `coef` times e when
 
 import dataclasses
 import re
-from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from moejax.core.errors import ConfigError
+from moejax.core.fields import check
 from moejax.core.registry import Registry
 from moejax.core.sowing import batch_sum
 from moejax.routing.plan import Plan
@@ -62,6 +62,9 @@ class Loss:
 
     coef: float = 1.0
 
+    def __post_init__(self) -> None:
+        check(type(self), vars(self))  # of one's own loss too, which no registry knows
+
     def __call__(self, routing: Routing) -> Float[Array, ""]:
         """The weighted scalar. What lies in padding, NaN included, touches neither it nor its gradient."""
         return self.coef * self.cost(routing.clean())
@@ -82,15 +85,6 @@ class Loss:
     def name(self) -> str:
         """What it is called where it is sown: '<kind>_loss'. NNX keeps losses and statistics in one namespace, and there 'z' is one."""
         return self.kind if self.kind.endswith("_loss") else f"{self.kind}_loss"
-
-
-def check_losses(given: Any) -> None:
-    """Raises ConfigError if a layer's `losses` are not a tuple of losses."""
-    if not isinstance(given, tuple):
-        raise ConfigError(f"losses={given!r} must be a tuple, as in losses=(Balance(0.01),)")
-    for loss in given:
-        if not isinstance(loss, Loss):
-            raise ConfigError(f"losses has a {type(loss).__name__}, which is no routing loss; derive it from moejax.Loss")
 
 
 def masked_mean(values: Float[Array, "g n *e"], valid: Bool[Array, "g n"], axes: tuple[int, ...]) -> Array:

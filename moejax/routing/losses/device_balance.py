@@ -5,6 +5,7 @@ import dataclasses
 from jaxtyping import Array, Float
 
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count
 from moejax.routing.losses.balance import Balance
 from moejax.routing.losses.base import losses
 
@@ -22,7 +23,7 @@ class DeviceBalance(Balance):
     """
 
     coef: float = 0.05
-    devices: int = 1
+    devices: Count = 1
 
     def _unevenness(self, share: Float[Array, "*g e"], mean_prob: Float[Array, "*g e"]) -> Float[Array, "*g"]:
         if share.shape[-1] % self.devices:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.core.errors import check_choice
 from moejax.core.sowing import batch_sum
 from moejax.routing.losses.base import Loss, Routing, losses
 
@@ -24,9 +23,6 @@ class Importance(Loss):
 
     coef: float = 0.1
     gates: Literal["weights", "probs"] = "weights"
-
-    def __post_init__(self) -> None:
-        check_choice("gates", self.gates, ("weights", "probs"))
 
     def cost(self, routing: Routing) -> Float[Array, ""]:
         gates = routing.probs if self.gates == "probs" or not hasattr(routing.plan, "dense") else routing.plan.dense()

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.core.errors import check_choice
 from moejax.routing.losses.base import Loss, Routing, batch_mean, losses
 from moejax.routing.scores import best
 
@@ -28,9 +27,6 @@ class NullBalance(Loss):
 
     coef: float = 1e-3
     null: Literal["mean", "each"] = "mean"
-
-    def __post_init__(self) -> None:
-        check_choice("null", self.null, ("mean", "each"))
 
     def cost(self, routing: Routing) -> Float[Array, ""]:
         e, o, k = routing.plan.num_experts, routing.logits.shape[-1], routing.plan.expert.shape[-1]

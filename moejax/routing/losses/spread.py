@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.core.errors import check_choice
 from moejax.routing.losses.base import Loss, Routing, batch_mean, losses, masked_mean, mean_of_groups
 
 
@@ -24,9 +23,6 @@ class Spread(Loss):
 
     coef: float = 1e-3
     over: Literal["batch", "group"] = "batch"
-
-    def __post_init__(self) -> None:
-        check_choice("over", self.over, ("batch", "group"))
 
     def cost(self, routing: Routing) -> Float[Array, ""]:
         probs = jax.nn.softmax(routing.logits, axis=-1)

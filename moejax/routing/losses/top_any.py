@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.core.errors import ConfigError
+from moejax.core.fields import NonNegative
 from moejax.routing.losses.base import Loss, Routing, batch_mean, losses, masked_mean
 
 
@@ -22,12 +22,8 @@ class TopAnyLoss(Loss):
     """
 
     coef: float = 0.01
-    balance: float = 1.0
-    efficiency: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.balance < 0 or self.efficiency < 0:
-            raise ConfigError(f"balance={self.balance} and efficiency={self.efficiency} must not be negative")
+    balance: NonNegative = 1.0
+    efficiency: NonNegative = 1.0
 
     def cost(self, routing: Routing) -> Float[Array, ""]:
         e = routing.plan.num_experts

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Whole
 from moejax.core.layer import Layer
 from moejax.core.registry import Registry
 
@@ -38,8 +39,8 @@ class Router(Layer):
       outputs: logits of each expert, and those of null experts after them; the layer fills in what its select rule asks for.
     """
 
-    num_experts: int
-    outputs: tuple[int, int] = dataclasses.field(default=(1, 0), kw_only=True)
+    num_experts: Count
+    outputs: tuple[Count, Whole] = dataclasses.field(default=(1, 0), kw_only=True)
 
     @property
     def num_outputs(self) -> int:

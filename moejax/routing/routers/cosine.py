@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.fields import Count
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.routing.routers.base import Router, float32_dot, routers
@@ -22,7 +23,7 @@ class Cosine(Router, RowWise):
       normalise: False drops both norms (Soft MoE's ablation), leaving `scale * <x, w_o>`.
     """
 
-    projection: int | None = None
+    projection: Count | None = None
     scale_init: float = 1.0
     normalise: bool = True
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
+from moejax.core.fields import Count
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.routing.routers.base import Router, float32_dot, routers
@@ -25,7 +26,7 @@ class EqualNorm(Router, RowWise):
       num_layers: L; a config fills in the model's.
     """
 
-    num_layers: int = 1
+    num_layers: Count = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:

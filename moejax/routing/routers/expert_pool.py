@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from moejax.core.context import Context
 from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Positive, Whole
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
@@ -83,21 +84,21 @@ class ExpertPool(Router, RowWise):
         of a cycle and the update comes after two thirds, as in the release.
     """
 
-    outputs: tuple[int, int] = dataclasses.field(default=(2, 0), kw_only=True)
-    initial: int | None = None
-    scale_init: float = 10.0
+    outputs: tuple[Count, Whole] = dataclasses.field(default=(2, 0), kw_only=True)
+    initial: Count | None = None
+    scale_init: Positive = 10.0
     learn_scale: bool = True
     diversity: float = 0.01
-    cycle: int = 0
-    record: int | None = None
-    update: int | None = None
+    cycle: Whole = 0
+    record: Whole | None = None
+    update: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.initial is not None and not 1 <= self.initial <= self.num_experts:
+        if self.initial is not None and self.initial > self.num_experts:
             raise ConfigError(f"initial={self.initial} must lie between 1 and num_experts={self.num_experts}")
-        if self.cycle < 0 or (self.cycle and not 0 <= self._adapt.record < self._adapt.update <= self.cycle):
+        if self.cycle and not self._adapt.record < self._adapt.update <= self.cycle:
             raise ConfigError(
-                f"record={self.record} and update={self.update} must satisfy 0 <= record < update <= cycle={self.cycle}"
+                f"record={self.record} and update={self.update} must satisfy record < update <= cycle={self.cycle}"
             )
         super().__post_init__()
 

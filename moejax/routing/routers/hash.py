@@ -10,7 +10,8 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import NonNegative, Whole
 from moejax.routing.routers.base import Router, routers
 
 # Hash -> the field of the table that it is made from.
@@ -57,17 +58,14 @@ class Hash(Router):
       ConfigError: unknown hash, a table missing or not wanted, no token ids in the context, decoding where it cannot.
     """
 
-    hash: Literal["random", "balanced", "clustered", "dispersed", "predicted", "position", "previous", "bigram", "next"] = (
-        "random"
-    )
+    hash: Literal[*HASHES] = "random"
     seed: int = 0
-    frequencies: tuple[float, ...] | Mapping[str, Any] | None = None
-    clusters: tuple[int, ...] | Mapping[str, Any] | None = None
-    successors: tuple[int, ...] | Mapping[str, Any] | None = None
+    frequencies: tuple[NonNegative, ...] | Mapping[str, Any] | None = None
+    clusters: tuple[Whole, ...] | Mapping[str, Any] | None = None
+    successors: tuple[Whole, ...] | Mapping[str, Any] | None = None
     leak: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("hash", self.hash, HASHES)
         for name in ("frequencies", "clusters", "successors"):
             if (HASHES[self.hash] == name) != (getattr(self, name) is not None):
                 needs = [hash for hash, table in HASHES.items() if table == name]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
-from moejax.core.errors import check_choice
+from moejax.core.fields import NonNegative
 from moejax.core.initializers.registry import initializers
 from moejax.core.initializers.usual import FanIn
 from moejax.core.layer import RowWise
@@ -32,17 +32,12 @@ class Linear(Router, RowWise):
       precision: of inputs, weights and logits; 'bfloat16' is for measuring what it costs (ST-MoE, Zoph et al. 2022).
     """
 
-    jitter: float = 0.0
-    noise_std: float = 0.0
+    jitter: NonNegative = 0.0
+    noise_std: NonNegative = 0.0
     use_bias: bool = False
     init_w: Initializer = FanIn(0.1)
     null_start: Literal["drawn", "copied"] = "drawn"
     precision: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        check_choice("null_start", self.null_start, ("drawn", "copied"))
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:

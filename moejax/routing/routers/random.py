@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import check_seed
+from moejax.core.fields import NonNegative, Seed
 from moejax.core.layer import RowWise
 from moejax.routing.routers.base import Router, routers
 
@@ -19,12 +19,8 @@ class Random(Router, RowWise):
     differ, and decoding token by token gives what a whole forward pass gives.
     """
 
-    std: float = 1.0
-    eval_seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_seed("eval_seed", self.eval_seed)
-        super().__post_init__()
+    std: NonNegative = 1.0
+    eval_seed: Seed = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:

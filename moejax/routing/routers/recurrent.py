@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from moejax.core.carried import Declared, shared
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, nearest
+from moejax.core.fields import Count, NonNegative
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
@@ -70,19 +70,11 @@ class Recurrent(Router, RowWise):
       init_scale: of G, truncated normal with variance init_scale / p. The state is bounded, so G alone sets the logits' size.
     """
 
-    width: int = 128
+    width: Count = 128
     cell: Literal["gru", "lstm", "rnn"] = "gru"
     passing: Literal["through", "detached", "none"] = "through"
     projector: Literal["layer", "shared"] = "layer"
-    init_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, options in (("cell", CELLS), ("passing", PASSING), ("projector", ("layer", "shared"))):
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown{nearest(getattr(self, name), options)}")
-        if self.width < 1:
-            raise ConfigError(f"width={self.width} must be at least 1")
-        super().__post_init__()
+    init_scale: NonNegative = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "g n d"], ctx: Context) -> Float[Array, "g n o"]:

@@ -11,7 +11,8 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_seed
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Fraction, NonNegative, Seed
 from moejax.core.layer import RowWise
 from moejax.routing.routers.base import Router, routers, told
 
@@ -45,21 +46,18 @@ class TokenMask(Router, RowWise):
     """
 
     router: nn.Module
-    frequencies: tuple[float, ...] | Mapping[str, Any]
-    head: float = 0.8
-    head_experts: int = 8
-    tail_experts: int = 1
-    seed: int = 0
+    frequencies: tuple[NonNegative, ...] | Mapping[str, Any]
+    head: Fraction = 0.8
+    head_experts: Count = 8
+    tail_experts: Count = 1
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for name in ("head_experts", "tail_experts"):
-            if not 1 <= getattr(self, name) <= self.num_experts:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie between 1 and num_experts={self.num_experts}")
-        if not 0 <= self.head <= 1:
-            raise ConfigError(f"head={self.head} must be a share of all tokens, between 0 and 1")
+            if getattr(self, name) > self.num_experts:
+                raise ConfigError(f"{name}={getattr(self, name)} exceeds num_experts={self.num_experts}")
         if isinstance(self.frequencies, dict):
             object.__setattr__(self, "frequencies", FrozenDict(self.frequencies))  # modules are hashed
-        check_seed("seed", self.seed)
         object.__setattr__(self, "router", told(self.router, self.outputs))
         super().__post_init__()
 

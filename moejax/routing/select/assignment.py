@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Positive
 from moejax.routing.plan import TokenPlan
 from moejax.routing.scores import take
 from moejax.routing.select.base import TokenChoice, selects
@@ -39,11 +39,7 @@ class BalancedAssignment(SigmoidGated):
       max_rounds: of the auction, whose last tokens are then given to whoever has room; it rarely takes 100.
     """
 
-    max_rounds: int = 500
-
-    def __post_init__(self) -> None:
-        if self.max_rounds < 1:
-            raise ConfigError(f"max_rounds={self.max_rounds} must be at least 1")
+    max_rounds: Count = 500
 
     def choose(
         self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None
@@ -70,12 +66,8 @@ class Sinkhorn(SigmoidGated):
       temperature: the smaller, the closer to the best assignment and the slower to balance.
     """
 
-    iterations: int = 20
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1 or self.temperature <= 0:
-            raise ConfigError(f"iterations={self.iterations} and temperature={self.temperature} must be positive")
+    iterations: Count = 20
+    temperature: Positive = 1.0
 
     def choose(
         self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None

@@ -18,16 +18,17 @@ business.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Positive, check
 from moejax.core.registry import Registry
-from moejax.routing.capacity import PRIORITIES, Priority, drop_over_capacity
+from moejax.routing.capacity import Priority, drop_over_capacity
 from moejax.routing.plan import Plan, TokenPlan, dropless
 from moejax.routing.scores import take
 
@@ -65,6 +66,9 @@ class Select:
     needs: ClassVar[tuple[str, ...]] = ()
     outputs_per_expert: ClassVar[int] = 1
     null_outputs: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check(type(self), vars(self))  # of one's own rule too, which no registry knows
 
     def __call__(
         self, logits: Float[Array, "g n o"], ctx: Context = NO_CONTEXT, *, bias: Float[Array, "b"] | None = None
@@ -132,12 +136,6 @@ class Select:
             value = getattr(self, name, None)
             if value is not None and value > num_experts + self.null_outputs:
                 raise ConfigError(f"{name}={value} exceeds num_experts={num_experts}{null}; lower {name} or add experts")
-
-
-def check_select(name: str, rule: Any) -> None:
-    """Raises ConfigError if the field `name` of a layer holds something else than a select rule."""
-    if not isinstance(rule, Select):
-        raise ConfigError(f"{name}={rule!r} is no select rule; derive it from moejax.TokenChoice, or from moejax.Select")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,16 +251,9 @@ class CapacityLimited(TokenChoice):
       priority: who is served first when experts fill up; see `capacity.drop_over_capacity`.
     """
 
-    capacity_factor: float | None = dataclasses.field(default=None, kw_only=True)
-    eval_capacity_factor: float | None | Literal["same"] = dataclasses.field(default="same", kw_only=True)
+    capacity_factor: Positive | None = dataclasses.field(default=None, kw_only=True)
+    eval_capacity_factor: Positive | None | Literal["same"] = dataclasses.field(default="same", kw_only=True)
     priority: Priority = dataclasses.field(default="token", kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_choice("priority", self.priority, PRIORITIES)
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            if value not in (None, "same") and value <= 0:
-                raise ConfigError(f"{name}={value} must be positive, or None for dropless routing")
 
     def token_score(self, logits: Float[Array, "g n o"]) -> Float[Array, "g n"]:
         """Who is served first under priority='score': the token with the largest probability."""

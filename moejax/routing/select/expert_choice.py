@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.fields import Positive
 from moejax.routing.capacity import capacity_of
 from moejax.routing.plan import ExpertPlan
 from moejax.routing.scores import best, shares, softmax_over
 from moejax.routing.select.base import Select, selects
-
-SCORES = ("softmax", "sigmoid", "logit")
 
 
 @selects.register("expert_choice")
@@ -32,15 +30,10 @@ class ExpertChoice(Select):
       in_order: sort each expert's tokens by position, which causal attention among them needs.
     """
 
-    capacity_factor: float = 2.0
+    capacity_factor: Positive = 2.0
     score: Literal["softmax", "sigmoid", "logit"] = "softmax"
     normalise: bool = False
     in_order: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("score", self.score, SCORES)
-        if self.capacity_factor <= 0:
-            raise ConfigError(f"capacity_factor={self.capacity_factor} must be positive")
 
     def plan(self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None) -> ExpertPlan:
         n = logits.shape[1]

@@ -6,9 +6,9 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError
+from moejax.core.fields import Rate
 from moejax.routing.plan import TokenPlan
-from moejax.routing.select.base import Select, TokenChoice, selects
+from moejax.routing.select.base import TokenChoice, selects
 
 
 @selects.register("expert_dropout", slots={"select": selects})
@@ -26,14 +26,8 @@ class ExpertDropout(TokenChoice):
       rate: delta, at least 0 and below 1.
     """
 
-    select: Select
-    rate: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
-            raise ConfigError(f"rate={self.rate} must be at least 0 and below 1")
-        if not isinstance(self.select, TokenChoice):
-            raise ConfigError(f"expert_dropout needs token choice, and {type(self.select).__name__} is none")
+    select: TokenChoice
+    rate: Rate = 0.05
 
     @property
     def causal(self) -> bool:

@@ -2,7 +2,7 @@
 al. 2022, section 2)."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import In, Positive
 from moejax.routing.capacity import Priority
 from moejax.routing.scores import best, softmax_over, take
 from moejax.routing.select.base import CapacityLimited, selects
@@ -32,18 +33,11 @@ class GShard(CapacityLimited):
         first (batch-prioritised routing, an option of ST-MoE). See `capacity.drop_over_capacity`.
     """
 
-    capacity_factor: float | None = 1.0
-    eval_capacity_factor: float | None | Literal["same"] = "same"
-    threshold: float = 0.5
+    capacity_factor: Positive | None = 1.0
+    eval_capacity_factor: Positive | None | Literal["same"] = "same"
+    threshold: Annotated[float, In(above=0, most=0.5)] = 0.5
     priority: Priority = dataclasses.field(default="choice", kw_only=True)
     needs: ClassVar[tuple[str, ...]] = ("key",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.threshold <= 0.5:
-            raise ConfigError(
-                f"threshold={self.threshold} must lie in (0, 0.5]: the smaller of two gates that sum to 1 is compared"
-            )
 
     def choose(
         self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.fields import Count
 from moejax.routing.scores import best, softmax_over, take
 from moejax.routing.select.base import TokenChoice, selects
-
-NORMALISE = ("true", "selected", "none")
 
 
 @selects.register("null_experts")
@@ -31,18 +29,11 @@ class NullExperts(TokenChoice):
         shares lost, or are the raw probabilities ('none').
     """
 
-    k: int = 4
-    num_null: int = 8
+    k: Count = 4
+    num_null: Count = 8
     normalise: Literal["true", "selected", "none"] = "true"
     causal: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"k={self.k} must be at least 1")
-        if self.num_null < 1:
-            raise ConfigError(f"num_null={self.num_null} must be at least 1; without null experts the rule is 'top_k'")
-        check_choice("normalise", self.normalise, NORMALISE)
 
     @property
     def null_outputs(self) -> int:

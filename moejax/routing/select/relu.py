@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Positive
 from moejax.routing.scores import best, shares, take
 from moejax.routing.select.base import TokenChoice, selects
 
@@ -27,16 +27,10 @@ class ReLU(TokenChoice):
       max_experts: most experts of a token, the largest gates first; None for all of them, as in the paper.
     """
 
-    k: float = 1.0
-    max_experts: int | None = None
+    k: Positive = 1.0
+    max_experts: Count | None = None
     causal: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.k <= 0:
-            raise ConfigError(f"k={self.k} must be positive")
-        if self.max_experts is not None and self.max_experts < 1:
-            raise ConfigError(f"max_experts={self.max_experts} must be at least 1, or None for all")
 
     def choose(
         self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None

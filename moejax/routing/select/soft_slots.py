@@ -1,13 +1,14 @@
 """Soft slots: every slot averages all tokens, every token averages all slots (Soft MoE, Puigcerver et al. 2023)."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.fields import Count
 from moejax.routing.plan import SlotPlan
 from moejax.routing.select.base import Select, selects
 
@@ -26,15 +27,9 @@ class SoftSlots(Select):
       combine: 'soft', or 'uniform' to average all slots in every token.
     """
 
-    slots: int = 1
-    dispatch: str = "soft"
-    combine: str = "soft"
-
-    def __post_init__(self) -> None:
-        if self.slots < 1:
-            raise ConfigError(f"slots={self.slots} must be at least 1")
-        for name in ("dispatch", "combine"):
-            check_choice(name, getattr(self, name), ("soft", "uniform"))
+    slots: Count = 1
+    dispatch: Literal["soft", "uniform"] = "soft"
+    combine: Literal["soft", "uniform"] = "soft"
 
     @property
     def outputs_per_expert(self) -> int:

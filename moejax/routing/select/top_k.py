@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError, check_choice
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, Whole
 from moejax.routing.scores import best, shares, softmax_over, take
 from moejax.routing.select.base import CapacityLimited, selects
-
-SCORES = ("softmax", "softmax_selected", "sigmoid", "logit")
 
 
 @selects.register("top_k")
@@ -41,28 +40,21 @@ class TopK(CapacityLimited):
       capacity_factor, eval_capacity_factor, priority: see `CapacityLimited`.
     """
 
-    k: int = 1
+    k: Count = 1
     score: Literal["softmax", "softmax_selected", "sigmoid", "logit"] = "softmax"
     normalise: bool = False
     scale: float = 1.0
-    expert_groups: int = 1
-    groups_kept: int | None = None
+    expert_groups: Count = 1
+    groups_kept: Count | None = None
     group_score: Literal["best", "best_two"] = "best"
-    skip: int = 0
+    skip: Whole = 0
     apply_bias: Literal["add", "multiply"] = "add"
     constant_gate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("score", self.score, SCORES)
-        if self.k < 1:
-            raise ConfigError(f"k={self.k} must be at least 1")
-        if self.skip < 0:
-            raise ConfigError(f"skip={self.skip} must not be negative")
-        check_choice("apply_bias", self.apply_bias, ("add", "multiply"))
-        check_choice("group_score", self.group_score, ("best", "best_two"))
-        if self.expert_groups < 1 or not 1 <= (self.groups_kept or 1) <= self.expert_groups:
-            raise ConfigError(f"groups_kept={self.groups_kept} must lie between 1 and expert_groups={self.expert_groups}")
+        if (self.groups_kept or 1) > self.expert_groups:
+            raise ConfigError(f"groups_kept={self.groups_kept} exceeds expert_groups={self.expert_groups}")
         if self.k == 1 and (self.normalise or self.score == "softmax_selected") and not self.constant_gate:
             raise ConfigError(
                 "k=1 with weights normalised over the selection makes every weight 1 and gives the router no task gradient; "

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
-from moejax.core.errors import ConfigError
+from moejax.core.fields import Count, In
 from moejax.routing.scores import best, take
 from moejax.routing.select.base import TokenChoice, selects
 
@@ -27,16 +27,10 @@ class TopP(TokenChoice):
       max_experts: most experts of a token; the plan's static k. None for all of them.
     """
 
-    p: float = 0.4
-    max_experts: int | None = None
+    p: Annotated[float, In(above=0, below=1)] = 0.4
+    max_experts: Count | None = None
     causal: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.p < 1:
-            raise ConfigError(f"p={self.p} must lie between 0 and 1; with 1 every token would use every expert")
-        if self.max_experts is not None and self.max_experts < 1:
-            raise ConfigError(f"max_experts={self.max_experts} must be at least 1, or None for all")
 
     def choose(
         self, logits: Float[Array, "g n e"], ctx: Context, bias: Float[Array, "e"] | None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Whole
 from moejax.surgery.base import Checkpoint
 from moejax.surgery.sources.base import Reader, Source, network_of, sources
 
@@ -24,7 +25,7 @@ class CheckpointSource(Source):
     """
 
     path: str
-    step: int | None = None
+    step: Whole | None = None
 
     def __post_init__(self):
         if self.step is not None and _is_checkpoint(Path(self.path)):

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from moejax.core.errors import check_seed
+from moejax.core.fields import Seed
 from moejax.surgery.base import Checkpoint
 from moejax.surgery.sources.base import Reader, Source, network_of, sources
 
@@ -24,11 +24,7 @@ class RunSource(Source):
     """
 
     config: Mapping[str, Any]
-    seed: str | int = OWN
-
-    def __post_init__(self):
-        if self.seed != OWN:
-            check_seed("seed", self.seed)
+    seed: Seed | Literal["own"] = OWN
 
     def read(self, reader: Reader) -> Checkpoint:
         """See the class."""
