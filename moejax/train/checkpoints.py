@@ -2,12 +2,14 @@
 
     checkpoints/300/variables/  state/  data/  meta/  checksums.json
 
-`variables` is what a model needs (parameters and collections), `state` what only training does (optimizer, key). Models that a
-task runs and nobody trains are in no checkpoint: they come from where the config says.
+`variables` is what a model needs (parameters and collections), `state` what only training does (optimizer, key), `data` where its
+data were, and the metrics that were logged on the way. Models that a task runs and nobody trains are in no checkpoint: they come
+from where the config says.
 
 `checksums.json` holds the SHA-256 of every file of the four items. It is written before Orbax's atomic rename, so a step
 folder that carries its final name is complete, and a process killed at any moment leaves either a whole checkpoint or none.
-A checkpoint that fails the check is moved aside to `<step>.corrupt` with a warning, and the one before it is used.
+A checkpoint that fails the check, or lies under another name than that of its step, is moved aside to `<step>.corrupt` with a
+warning, and the one before it is used.
 
 An array is one array in a checkpoint, however it was split: each process writes the parts that it holds, and reading splits
 them anew, over any mesh. The processes of a run share the folder and do everything here together; the first of them writes
@@ -17,10 +19,9 @@ the checksums, when all parts are there, and looks for damage while the others w
 import base64
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import warnings
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,28 +30,33 @@ import jax
 import orbax.checkpoint as ocp
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import changed, digest, set_aside, write_json
 from moejax.parallel import hosts
 from moejax.surgery.base import Checkpoint
-from moejax.train.metrics import write_atomically
 from moejax.train.step import TrainState
 
 MANIFEST = "checksums.json"
 ITEMS = ("variables", "state", "data", "meta")
 
+NOTED = ("config", "seed", "step", "shapes")  # what every checkpoint's `meta` says
+
+# The names of step folders: other digits than these ten are digits to Python, and no steps.
+_STEP = re.compile(r"0|[1-9][0-9]*")
+
 Meta = dict[str, Any]
-
-
-class CorruptCheckpoint(UserWarning):
-    """A checkpoint was damaged on disk and has been moved aside."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was read: the training state, the data iterator's state, and what was noted beside them."""
+    """A checkpoint that was read: the training state, the data iterator's state, and what was noted beside them.
+
+    `logs` are copies of what had been logged, of `MetricLog`; None if there are none.
+    """
 
     state: TrainState
     data_state: Any
     meta: Meta
+    logs: dict[str, str] | None = None
 
 
 class Checkpoints:
@@ -84,17 +90,24 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / str(step)
 
-    def save(self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any]) -> None:
-        """Saves a step. The state may be donated afterwards; only checkpoints past `keep` are deleted, once this one is whole."""
+    def save(
+        self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any], logs: Mapping[str, str] | None = None
+    ) -> None:
+        """Saves a step. The state may be donated afterwards; only checkpoints past `keep` are deleted, once this one is whole.
+
+        Args:
+          logs: what was logged on the way, as of `MetricLog.copies`; of several processes, the first one's count.
+        """
         self._manager.wait_until_finished()
         self._saving = step
+        data = _gathered(data_state) | ({} if logs is None else {"logs": dict(logs)})
         variables, rest = _split(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 variables=ocp.args.StandardSave(variables),
                 state=ocp.args.StandardSave(rest),
-                data=ocp.args.JsonSave(_gathered(data_state)),
+                data=ocp.args.JsonSave(data),
                 meta=ocp.args.JsonSave({**meta, "step": step, "shapes": shapes(state)}),
             ),
             force=True,
@@ -130,7 +143,7 @@ class Checkpoints:
         )
         collections = dict(items.variables)
         state = TrainState(params=collections.pop("params"), collections=collections, **items.state)
-        return Restored(state, _own(items.data, self.path(step)), meta)
+        return Restored(state, _own(items.data, self.path(step)), meta, items.data.get("logs"))
 
     def wait(self) -> None:
         """Waits for a save in progress, and raises what went wrong in it."""
@@ -143,8 +156,7 @@ class Checkpoints:
     def _sign(self) -> None:
         # Called by Orbax in its own thread when all items are final, before the folder gets its final name.
         (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        files = {file.relative_to(folder).as_posix(): _digest(file) for file in _files(folder)}
-        write_atomically(folder / MANIFEST, json.dumps(files, indent=0, sort_keys=True))
+        write_json(folder / MANIFEST, {file.relative_to(folder).as_posix(): digest(file) for file in _files(folder)}, indent=0)
 
 
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
@@ -205,14 +217,12 @@ def newest_good(directory: Path) -> int | None:
         damage = find_damage(path)
         if damage is None:
             return step
-        aside = _free_name(path)
-        path.rename(aside)
-        warnings.warn(f"checkpoint {path} is damaged ({damage}); moved to {aside}", CorruptCheckpoint, stacklevel=2)
+        set_aside(path, "checkpoint", damage)
     return None
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None.
+    """What is wrong with a checkpoint's files, or with its name, or None.
 
     Covers every file that is restored. Orbax's own two notes at the top of the folder (time stamps, written at the rename)
     are neither read nor checked.
@@ -225,13 +235,16 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST} is not readable"
     if not isinstance(manifest, dict) or not set(ITEMS) <= {name.split("/")[0] for name in manifest}:
         return f"{MANIFEST} is incomplete"
-    for name, digest in manifest.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if _digest(file) != digest:
-            return f"{name} is not what was written"
-    return None
+    if damage := changed(path, manifest):
+        return damage
+    try:
+        noted = json.loads((path / "meta" / "metadata").read_text())
+        missing = [name for name in NOTED if name not in noted]
+    except (OSError, ValueError, TypeError):
+        return "meta is not readable"
+    if missing:
+        return f"meta does not say {missing[0]}"
+    return None if str(noted["step"]) == path.name else f"it is the checkpoint of step {noted['step']}"
 
 
 def shapes(state: TrainState) -> dict[str, str]:
@@ -284,22 +297,12 @@ def _check_shapes(saved: Mapping[str, str], wanted: Mapping[str, str], path: Pat
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if path.is_dir() and path.name.isdigit())
+    return sorted(int(path.name) for path in directory.glob("*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def _files(folder: Path) -> Iterator[Path]:
     for item in ITEMS:
         yield from (file for file in sorted((folder / item).rglob("*")) if file.is_file())
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.corrupt{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-    return next(name for name in names if not name.exists())
 
 
 def _encoded(data_state: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ writes all files but the checkpoints, to which each adds its part; all of them s
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections import defaultdict
@@ -31,12 +30,13 @@ from ml_collections import ConfigDict
 
 from moejax import data
 from moejax.core.errors import ConfigError
+from moejax.core.files import set_aside, write_json
 from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
-from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers, read_lines, write_atomically
+from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers
 from moejax.train.program import Program, get_program
 from moejax.train.readers import Resolve, ResolveRun, train_below
-from moejax.train.results import Progress, ProgressCallback, RunResult, Speed
+from moejax.train.results import RESULT, Progress, ProgressCallback, RunResult, Speed, read_result, result_damage
 from moejax.train.settings import (
     PLACE,
     CheckpointSettings,
@@ -131,6 +131,7 @@ class _Run:
         self.step = 0
         self._loss: float | None = None
         self._speed: Speed | None = None
+        self._logs: dict[str, str] | None = None
         self._earlier_seconds = 0.0
         self._files = contextlib.ExitStack()
         workdir.mkdir(parents=True, exist_ok=True)
@@ -139,16 +140,17 @@ class _Run:
 
     def finished(self) -> RunResult | None:
         """The result of a run that has ended already, or None."""
-        step, path = self.checkpoints.newest, self.workdir / "result.json"
+        step, path = self.checkpoints.newest, self.workdir / RESULT
         if step is None or not hosts.share(path.exists()):
             return None
         meta = self.checkpoints.meta(step)
         if step != self.training.steps or self._differs(meta):
             return None
-        _, variables, _ = load(self.workdir, step)
-        return RunResult(
-            **json.loads(path.read_text()), history=read_lines(self.workdir / "metrics.jsonl"), variables=variables
-        )
+        if damage := hosts.share(result_damage(self.workdir) if hosts.is_first() else None):
+            if hosts.is_first():
+                set_aside(path, "result", damage)
+            return None
+        return read_result(self.workdir, load(self.workdir, step).variables)
 
     def open(self, model: nn.Module | None, make_iterator: MakeIterator, info: Any, resolve: Resolve) -> None:
         """Data, programs and state, from the newest checkpoint if there is one. Signals end the process: nothing is lost yet."""
@@ -175,8 +177,8 @@ class _Run:
         if frozen:
             self.state = self.state.replace(frozen=self.program.place_frozen(frozen))
         if hosts.is_first():
-            write_atomically(self.workdir / "config.json", json.dumps(self.plain, indent=2, sort_keys=True) + "\n")
-        self.log = (MetricLog if hosts.is_first() else SilentLog)(self.workdir, self.step)
+            write_json(self.workdir / "config.json", self.plain, indent=2)
+        self.log = (MetricLog if hosts.is_first() else SilentLog)(self.workdir, self.step, self._logs)
         self._files.callback(self.log.close)
 
     def beside(self, resolve: ResolveRun, progress: ProgressCallback) -> Resolve:
@@ -289,9 +291,9 @@ class _Run:
                 f"train.steps={self.training.steps} is less than the {step} steps of {self.checkpoints.path(step)}; "
                 "raise it, or take another workdir"
             )
-        self.state, self.step = restored.state, step
+        self.state, self.step, self._logs = restored.state, step, restored.logs
         self.batches.set_state(restored.data_state)
-        self._earlier_seconds = restored.meta["seconds"]
+        self._earlier_seconds = restored.meta.get("seconds", 0.0)
 
     def _differs(self, meta: Mapping[str, Any]) -> ConfigError | None:
         """The error to raise if the checkpoint is of another run."""
@@ -356,7 +358,7 @@ class _Run:
     def _save(self) -> None:
         self.log.sync()
         meta = {"config": self.plain, "seed": self.seed, "seconds": self._seconds(), "made_of": self._made_of}
-        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta)
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, self.log.copies())
 
     def _leave(self, signum: int) -> None:
         self.close()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import Damaged
 from moejax.optim.base import optimizers
-from moejax.train.checkpoints import Checkpoints, CorruptCheckpoint, find_damage, load
+from moejax.train.checkpoints import Checkpoints, find_damage, load
 from moejax.train.step import TrainState
 
 OPTIMIZER = optimizers.build({"kind": "adamw", "learning_rate": 0.1}, "optimizer", steps=10)
@@ -126,7 +127,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_used(d
     kept = {f.relative_to(damaged / "3") for f in (damaged / "3").rglob("*")}
     with pytest.raises(ValueError, match="is damaged"):
         load(damaged.parent)
-    with pytest.warns(CorruptCheckpoint, match=rf"checkpoint {damaged}/3 is damaged \(variables/.* moved to .*/3\.corrupt"):
+    with pytest.warns(Damaged, match=rf"checkpoint {damaged}/3 is damaged \(variables/.* moved to .*/3\.corrupt"):
         checkpoints = Checkpoints(damaged, keep=3, asynchronous=True)
     assert checkpoints.newest == 2
     assert_same(checkpoints.restore(2, state_at(0)).state, state_at(2))
@@ -135,7 +136,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_used(d
     checkpoints.save(3, state_at(3), {}, {"config": {}, "seed": 0})
     checkpoints.close()
     (damaged / "3" / "meta" / "metadata").unlink()
-    with pytest.warns(CorruptCheckpoint, match=r"3\.corrupt-2"):
+    with pytest.warns(Damaged, match=r"3\.corrupt-2"):
         assert Checkpoints(damaged, keep=3, asynchronous=True).newest == 2
     assert (damaged / "3.corrupt").exists()
 
@@ -143,7 +144,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_used(d
 def test_when_all_are_damaged_there_is_none(damaged):
     for step in "123":
         (damaged / step / "checksums.json").unlink()
-    with pytest.warns(CorruptCheckpoint) as warnings:
+    with pytest.warns(Damaged) as warnings:
         assert Checkpoints(damaged, keep=3, asynchronous=True).newest is None
     assert len(warnings) == 3
 

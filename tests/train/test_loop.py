@@ -9,8 +9,9 @@ import pytest
 from training_harness import Info, TinyLM, TinyText, device, run_tiny
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import Damaged
 from moejax.tasks.base import tasks
-from moejax.train import CorruptCheckpoint, NonFiniteLoss, fit, load, program
+from moejax.train import NonFiniteLoss, fit, load, program
 
 
 class Crash(RuntimeError):
@@ -135,7 +136,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
     content = bytearray(victim.read_bytes())
     content[len(content) // 3] ^= 0xFF
     victim.write_bytes(content)
-    with pytest.warns(CorruptCheckpoint, match=r"/6 is damaged"):
+    with pytest.warns(Damaged, match=r"/6 is damaged"):
         end = run_tiny(tmp_path)
     assert (tmp_path / "checkpoints" / "6.corrupt").is_dir()
     assert metrics_file(tmp_path) == metrics_file(workdir)
