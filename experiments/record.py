@@ -15,11 +15,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.cache import RESULT_FIELDS, Run, write_json
+from experiments.cache import RESULT_FIELDS, Run
 from experiments.overrides import PLACE
 from experiments.study import Claim, Study
 from experiments.verdict import Verdict, judge, summary
 from moejax.core.errors import ConfigError
+from moejax.core.files import write_json
 
 LEDGER = Path(__file__).parent / "ledger"
 LEDGER_PRESETS = ("cpu", "paper")

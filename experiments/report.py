@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots, record, tables
-from experiments.cache import write_json
 from experiments.overrides import apply, copy, flatten
 from experiments.record import Outcome
 from experiments.tables import Table
 from experiments.verdict import OUT_OF_REACH
+from moejax.core.files import write_json
 
 STYLE = """
 :root { --ink: #1b1f24; --soft: #5a6370; --line: #dfe3e8; --paper: #ffffff; --wash: #f6f7f9; }

@@ -87,6 +87,28 @@ def unseal(data: Any) -> dict[str, Any]:
     return rest
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file that can be read; others, such as a last one that was cut off, are left out with a word."""
+    return parse_lines(path.read_text(errors="replace"), str(path))
+
+
+def parse_lines(text: str, name: str) -> list[dict[str, Any]]:
+    """As `read_lines`, of a text called `name`."""
+    found, lost = [], 0
+    for line in text.split("\n"):
+        try:
+            value = json.loads(line or "{}")
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            lost += 1
+        elif value:
+            found.append(value)
+    if lost:
+        warnings.warn(f"{lost} line{'' if lost == 1 else 's'} of {name} cannot be read: left out", Damaged, stacklevel=3)
+    return found
+
+
 def digest(file: Path) -> str:
     """The SHA-256 of a file's bytes."""
     with file.open("rb") as stream:

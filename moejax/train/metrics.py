@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moejax.core.files import Damaged, set_aside, write_atomically
+from moejax.core.files import Damaged, parse_lines, read_lines, set_aside, write_atomically
 from moejax.train.events import Events
 
 Line = dict[str, Any]
@@ -116,7 +116,7 @@ class MetricLog:
 
     def history(self) -> list[Line]:
         """All lines, those of earlier processes included."""
-        return _parsed(unpacked(self._lines.packed()))
+        return parse_lines(unpacked(self._lines.packed()), str(self._lines.path))
 
     def close(self) -> None:
         for stream in (self._lines, self._timings, self._events):
@@ -146,11 +146,6 @@ class SilentLog(MetricLog):
 
     def close(self) -> None:
         pass
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a JSON-lines file; a last line that was cut off is left out."""
-    return _parsed(path.read_text())
 
 
 def unpacked(copy: str) -> str:
@@ -214,24 +209,7 @@ def _same(file: Path, text: str, step: int) -> str:
 
 
 def _upto(file: Path, step: int) -> str:
-    """The lines of a file, up to `step`, that can be read; with a word about others."""
+    """The lines of a file, up to `step`, that can be read."""
     if not step or not file.exists():
         return ""
-    kept, lost = [], 0
-    for line in file.read_text(errors="replace").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):
-            lost += 1
-    if lost:
-        warnings.warn(
-            f"{lost} line{'' if lost == 1 else 's'} of {file} cannot be read and {'is' if lost == 1 else 'are'} left out",
-            Damaged,
-            stacklevel=3,
-        )
-    return "".join(kept)
-
-
-def _parsed(text: str) -> list[Line]:
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return "".join(json.dumps(line) + "\n" for line in read_lines(file) if line.get("step", step + 1) <= step)

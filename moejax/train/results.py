@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moejax.core.files import changed, digest, read_sealed, write_sealed
-from moejax.train.metrics import LOGS, read_lines
+from moejax.core.files import changed, digest, read_lines, read_sealed, write_sealed
+from moejax.train.metrics import LOGS
 
 RESULT = "result.json"
 

@@ -1,6 +1,7 @@
 """`fit` from end to end on a tiny model: results, resuming, errors."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,64 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
     assert (tmp_path / "checkpoints" / "6.corrupt").is_dir()
     assert metrics_file(tmp_path) == metrics_file(workdir)
     assert_same(end.variables, result.variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("result.json", "a digit"), ("result.json", "emptied")]
+    + [(name, damage) for name in ("metrics.jsonl", "timings.jsonl") for damage in ("a digit", "emptied", "removed")],
+)
+def test_what_a_finished_run_left_is_made_again_from_its_checkpoint(finished, tmp_path, name, damage):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    text = (workdir / name).read_text()
+    if damage == "removed":
+        (workdir / name).unlink()
+    else:
+        # The first digit after a point: of a metric, or of a time.
+        place = text.index(".", text.index(":")) + 1
+        (workdir / name).write_text(
+            "" if damage == "emptied" else text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+        )
+    with pytest.warns(Damaged, match=r"result \S+/result\.json is damaged"):
+        again = run_tiny(workdir, make_iterator=crashing(8))
+    assert metrics_file(workdir) == metrics_file(finished[0])
+    assert (workdir / "timings.jsonl").read_text() == (finished[0] / "timings.jsonl").read_text()
+    assert (again.metrics, again.history) == (finished[1].metrics, finished[1].history)
+    if name != "result.json" and damage != "removed":
+        assert (workdir / f"{name}.corrupt").read_text() != text
+    again = run_tiny(workdir, make_iterator=None)
+    assert again.history == finished[1].history
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+def test_a_run_goes_on_whatever_became_of_its_log(finished, tmp_path, damage):
+    with pytest.raises(Crash):
+        run_tiny(tmp_path, make_iterator=crashing(7))
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        file = tmp_path / name
+        if damage == "removed":
+            file.unlink()
+        else:
+            file.write_bytes(b"" if damage == "emptied" else file.read_bytes()[:-9])
+    if damage == "cut":  # past the checkpoint at step 6, or of its last line: both are written again
+        run_tiny(tmp_path)
+    else:
+        with pytest.warns(Damaged, match="up to step 6 is made again from the checkpoint"):
+            run_tiny(tmp_path)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])
+
+
+def test_a_log_that_is_removed_while_the_run_writes_it_is_written_anew(finished, tmp_path):
+    class Removing(TinyText):
+        def __next__(self):
+            if self.shuffle and self.done == 4:
+                (tmp_path / "metrics.jsonl").unlink()
+            return super().__next__()
+
+    with pytest.warns(Damaged, match=r"metrics\.jsonl was removed while the run wrote it"):
+        result = run_tiny(tmp_path, make_iterator=Removing)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])
+    assert result.history == finished[1].history
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_path):
