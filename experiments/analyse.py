@@ -91,7 +91,10 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
     steps = saved_steps(run.path)
     if not steps:
         raise ConfigError(f"{short(run.path)} has no checkpoint; train it again with --fresh")
-    config, variables, _ = load(run.path)
+    try:
+        config, variables, _ = load(run.path)
+    except ValueError as damage:
+        raise ConfigError(f"{damage}; train it again with --fresh") from None
     model, task = models.network(config), tasks.build(config["task"], "task")
     known = info(config["data"])
     labels = tuple(known.domains) or tuple(map(str, range(known.num_classes or 1)))

@@ -126,19 +126,20 @@ def changed(folder: Path, digests: Mapping[str, str]) -> str | None:
     return None
 
 
-def set_aside(path: Path, what: str, damage: str) -> Path | None:
+def set_aside(path: Path, what: str, damage: str, then: str = "") -> Path | None:
     """Renames a damaged file or folder to `<name>.corrupt` and says so; None if another process was quicker.
 
     Args:
       what: its kind, the first word of the warning.
       damage: what is wrong with it.
+      then: what becomes of it.
     """
     aside = free_name(path)
     try:
         path.rename(aside)
     except FileNotFoundError:
         return None
-    warnings.warn(f"{what} {path} is damaged ({damage}); moved to {aside}", Damaged, stacklevel=2)
+    warnings.warn(f"{what} {path} is damaged ({damage}); moved to {aside}{then and f', {then}'}", Damaged, stacklevel=2)
     return aside
 
 

@@ -22,7 +22,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ ITEMS = ("variables", "state", "data", "meta")
 
 NOTED = ("config", "seed", "step", "shapes")  # what every checkpoint's `meta` says
 
-# The names of step folders: other digits than these ten are digits to Python, and no steps.
-_STEP = re.compile(r"0|[1-9][0-9]*")
 
 Meta = dict[str, Any]
 
@@ -74,7 +73,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int, asynchronous: bool):
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.newest = hosts.share(newest_good(self.directory) if hosts.is_first() else None)
+        self.newest = hosts.share(_prepare(self.directory) if hosts.is_first() else None)
         self._asynchronous = asynchronous
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -190,8 +189,11 @@ def load_meta(workdir: str | os.PathLike[str], step: int | None = None) -> Meta:
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      ValueError: what was noted is damaged; the arrays are not looked at.
     """
     path = find_checkpoint(workdir, step)
+    if damage := find_damage(path, ("meta",)):
+        raise ValueError(f"checkpoint {path} is damaged: {damage}")
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers()))) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
@@ -210,6 +212,11 @@ def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     return sorted(_steps(Path(workdir).resolve() / "checkpoints"))
 
 
+def is_step(name: str) -> bool:
+    """Whether a folder of this name may be a checkpoint: to Python, `²` is a digit too."""
+    return re.fullmatch(r"0|[1-9][0-9]*", name) is not None
+
+
 def newest_good(directory: Path) -> int | None:
     """The newest step whose files are what was written, or None. Damaged ones on the way are moved aside with a warning."""
     for step in sorted(_steps(directory), reverse=True):
@@ -221,7 +228,7 @@ def newest_good(directory: Path) -> int | None:
     return None
 
 
-def find_damage(path: Path) -> str | None:
+def find_damage(path: Path, items: Collection[str] = ITEMS) -> str | None:
     """What is wrong with a checkpoint's files, or with its name, or None.
 
     Covers every file that is restored. Orbax's own two notes at the top of the folder (time stamps, written at the rename)
@@ -235,7 +242,7 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST} is not readable"
     if not isinstance(manifest, dict) or not set(ITEMS) <= {name.split("/")[0] for name in manifest}:
         return f"{MANIFEST} is incomplete"
-    if damage := changed(path, manifest):
+    if damage := changed(path, {name: known for name, known in manifest.items() if name.split("/")[0] in items}):
         return damage
     try:
         noted = json.loads((path / "meta" / "metadata").read_text())
@@ -245,6 +252,17 @@ def find_damage(path: Path) -> str | None:
     if missing:
         return f"meta does not say {missing[0]}"
     return None if str(noted["step"]) == path.name else f"it is the checkpoint of step {noted['step']}"
+
+
+def _prepare(directory: Path) -> int | None:
+    newest = newest_good(directory)
+    for path in (directory / str(step) for step in _steps(directory)):
+        if path.is_symlink():
+            # Orbax deletes old steps, and cannot delete a link.
+            whole = shutil.copytree(path, path.with_name(f"{path.name}.copied"), dirs_exist_ok=True)
+            path.unlink()
+            whole.rename(path)
+    return newest
 
 
 def shapes(state: TrainState) -> dict[str, str]:
@@ -297,7 +315,7 @@ def _check_shapes(saved: Mapping[str, str], wanted: Mapping[str, str], path: Pat
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if _STEP.fullmatch(path.name) and path.is_dir())
+    return sorted(int(path.name) for path in directory.glob("*") if is_step(path.name) and path.is_dir())
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -15,7 +15,6 @@ writes all files but the checkpoints, to which each adds its part; all of them s
 """
 
 import contextlib
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +29,11 @@ from ml_collections import ConfigDict
 
 from moejax import data
 from moejax.core.errors import ConfigError
-from moejax.core.files import set_aside, write_json
+from moejax.core.files import locked, set_aside, write_json
+from moejax.core.text import say
 from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
+from moejax.train.fits import check_fits, held, needed
 from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers
 from moejax.train.program import Program, get_program
 from moejax.train.readers import Resolve, ResolveRun, train_below
@@ -85,20 +86,19 @@ def fit(
         `starts/`.
 
     Raises:
-      ConfigError: the config is wrong, its sizes do not fit the mesh, or `workdir` holds a run with another config or seed.
+      ConfigError: the config is wrong, its sizes do not fit the mesh, or `workdir` holds a run with another config or seed, or
+        another call is training there.
       NonFiniteLoss: training has diverged; no state from after that step is saved.
       Interrupted: SIGTERM or SIGINT came, to any of the processes; a checkpoint has been saved. A `SystemExit` with code 143
         or 130.
       LostProcess: another process is gone. Nothing more can be saved: all start again from the newest checkpoint.
     """
-    started = time.perf_counter()
-    config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
+    started, name, workdir = time.perf_counter(), label or str(workdir), Path(workdir)
     progress = progress or (lambda report: None)
-    resolve = resolve or train_below(
-        Path(workdir) / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info
-    )
-    run = _Run(config, seed, Path(workdir), progress, label, started)
-    with contextlib.closing(run):
+    with Signals() as signals, _told(name), contextlib.ExitStack() as stack:
+        config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
+        resolve = resolve or train_below(workdir / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info)
+        run = stack.enter_context(contextlib.closing(_Run(config, seed, workdir, progress, label, started)))
         try:
             finished = run.finished()
             if finished is not None:
@@ -109,12 +109,24 @@ def fit(
                 info if info is not None or make_iterator is not None else data.info(config.data),
                 run.beside(resolve, progress),
             )
-            with Signals() as signals:
-                return run.train(signals)
+            signals.defer()
+            return run.train(signals)
         except jax.errors.JaxRuntimeError as error:
             if not hosts.lost(error):
                 raise
             raise run.abandon(error) from error
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Says that a run was stopped before it began; later it says so itself."""
+    try:
+        yield
+    except Interrupted as stop:
+        if stop.step is None:
+            stop.step = 0
+            say(f"{name}: stopped by signal {stop.signum} before its first step; the same command begins again")
+        raise
 
 
 class _Run:
@@ -133,10 +145,17 @@ class _Run:
         self._speed: Speed | None = None
         self._logs: dict[str, str] | None = None
         self._earlier_seconds = 0.0
-        self._files = contextlib.ExitStack()
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", self.saving.keep, self.saving.asynchronous)
-        self._files.callback(self.checkpoints.close)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"workdir={workdir} cannot be a folder to train in ({error.strerror}); take another") from None
+        with contextlib.ExitStack() as files:
+            if hosts.is_first():
+                busy = f"another training is under way in {workdir}; wait for it, or take another workdir"
+                files.enter_context(locked(workdir / "lock", busy))
+            self.checkpoints = Checkpoints(workdir / "checkpoints", self.saving.keep, self.saving.asynchronous)
+            files.callback(self.checkpoints.close)
+            self._files = files.pop_all()
 
     def finished(self) -> RunResult | None:
         """The result of a run that has ended already, or None."""
@@ -153,7 +172,7 @@ class _Run:
         return read_result(self.workdir, load(self.workdir, step).variables)
 
     def open(self, model: nn.Module | None, make_iterator: MakeIterator, info: Any, resolve: Resolve) -> None:
-        """Data, programs and state, from the newest checkpoint if there is one. Signals end the process: nothing is lost yet."""
+        """Data, programs and state, from the newest checkpoint if there is one. A signal ends it where it is: nothing is lost yet."""
         init = parse_init(self.plain.get("init"))
         self._report("data")
         self._make_iterator = make_iterator
@@ -164,6 +183,7 @@ class _Run:
         self.batches.set_state(fresh)
         context = {"domains": tuple(getattr(info, "domains", ())), "bytes_per_token": getattr(info, "bytes_per_token", 1.0)}
         self.program: Program = get_program(self.plain, self.training, first, context, model, self.parallel)
+        check_fits(held(self.program.state), "its parameters and optimizer state")
         # What is wrong with this run is said before hours go into the one that it starts from.
         shapes = self.program.state
         frozen, self._made_of = frozen_models(self.program.task, shapes.frozen, self.seed, resolve, self.label)
@@ -197,16 +217,18 @@ class _Run:
     def train(self, signals: Signals) -> RunResult:
         """Runs to the last step and evaluates."""
         settings = self.training
-        train_step = None
+        train_step, tokens = None, self.program.task.size(self.program.batch)
         if self.step < settings.steps:
             self._report("compile")
             train_step = self.program.train
+            check_fits(needed(train_step), f"a step of {tokens:,} tokens")
             self._report("train")
-        tokens = self.program.task.size(self.program.batch)
         recent = RecentBatches(settings.log_every)
         # A signal reaches one process; the step at which all of them stop is one that all of them know.
         agree = None if jax.process_count() == 1 else hosts.Agreement(self.parallel.mesh)
         first_step_seconds = None
+        if signals.received and agree is None and self.step < settings.steps:
+            self._leave(signals.received)  # it came while the step was compiled
         while self.step < settings.steps:
             batch = next(self.batches)
             self.state, metrics = train_step(self.state, self._place(batch))
@@ -362,13 +384,12 @@ class _Run:
 
     def _leave(self, signum: int) -> None:
         self.close()
-        if hosts.is_first():
-            print(
-                f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; "
-                f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there",
-                file=sys.stderr,
-                flush=True,
-            )
+        saved = self.checkpoints.newest == self.step
+        where = f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there"
+        say(
+            f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; "
+            + (where if saved else "the same command begins again")
+        )
         raise Interrupted(signum, self.step)
 
     def _report(self, phase: str, tokens_per_second: float = 0.0, seconds_left: float | None = None) -> None:

@@ -199,12 +199,10 @@ def _same(file: Path, text: str, step: int) -> str:
     """`text`; with a word about the file if it does not begin with it."""
     there = file.read_bytes() if file.exists() else b""
     if not there.startswith(text.encode()):
-        name = f"{file.name} up to step {step}"
         if file.exists():
-            set_aside(file, "log", f"it is not what was written up to step {step}")
+            set_aside(file, "log", f"it is not what was written up to step {step}", "made again from the checkpoint")
         else:
-            warnings.warn(f"{file} is gone", Damaged, stacklevel=3)
-        warnings.warn(f"{name} is made again from the checkpoint", Damaged, stacklevel=3)
+            warnings.warn(f"log {file} is gone, made again from the checkpoint of step {step}", Damaged, stacklevel=3)
     return text
 
 

@@ -184,7 +184,7 @@ def test_a_run_goes_on_whatever_became_of_its_log(finished, tmp_path, damage):
     if damage == "cut":  # past the checkpoint at step 6, or of its last line: both are written again
         run_tiny(tmp_path)
     else:
-        with pytest.warns(Damaged, match="up to step 6 is made again from the checkpoint"):
+        with pytest.warns(Damaged, match=r"log .*, made again from the checkpoint"):
             run_tiny(tmp_path)
     assert metrics_file(tmp_path) == metrics_file(finished[0])
 
@@ -285,3 +285,29 @@ def test_wrong_settings_are_named(tmp_path, changes, message):
 def test_a_config_lacking_a_section_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no section 'data'"):
         fit({"model": {}}, 0, tmp_path)
+
+
+def test_two_trainings_in_one_folder_are_refused_and_neither_is_disturbed(finished, tmp_path):
+    class Nosy(TinyText):
+        def __next__(self):
+            if self.shuffle and self.done == 5:
+                with pytest.raises(ConfigError, match=rf"another training is under way in {tmp_path}; wait for it"):
+                    run_tiny(tmp_path)
+            return super().__next__()
+
+    run_tiny(tmp_path, make_iterator=Nosy)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])
+    run_tiny(tmp_path)  # the lock ended with the training
+
+
+def test_an_error_leaves_no_lock(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="none of them"):
+            run_tiny(tmp_path, optimizer__kind="none of them")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_workdir_that_cannot_be_a_folder_is_told_in_one_line(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"workdir=\S+ cannot be a folder to train in \((File exists|Not a directory)\)"):
+        run_tiny(tmp_path / place)

@@ -1,0 +1,34 @@
+"""Text as a terminal may be given it."""
+
+import sys
+import unicodedata
+from typing import TextIO
+
+_KEPT = "\n\t"
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would obey in place of showing it written out, as `\\x1b`.
+
+    Those are control characters (colours, cursor moves, titles, bells) and the invisible ones that turn the direction of writing or
+    stand alone as half of a character. Lines and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in _KEPT or unicodedata.category(c) not in _OBEYED else _written(c) for c in text)
+
+
+# Control characters, formatting characters and surrogates. Zero-width joiners belong to the writing of several languages, and to emoji.
+_OBEYED = ("Cc", "Cf", "Cs")
+
+
+def _written(c: str) -> str:
+    return c if c in "\u200c\u200d" else c.encode("unicode_escape", "surrogatepass").decode()
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints one line, on standard error unless told otherwise, in the first of several processes."""
+    from moejax.parallel import hosts
+
+    if hosts.is_first():
+        print(printable(text), file=stream or sys.stderr, flush=True)
