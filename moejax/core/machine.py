@@ -1,5 +1,6 @@
 """How much memory there is: what cannot be held is refused before anything of it is made."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -8,21 +9,18 @@ from pathlib import Path
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def memory() -> float:
+def memory() -> int | float:
     """Bytes of memory of this machine, or of its container; infinity where the system does not tell."""
     found = [math.inf]
-    try:
+    with contextlib.suppress(ValueError, OSError, AttributeError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError, AttributeError):
-        pass
     for file in _LIMITS:
-        try:
+        with contextlib.suppress(ValueError, OSError):  # 'max', or no such file
             found.append(int(file.read_text()))
-        except (ValueError, OSError):  # 'max', or no such file
-            pass
     return min(size for size in found if size > 0)
 
 
-def gigabytes(size: float) -> str:
-    """5400000000 -> '5.4 GB'."""
-    return f"{size / 1e9:,.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
+def gigabytes(size: int | float) -> str:
+    """5400000000 -> '5.4 GB'; with fewer zeros where it is small."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+    return f"{size / unit:,.0f} {name}" if size >= 1e3 * unit else f"{size / unit:.3g} {name}"

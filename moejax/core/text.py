@@ -2,7 +2,6 @@
 
 import sys
 import unicodedata
-from typing import TextIO
 
 _KEPT = "\n\t"
 
@@ -26,9 +25,6 @@ def _written(c: str) -> str:
     return c if c in "\u200c\u200d" else c.encode("unicode_escape", "surrogatepass").decode()
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Prints one line, on standard error unless told otherwise, in the first of several processes."""
-    from moejax.parallel import hosts
-
-    if hosts.is_first():
-        print(printable(text), file=stream or sys.stderr, flush=True)
+def tell(text: str) -> None:
+    """Prints one line on standard error."""
+    print(printable(text), file=sys.stderr, flush=True)

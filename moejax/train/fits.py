@@ -7,31 +7,26 @@ import jax
 
 from moejax.core.errors import ConfigError
 from moejax.core.machine import gigabytes, memory
+from moejax.parallel import Parallel
 
 
-def check_fits(size: float, what: str) -> None:
+def check_fits(size: int | float, parallel: Parallel | None, what: str) -> None:
     """Refuses what needs more than a device's whole memory.
 
     Args:
       size: bytes on each device.
+      parallel: the mesh; None for one device.
       what: needs them.
 
     Raises:
       ConfigError: naming both numbers.
     """
-    there = device_memory()
+    there = _device_memory(1 if parallel is None else len(parallel.mesh.local_devices))
     if size > there:
         raise ConfigError(
             f"{what} need{'s' if what.startswith('a ') else ''} {gigabytes(size)} on each device, which has {gigabytes(there)}; make the "
             "model or data.batch_size smaller, raise train.accumulation, or split it over more devices (mesh)"
         )
-
-
-def device_memory() -> float:
-    """Bytes of one device of this process. Devices of a CPU share the machine's memory."""
-    device = jax.local_devices()[0]
-    stats = (device.memory_stats() or {}) if device.platform != "cpu" else {}
-    return stats.get("bytes_limit") or (memory() / jax.local_device_count() if device.platform == "cpu" else math.inf)
 
 
 def held(tree: Any) -> int:
@@ -52,3 +47,11 @@ def needed(compiled: Any) -> int:
     if found is None:
         return 0
     return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+
+
+def _device_memory(devices: int) -> int | float:
+    """Bytes of each of this process's `devices`; those of a CPU share the machine's memory. Infinity where nothing tells."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return memory() / devices
+    return (device.memory_stats() or {}).get("bytes_limit") or math.inf

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from moejax import data
 from moejax.core.errors import ConfigError
 from moejax.core.files import locked, set_aside, write_json
-from moejax.core.text import say
+from moejax.core.text import tell
 from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
 from moejax.train.fits import check_fits, held, needed
@@ -125,7 +125,7 @@ def _told(name: str) -> Iterator[None]:
     except Interrupted as stop:
         if stop.step is None:
             stop.step = 0
-            say(f"{name}: stopped by signal {stop.signum} before its first step; the same command begins again")
+            tell(f"{name}: stopped by signal {stop.signum} before its first step; the same command begins again")
         raise
 
 
@@ -183,7 +183,7 @@ class _Run:
         self.batches.set_state(fresh)
         context = {"domains": tuple(getattr(info, "domains", ())), "bytes_per_token": getattr(info, "bytes_per_token", 1.0)}
         self.program: Program = get_program(self.plain, self.training, first, context, model, self.parallel)
-        check_fits(held(self.program.state), "its parameters and optimizer state")
+        check_fits(held(self.program.state), self.parallel, "its parameters and optimizer state")
         # What is wrong with this run is said before hours go into the one that it starts from.
         shapes = self.program.state
         frozen, self._made_of = frozen_models(self.program.task, shapes.frozen, self.seed, resolve, self.label)
@@ -221,7 +221,7 @@ class _Run:
         if self.step < settings.steps:
             self._report("compile")
             train_step = self.program.train
-            check_fits(needed(train_step), f"a step of {tokens:,} tokens")
+            check_fits(needed(train_step), self.parallel, f"a step of {tokens:,} tokens")
             self._report("train")
         recent = RecentBatches(settings.log_every)
         # A signal reaches one process; the step at which all of them stop is one that all of them know.
@@ -386,10 +386,11 @@ class _Run:
         self.close()
         saved = self.checkpoints.newest == self.step
         where = f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there"
-        say(
-            f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; "
-            + (where if saved else "the same command begins again")
+        line = f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; " + (
+            where if saved else "the same command begins again"
         )
+        if hosts.is_first():
+            tell(line)
         raise Interrupted(signum, self.step)
 
     def _report(self, phase: str, tokens_per_second: float = 0.0, seconds_left: float | None = None) -> None:
