@@ -94,9 +94,7 @@ class Decode:
 @lru_cache(maxsize=8)
 def read_corpus(folder: str, expression: str, decode: Decode) -> Corpus:
     """All documents of a prepared split in memory; `folder` is that of the TFDS data set, down to its version."""
-    import tensorflow_datasets as tfds
-
-    examples = storage.open_split(tfds.builder_from_directory(folder), expression, folder)
+    examples = storage.open_split(storage.open_folder(folder), expression, folder)
     decoded = (decode(i, examples[i]) for i in range(len(examples)))
     documents = [document for document in decoded if document is not None]
     return Corpus(
