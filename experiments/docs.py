@@ -12,6 +12,7 @@ from typing import Any
 from experiments import catalog, pods, record, tables
 from experiments.environment import REPOSITORY
 from experiments.study import load
+from moejax.core.files import write_atomically
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 LEDGER = record.LEDGER  # the one that the pages are about
@@ -96,7 +97,7 @@ def renew(ledger: Path) -> None:
     for page in PAGES:
         text = page.read_text()
         if (new := render(text, ledger)) != text:
-            page.write_text(new)
+            write_atomically(page, new)
 
 
 if __name__ == "__main__":
