@@ -183,7 +183,7 @@ def test_a_preparation_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setenv("MOEJAX_DATA", str(tmp_path))
     monkeypatch.setattr(sources, "image_splits", lambda images: fail())
-    with pytest.raises(ConfigError, match="cannot be prepared .*disk full"):
+    with pytest.raises(ConfigError, match=r"cannot be prepared .*disk full"):
         prepare("embedded_digits")
     assert os.listdir(tmp_path) == []
 
