@@ -20,9 +20,9 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made(tmp_p
 
 def test_a_step_that_the_machine_cannot_hold_is_refused_before_it_is_taken(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(fits, "memory", lambda: 20_000)
+    monkeypatch.setattr(fits, "memory", lambda: 6_500)
     with pytest.raises(
-        ConfigError, match=r"a step of 24 tokens needs [\d.]+ kB on each device, which has 20 kB; make the model"
+        ConfigError, match=r"a step of 24 tokens needs [\d.]+ kB on each device, which has 6\.5 kB; make the model"
     ):
         run_tiny(tmp_path, progress=lambda report: steps.append(report.step))
     assert set(steps) == {0}
