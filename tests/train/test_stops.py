@@ -126,10 +126,15 @@ def test_a_signal_is_noted_once_the_next_does_what_it_did_before_and_handlers_co
 
 
 def test_a_signal_before_anything_can_be_lost_ends_the_run_where_it_is(old_handler):
-    went_on = False
-    with pytest.raises(Interrupted) as stop, Signals():
-        os.kill(os.getpid(), signal.SIGTERM)
-        went_on = True
+    went_on = []
+
+    def listen():
+        with Signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            went_on.append(True)
+
+    with pytest.raises(Interrupted) as stop:
+        listen()
     assert not went_on
     assert (stop.value.code, stop.value.step) == (143, None)
     assert old_handler == []
