@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 import threading
@@ -55,6 +56,8 @@ def trouble(error: BaseException) -> str:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
+        if type(error).__name__ == "SaveFailed":  # of a module that is not imported for this
+            return told(error)
         if isinstance(error, OSError) and error.errno in MACHINE:
             return " ".join(filter(None, (f"{os.strerror(error.errno)}:", str(error.filename or "")))).removesuffix(":")
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
@@ -80,11 +83,18 @@ def one_line_each() -> Iterator[None]:
         lines = traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)
         tell(f"in thread {args.thread.name if args.thread else '?'}:\n{''.join(lines)}".rstrip())
 
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and record.exc_info[1] and trouble(record.exc_info[1]))
+
+    # What Orbax logs with a traceback it also raises.
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
     warnings.formatwarning, threading.excepthook = format_warning, hook
     try:
         yield
     finally:
         warnings.formatwarning, threading.excepthook = old_format, old_hook
+        logger.removeFilter(is_news)
 
 
 def say(console: Console, text: str) -> None:

@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from moejax.core.errors import ConfigError
-from moejax.core.files import changed, digest, set_aside, write_json
+from moejax.core.files import Damaged, changed, digest, set_aside, write_json
 from moejax.parallel import hosts
 from moejax.surgery.base import Checkpoint
 from moejax.train.step import TrainState
@@ -43,6 +44,14 @@ NOTED = ("config", "seed", "step", "shapes")  # what every checkpoint's `meta` s
 
 
 Meta = dict[str, Any]
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written: the disk is full, for example. The one before it is whole."""
+
+    def __init__(self, path: Path, error: Exception):
+        reason = " ".join(str(error).split()) or type(error).__name__
+        super().__init__(f"checkpoint {path} could not be written: {reason}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +83,10 @@ class Checkpoints:
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self.newest = hosts.share(_prepare(self.directory) if hosts.is_first() else None)
-        self._asynchronous = asynchronous
+        self._keep, self._asynchronous = keep, asynchronous
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_handlers=_handlers(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._sign),
-            ),
-        )
+        self._signed: int | None = None
+        self._open()
 
     def path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -97,11 +99,19 @@ class Checkpoints:
         Args:
           logs: what was logged on the way, as of `MetricLog.copies`; of several processes, the first one's count.
         """
-        self._manager.wait_until_finished()
-        self._saving = step
+        try:
+            self.wait()
+        except SaveFailed as failure:
+            if not self._gone() or jax.process_count() > 1:
+                raise
+            warnings.warn(f"{failure}; the folder was removed while the run wrote it: it is made anew", Damaged, stacklevel=2)
+        if self._gone() and jax.process_count() == 1:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._open()
+        self._saving = self._signed = step
         data = _gathered(data_state) | ({} if logs is None else {"logs": dict(logs)})
         variables, rest = _split(state)
-        self._manager.save(
+        self._save(
             step,
             args=ocp.args.Composite(
                 variables=ocp.args.StandardSave(variables),
@@ -113,7 +123,7 @@ class Checkpoints:
         )
         self.newest = step
         if not self._asynchronous:
-            self._manager.wait_until_finished()
+            self.wait()
 
     def meta(self, step: int) -> Meta:
         """What was noted beside the state at `step`."""
@@ -145,16 +155,52 @@ class Checkpoints:
         return Restored(state, _own(items.data, self.path(step)), meta, items.data.get("logs"))
 
     def wait(self) -> None:
-        """Waits for a save in progress, and raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        """Waits for a save in progress.
+
+        Raises:
+          SaveFailed: it went wrong.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax and TensorStore raise errors of many kinds
+            self.newest = max((step for step in _steps(self.directory) if step < saving), default=None)
+            raise SaveFailed(self.path(saving), error) from error
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # of a save that failed, once more
+                self._manager.close()
+
+    def _save(self, step: int, **arguments: Any) -> None:
+        try:
+            self._manager.save(step, **arguments)
+        except OSError as error:
+            self._saving = None
+            raise SaveFailed(self.path(step), error) from error
+
+    def _open(self) -> None:
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers=_handlers(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._sign),
+            ),
+        )
+        self._folder = self.directory.stat().st_ino
+
+    def _gone(self) -> bool:
+        return not self.directory.is_dir() or self.directory.stat().st_ino != self._folder
 
     def _sign(self) -> None:
         # Called by Orbax in its own thread when all items are final, before the folder gets its final name.
-        (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        (folder,) = self.directory.glob(f"{self._signed}.orbax-checkpoint-tmp*")
         write_json(folder / MANIFEST, {file.relative_to(folder).as_posix(): digest(file) for file in _files(folder)}, indent=0)
 
 

@@ -1,7 +1,10 @@
 """`fit` from end to end on a tiny model: results, resuming, errors."""
 
+import errno
 import json
+import os
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from moejax.core.errors import ConfigError
 from moejax.core.files import Damaged
 from moejax.tasks.base import tasks
 from moejax.train import NonFiniteLoss, fit, load, program
+from moejax.train.checkpoints import Checkpoints, SaveFailed
 
 
 class Crash(RuntimeError):
@@ -311,3 +315,42 @@ def test_a_workdir_that_cannot_be_a_folder_is_told_in_one_line(tmp_path, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"workdir=\S+ cannot be a folder to train in \((File exists|Not a directory)\)"):
         run_tiny(tmp_path / place)
+
+
+@pytest.mark.parametrize("what", ["", "checkpoints"])
+def test_a_folder_that_is_removed_while_the_run_trains_in_it_is_made_anew(finished, tmp_path, what):
+    workdir = tmp_path / "run"
+
+    class Removing(TinyText):
+        def __next__(self):
+            if self.shuffle and self.done == 5:
+                shutil.rmtree(workdir / what, ignore_errors=True)
+            return super().__next__()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run_tiny(workdir, make_iterator=Removing)
+    if not what:
+        assert any("metrics.jsonl was removed while the run wrote it" in str(each.message) for each in told)
+    assert metrics_file(workdir) == metrics_file(finished[0])
+    assert_same(load(workdir).variables, finished[1].variables)
+    assert run_tiny(workdir, make_iterator=None).history == finished[1].history
+
+
+def test_a_save_that_fails_is_one_line_and_the_run_goes_on_from_the_one_before(finished, tmp_path, monkeypatch):
+    sign = Checkpoints._sign
+
+    def full(self):
+        if self._signed == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sign(self)
+
+    monkeypatch.setattr(Checkpoints, "_sign", full)
+    with pytest.raises(
+        SaveFailed, match=r"checkpoint \S+/checkpoints/6 could not be written: .*No space left on device"
+    ) as stop:
+        run_tiny(tmp_path)
+    assert "\n" not in str(stop.value)
+    monkeypatch.undo()
+    run_tiny(tmp_path)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])
