@@ -86,6 +86,7 @@ class Checkpoints:
         self._keep, self._asynchronous = keep, asynchronous
         self._saving: int | None = None
         self._signed: int | None = None
+        self._failed = False  # the last save
         self._open()
 
     def path(self, step: int) -> Path:
@@ -98,16 +99,11 @@ class Checkpoints:
 
         Args:
           logs: what was logged on the way, as of `MetricLog.copies`; of several processes, the first one's count.
+
+        Raises:
+          SaveFailed: the disk refuses, this time and the time before.
         """
-        try:
-            self.wait()
-        except SaveFailed as failure:
-            if not self._gone() or jax.process_count() > 1:
-                raise
-            warnings.warn(f"{failure}; the folder was removed while the run wrote it: it is made anew", Damaged, stacklevel=2)
-        if self._gone() and jax.process_count() == 1:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._open()
+        self._wait_or_warn()
         self._saving = self._signed = step
         data = _gathered(data_state) | ({} if logs is None else {"logs": dict(logs)})
         variables, rest = _split(state)
@@ -124,6 +120,22 @@ class Checkpoints:
         self.newest = step
         if not self._asynchronous:
             self.wait()
+
+    def _wait_or_warn(self) -> None:
+        """Waits for a save in progress. Of one that went wrong it tells, once: it may have been the disk, or a folder that somebody
+        removed, and the training is worth more. The second in a row is an error, and so is any where processes share the folder."""
+        failed = False
+        try:
+            self.wait()
+        except SaveFailed as failure:
+            if self._failed or jax.process_count() > 1:
+                raise
+            failed = True
+            warnings.warn(f"{failure}; training goes on to the next one", Damaged, stacklevel=3)
+        if failed or (self._gone() and jax.process_count() == 1):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._open()
+        self._failed = failed
 
     def meta(self, step: int) -> Meta:
         """What was noted beside the state at `step`."""
