@@ -19,12 +19,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import plots
-from experiments.cache import Run, write_json
+from experiments.cache import Run
 from experiments.record import Outcome
 from experiments.tables import Table, number
 from experiments.terminal import say, short, show
 from moejax.analysis import ObservedLayer, changed, favourites, observe, preferences, with_noise
 from moejax.core.errors import ConfigError
+from moejax.core.files import write_json
 
 BATCHES = 16
 NOISE = 0.1  # share of tokens replaced, to see whether the others are routed as before
@@ -90,7 +91,10 @@ def look(run: Run, batches: int = BATCHES) -> Seen:
     steps = saved_steps(run.path)
     if not steps:
         raise ConfigError(f"{short(run.path)} has no checkpoint; train it again with --fresh")
-    config, variables, _ = load(run.path)
+    try:
+        config, variables, _ = load(run.path)
+    except ValueError as damage:
+        raise ConfigError(f"{damage}; train it again with --fresh") from None
     model, task = models.network(config), tasks.build(config["task"], "task")
     known = info(config["data"])
     labels = tuple(known.domains) or tuple(map(str, range(known.num_classes or 1)))

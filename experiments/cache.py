@@ -2,7 +2,8 @@
 
 A run lives in `<runs>/trained/<key>/`, where the key hashes the resolved config without what cannot change a number
 (`moejax.train.identity`, blocks that the model does not use), the seed and `NUMERICS_VERSION`. `run.json` is written last: a directory
-without it is an interrupted training, which `fit` resumes.
+without it is an interrupted training, which `fit` resumes. It vouches for itself and for the files beside it; where one of them is
+not what was written, `run.json` is moved aside, and `fit` makes again what is missing, from a checkpoint if it can.
 
 What a run starts from (`init`, a task's teacher) is part of its config, and so of its key. The run of another config that it starts
 from is a run like any other: it is trained here, once, for all that name it.
@@ -13,11 +14,9 @@ import fnmatch
 import hashlib
 import json
 import math
-import os
 import shutil
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import environment
-from moejax.core.errors import ConfigError
+from moejax.core.files import changed, digest, locked, read_lines, read_sealed, set_aside, write_sealed
 from moejax.train import identity
 
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
 NUMERICS_VERSION = 2
 RESULT_FIELDS = ("params", "active_params", "trainable_params", "flops_per_step", "steps", "seconds", "first_step_seconds")
-POLL = 0.5  # seconds between two looks at a lock
+FILES = ("result.json", "metrics.jsonl", "timings.jsonl")  # what `run.json` vouches for, as far as it is there
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,12 @@ class Cache:
         return self.root / "trained" / key(config, seed)
 
     def has(self, config: ConfigDict, seed: int) -> bool:
-        """Whether the run has finished."""
-        return (self.path(config, seed) / "run.json").exists()
+        """Whether the run has finished, and is what was written."""
+        path = self.path(config, seed)
+        return (path / "run.json").exists() and not find_damage(path)
 
     def load(self, config: ConfigDict, seed: int, arm: str) -> Run | None:
-        """The finished run, or None."""
+        """The finished run, or None: also if it is damaged."""
         return read_run(self.path(config, seed), arm, seed, cached=True)
 
     def train(
@@ -119,6 +119,8 @@ class Cache:
             # Another process may have finished it while this one was busy with other arms.
             if hosts.share(self.has(config, seed)):
                 return read_run(path, arm, seed, cached=True)
+            if hosts.is_first() and (path / "run.json").exists():
+                set_aside(path / "run.json", "run", find_damage(path) or "")
             return train_in(path, config, seed, arm, fit, progress, self.starts(fit), label)
 
     def starts(self, fit: Callable[..., Any]) -> Callable[..., Path]:
@@ -148,7 +150,7 @@ class Cache:
         path = self.path(config, seed)
         if hosts.is_first():
             with _claimed(path):
-                if self.has(config, seed):
+                if (path / "run.json").exists():
                     shutil.rmtree(path)
         hosts.barrier()
 
@@ -178,7 +180,8 @@ def train_in(
         diverged = str(error)
     else:
         metrics = {name: float(getattr(result, name)) for name in RESULT_FIELDS} | dict(result.metrics)
-    speeds = [row["tokens_per_second"] for row in _lines(path / "timings.jsonl") if row.get("tokens_per_second")]
+    timings, history = (_lines(path / name) for name in ("timings.jsonl", "metrics.jsonl"))
+    speeds = [row["tokens_per_second"] for row in timings if row.get("tokens_per_second")]
     if speeds:
         metrics["tokens_per_second"] = statistics.median(speeds)
     record = {
@@ -186,13 +189,14 @@ def train_in(
         "seed": seed,
         "numerics": NUMERICS_VERSION,
         "diverged": diverged,
-        "metrics": {**_last_scalars(_lines(path / "metrics.jsonl")), **metrics},
+        "metrics": {**_last_scalars(history), **metrics},
         "meta": environment.describe(),
+        "files": {name: digest(path / name) for name in FILES if (path / name).exists()},
     }
     if hosts.is_first():
-        write_json(path / "run.json", record)
+        write_sealed(path / "run.json", record)
     hosts.barrier()
-    return read_run(path, arm, seed, cached=False)
+    return _as_run(record, history, path, arm, seed, cached=False)
 
 
 def run_label(arm: str, seed: int) -> str:
@@ -201,12 +205,18 @@ def run_label(arm: str, seed: int) -> str:
 
 
 def read_run(path: Path, arm: str, seed: int, cached: bool) -> Run | None:
-    """The finished run in `path`, or None if it has not finished."""
-    if not (path / "run.json").exists():
+    """The finished run in `path`, or None if it has not finished, or is not what was written."""
+    if not (path / "run.json").exists() or find_damage(path):
         return None
-    record = json.loads((path / "run.json").read_text())
-    history = _lines(path / "metrics.jsonl")
-    return Run(arm, seed, record["metrics"], history, record["meta"], path, cached, record["diverged"])
+    return _as_run(read_sealed(path / "run.json"), _lines(path / "metrics.jsonl"), path, arm, seed, cached)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with the finished run in `path`, or None."""
+    try:
+        return changed(path, read_sealed(path / "run.json")["files"])
+    except (ValueError, KeyError) as error:
+        return f"run.json: {error}"
 
 
 def key(config: ConfigDict, seed: int) -> str:
@@ -247,17 +257,15 @@ def _used_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def write_json(path: Path, data: Any, indent: int | None = None) -> None:
-    """Writes a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=indent) + "\n")
-    os.replace(partial, path)
+def _as_run(
+    record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], path: Path, arm: str, seed: int, cached: bool
+) -> Run:
+    return Run(arm, seed, record["metrics"], history, record["meta"], path, cached, record["diverged"])
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file that the trainer wrote; none if there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return read_lines(file) if file.exists() else []
 
 
 def _last_scalars(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -278,22 +286,7 @@ def _strings(value: Any) -> set[str]:
     return set()
 
 
-@contextlib.contextmanager
-def _claimed(path: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
+def _claimed(path: Path, wait: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
     """Refuses to train where another process of this machine is training, or waits for it; the claim ends with the process."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if wait is None:
-                    raise ConfigError(
-                        f"another process is training in {path}; wait for it, or choose another --runs=DIR"
-                    ) from None
-            wait()
-            time.sleep(POLL)
-        yield
+    busy = f"another process is training in {path}; wait for it, or choose another --runs=DIR"
+    return locked(path.with_suffix(".lock"), busy, wait)

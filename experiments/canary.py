@@ -15,8 +15,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import environment
-from experiments.cache import NUMERICS_VERSION, write_json
+from experiments.cache import NUMERICS_VERSION
 from moejax.core.errors import ConfigError
+from moejax.core.files import read_sealed, seal, set_aside, unseal, write_json, write_sealed
 
 TOLERANCE = 1e-5
 STEPS = 5
@@ -34,12 +35,11 @@ def check(runs: Path, record: Path, fit: Callable[..., Any], accept: bool = Fals
       ConfigError: the losses differ by more than `TOLERANCE` (relative) under the same `NUMERICS_VERSION`.
     """
     name = platform_key()
-    known = json.loads(record.read_text()) if record.exists() else {}
+    known = _known(record)
     losses = _losses(runs, fit, say)
-    old = known.get(name)
+    old = None if accept else _trusted(known, name, record)
     if old is None or accept or old["numerics"] != NUMERICS_VERSION:
-        if old is None or old != {"numerics": NUMERICS_VERSION, "losses": losses}:
-            write_json(record, {**known, name: {"numerics": NUMERICS_VERSION, "losses": losses}}, indent=1)
+        write_json(record, {**known, name: seal({"numerics": NUMERICS_VERSION, "losses": losses})}, indent=1)
         return
     for step, (now, before) in enumerate(zip(losses, old["losses"], strict=True), start=1):
         if not abs(now - before) <= TOLERANCE * abs(before):
@@ -108,12 +108,40 @@ def _losses(runs: Path, fit: Callable[..., Any], say: Callable[[str], None]) -> 
     """The training losses, from the last time these very sources ran on this platform, or from running them."""
     kept = runs / "canary.json"
     what = {"sources": sources_hash(), "platform": platform_key()}
-    found = json.loads(kept.read_text()) if kept.exists() else {}
+    found: dict[str, Any] = {}
+    if kept.exists():
+        try:
+            found = read_sealed(kept)
+        except ValueError as damage:
+            set_aside(kept, "canary", str(damage))
     if {k: found.get(k) for k in what} == what:
         return found["losses"]
     say("sources changed: repeating the canary, a training of a few steps")
     with tempfile.TemporaryDirectory() as folder:
         result = fit(config(), seed=0, workdir=folder, progress=lambda progress: None, label="canary")
     losses = [float(row["train/loss"]) for row in result.history if "train/loss" in row]
-    write_json(kept, {**what, "losses": losses})
+    write_sealed(kept, {**what, "losses": losses})
     return losses
+
+
+def _known(record: Path) -> dict[str, Any]:
+    if not record.exists():
+        return {}
+    try:
+        known = json.loads(record.read_text())
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise ConfigError(f"{record} cannot be read; take it from the repository, or remove it to record the numbers anew")
+    return known
+
+
+def _trusted(known: dict[str, Any], name: str, record: Path) -> dict[str, Any] | None:
+    """What was recorded under a name, or None: numbers that others are held against are not quietly made again."""
+    try:
+        return unseal(known[name]) if name in known else None
+    except ValueError as damage:
+        raise ConfigError(
+            f"{record.name} ({name}) is damaged ({damage}); take it from the repository, or record the numbers with "
+            "--accept_numerics"
+        ) from None

@@ -4,7 +4,7 @@ A page has `<!-- ledger:NAME -->` ... `<!-- end -->` around what is made; NAME i
 every ledger entry; `python -m experiments.docs` does it by hand.
 """
 
-import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from experiments import catalog, pods, record, tables
 from experiments.environment import REPOSITORY
 from experiments.study import load
+from moejax.core.files import write_atomically
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 LEDGER = record.LEDGER  # the one that the pages are about
@@ -30,12 +31,14 @@ def render(text: str, ledger: Path = LEDGER) -> str:
 
 def demo_table(ledger: Path) -> str:
     """Arms and claims of the demo's study."""
-    entry = _read(ledger / f"{DEMO}.json")
+    entry = record.read_entry(ledger / f"{DEMO}.json")
     notes = {arm.name: arm.note for arm in load(DEMO).arms}
     lines = ["| arm | bits per byte | active parameters | what it is |", "|---|---|---|---|"]
     for arm, found in entry["arms"].items():
-        bits = tables.spread(tuple(found["eval/bits_per_byte"]["values"]))
-        lines.append(f"| {arm} | {bits} | {tables.quantity(found['active_params']['mean'])} | {notes[arm]} |")
+        # An arm that diverged has neither.
+        bits = tables.spread(tuple(found.get("eval/bits_per_byte", {}).get("values", ())))
+        active = tables.quantity(found.get("active_params", {}).get("mean", math.nan))
+        lines.append(f"| {arm} | {bits} | {active} | {notes[arm]} |")
     lines += ["", "| claim | measured | 95 % interval | verdict |", "|---|---|---|---|"]
     return "\n".join([*lines, *(_row(claim) for claim in entry["claims"])])
 
@@ -61,12 +64,8 @@ def pod_table(ledger: Path) -> str:
 
 
 def _row(claim: dict[str, Any]) -> str:
-    low, high = map(tables.number, claim["interval"])
-    return f"| {claim['claim']} | {tables.number(claim['mean'])} | {low} to {high} | {claim['verdict']} |"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
+    interval = "-" if any(map(math.isnan, claim["interval"])) else " to ".join(map(tables.number, claim["interval"]))
+    return f"| {claim['claim']} | {tables.number(claim['mean'])} | {interval} | {claim['verdict']} |"
 
 
 def catalogue_table(ledger: Path) -> str:
@@ -98,7 +97,7 @@ def renew(ledger: Path) -> None:
     for page in PAGES:
         text = page.read_text()
         if (new := render(text, ledger)) != text:
-            page.write_text(new)
+            write_atomically(page, new)
 
 
 if __name__ == "__main__":

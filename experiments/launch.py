@@ -23,7 +23,9 @@ from dataclasses import dataclass
 
 from experiments import flags
 from experiments.environment import REPOSITORY
+from experiments.terminal import told
 from moejax.core.errors import ConfigError
+from moejax.core.text import tell
 
 HOME = "moejax"  # folder on the workers, below the home directory
 PAUSE = 30.0  # seconds between two looks at a slice that is not ready, and before a restart
@@ -176,10 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run_tpu(tpu, command, options.restarts, _run)
     except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"error: {told(error)}")
         return MISTAKE
     except KeyboardInterrupt:
-        print("the job goes on; the same command shows its log again", file=sys.stderr)
+        tell("the job goes on; the same command shows its log again")
         return 130
 
 

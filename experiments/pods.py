@@ -19,7 +19,9 @@ from rich.console import Console
 
 from experiments.environment import REPOSITORY, describe
 from experiments.tables import Table, duration, percent, quantity
-from experiments.terminal import make_console, say, short, show
+from experiments.terminal import make_console, say, short, show, told
+from moejax.core.errors import ConfigError, nearest
+from moejax.core.text import tell
 
 if TYPE_CHECKING:
     from moejax.aot.report import Report
@@ -46,7 +48,7 @@ def compile_configs(configs: Mapping[str, Any], topology: str, folder: Path, con
     """
     for name, config in configs.items():
         file = write(compile_one(name, config, topology, console), folder)
-        shown = picture([json.loads(file.read_text())], file.with_suffix(".png"))
+        shown = picture([read_report(file)], file.with_suffix(".png"))
         say(console, f"wrote {short(file)} and {short(shown)}\n")
 
 
@@ -172,7 +174,6 @@ def main(argv: Sequence[str]) -> int:
     """Compiles configs of `configs/pods` for the slices of the record, and renews the record."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # looking for an accelerator takes a while, and none is needed
     from experiments.flags import load_config
-    from moejax.core.errors import ConfigError, nearest
 
     console = make_console()
     topologies = [a.removeprefix("--for=") for a in argv if a.startswith("--for=")] or SLICES
@@ -185,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
             for name in wanted:
                 write(compile_one(name, load_config(str(files[name]))[1], topology, console), RECORD)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {told(error)}")
         return 2
     picture(_recorded(RECORD), RECORD / "memory.png")
     say(console, "the pages in docs/ show the record once they are renewed: python -m experiments.docs")
@@ -194,8 +195,23 @@ def main(argv: Sequence[str]) -> int:
 
 def _recorded(record: Path) -> list[dict[str, Any]]:
     """All reports of the record, by chip and then by name."""
-    found = [json.loads(file.read_text()) for file in record.glob("*.json")]
+    found = [read_report(file) for file in record.glob("*.json")]
     return sorted(found, key=lambda report: (report["topology"], report["name"]))
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """What was written of one compiled config.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text())
+        return {**found, "topology": found["topology"], "name": found["name"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{file} is no report of a compiled config ({error}); remove it, or compile the config again"
+        ) from None
 
 
 @contextlib.contextmanager

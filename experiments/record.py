@@ -15,10 +15,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.cache import RESULT_FIELDS, Run, write_json
+from experiments.cache import RESULT_FIELDS, Run
 from experiments.overrides import PLACE
 from experiments.study import Claim, Study
 from experiments.verdict import Verdict, judge, summary
+from moejax.core.errors import ConfigError
+from moejax.core.files import write_json
 
 LEDGER = Path(__file__).parent / "ledger"
 LEDGER_PRESETS = ("cpu", "paper")
@@ -129,8 +131,21 @@ def entry_name(slug: str, preset: str, ablation: str) -> str:
 def entries(folder: Path = LEDGER) -> list[dict[str, Any]]:
     """Every ledger entry, sorted by study and preset. One whose numbers a change of the library has overtaken says so in 'outdated',
     until the study is run anew."""
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.name != "canary.json"]
+    found = [read_entry(file) for file in sorted(folder.glob("*.json")) if file.name != "canary.json"]
     return sorted(found, key=lambda e: (e["slug"], e["preset"], e["ablation"]))
+
+
+def read_entry(file: Path) -> dict[str, Any]:
+    """A ledger entry, with nan where it says null: a number that was not finite, see `plain`.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text())
+        return _numeric({**found, **{name: found[name] for name in ("slug", "preset", "ablation", "claims", "arms")}})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{file} is no ledger entry ({error}); take it from the repository, or run its study again") from None
 
 
 def ledger_folder(runs: Path) -> Path:
@@ -147,6 +162,17 @@ def plain(value: Any) -> Any:
             return [plain(v) for v in value]
         case float() if not math.isfinite(value):
             return None
+    return value
+
+
+def _numeric(value: Any) -> Any:
+    match value:
+        case dict():
+            return {k: _numeric(v) for k, v in value.items()}
+        case list():
+            return [_numeric(v) for v in value]
+        case None:
+            return math.nan
     return value
 
 

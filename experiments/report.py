@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots, record, tables
-from experiments.cache import write_json
 from experiments.overrides import apply, copy, flatten
 from experiments.record import Outcome
 from experiments.tables import Table
 from experiments.verdict import OUT_OF_REACH
+from moejax.core.files import write_atomically, write_json
 
 STYLE = """
 :root { --ink: #1b1f24; --soft: #5a6370; --line: #dfe3e8; --paper: #ffffff; --wash: #f6f7f9; }
@@ -55,7 +55,7 @@ def write(outcome: Outcome, runs: Path) -> Written:
     )
     pictures = (*(path for path in drawn if path), *_analysed(outcome, folder))
     write_json(folder / "results.json", record.results(outcome), indent=1)
-    (folder / "report.html").write_text(page(outcome, pictures))
+    write_atomically(folder / "report.html", page(outcome, pictures))
     return Written(folder / "report.html", folder / "results.json", pictures, _link_events(outcome, folder / "tensorboard"))
 
 
@@ -105,8 +105,7 @@ def write_index(ledger: Path, runs: Path) -> Path:
     table = Table("Studies", columns, tuple(rows), tuple(styles))
     body = "<h1>Studies</h1>" + (_table(table, links, verdict_column=3) if rows else "<p>No ledger entry yet.</p>")
     body += _other_reports(folder, set(links))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(_document("moejax: studies", body))
+    write_atomically(folder / "index.html", _document("moejax: studies", body))
     return folder / "index.html"
 
 
@@ -234,7 +233,8 @@ def _link_events(outcome: Outcome, folder: Path) -> Path:
     for arm, seeds in outcome.runs.items():
         for seed, run in seeds.items():
             link = folder / f"{arm}-seed{seed}"
-            if link.is_symlink():
-                link.unlink()
-            os.symlink(run.path.resolve(), link, target_is_directory=True)
+            # Made beside it and moved: another command may be writing the same report.
+            new = link.with_name(f".{link.name}.{os.getpid()}")
+            os.symlink(run.path.resolve(), new, target_is_directory=True)
+            os.replace(new, link)
     return folder

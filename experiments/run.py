@@ -5,8 +5,10 @@
 See `--help` for the flags and examples. Nothing heavy is imported before a command line is known to be right.
 """
 
+import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,31 @@ from rich.console import Console
 
 from experiments import flags
 from experiments.flags import Options
-from experiments.terminal import make_console, say, short, show
+from experiments.terminal import make_console, one_line_each, say, short, show, told, trouble
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.text import tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status. A mistake in it is one line on stderr and status 2."""
-    try:
-        options = flags.parse(sys.argv[1:] if argv is None else argv)
-        if options.compile_for or options.mode not in TRAINS:
-            run = _run_compile if options.compile_for else _MODES[options.mode]
-            return run(options, make_console())
-        return _train(options)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
-        return 130
+    """Runs a command line; returns the exit status. A mistake in it is one line on stderr and status 2, a full disk one and status 1."""
+    with one_line_each():
+        try:
+            options = flags.parse(sys.argv[1:] if argv is None else argv)
+            if options.compile_for or options.mode not in TRAINS:
+                run = _run_compile if options.compile_for else _MODES[options.mode]
+                return run(options, make_console())
+            return _train(options)
+        except ConfigError as error:
+            tell(f"error: {told(error)}")
+            return 2
+        except KeyboardInterrupt:
+            tell("interrupted; the same command goes on from what is finished")
+            return 130
+        except Exception as error:
+            if not (reason := trouble(error)) or os.environ.get("MOEJAX_TRACEBACK"):
+                raise
+            tell(f"error: {reason}; the same command goes on from what is finished (MOEJAX_TRACEBACK=1 shows where)")
+            return 1
 
 
 def _train(options: Options) -> int:
@@ -49,12 +58,12 @@ def _train(options: Options) -> int:
     try:
         together = hosts.start(options.coordinator or None, options.processes, options.process) > 1
     except TimeoutError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {told(error)}")
         return 1
     try:
         return _MODES[options.mode](options, make_console(quiet=together and not hosts.is_first()))
     except hosts.LostProcess as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {told(error)}")
         # Python's own way out would wait for the process that is gone.
         os._exit(LOST)
 
@@ -234,7 +243,17 @@ def _overrides(config: Any, options: Options) -> dict[str, Any]:
 
 
 def _runs_folder(options: Options) -> Path:
-    return Path(options.runs or os.environ.get("MOEJAX_RUNS") or "runs")
+    """Where runs are cached: a folder that can be written, which is found out before anything is trained."""
+    name = "--runs" if options.runs else "MOEJAX_RUNS" if os.environ.get("MOEJAX_RUNS") else "the folder of runs"
+    runs = Path(options.runs or os.environ.get("MOEJAX_RUNS") or "runs")
+    if not options.workdir:
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=runs):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{name}={runs} cannot be written in ({error.strerror}); give another with --runs=DIR") from None
+    return runs
 
 
 TRAINS = ("study", "config")
@@ -247,5 +266,21 @@ _MODES: dict[str, Callable[[Options, Console], int]] = {
 }
 
 
+def _leave(status: int | str | None) -> None:
+    """Ends the process. After a signal at once: Python's own way out would wait for threads that still read data."""
+    together = "jax" in sys.modules and sys.modules["jax"].process_count() > 1
+    if status not in (130, 143) or together:
+        sys.exit(status)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(status))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code: int | str | None = main()
+    except SystemExit as stop:
+        code = stop.code
+    _leave(code)

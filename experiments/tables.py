@@ -190,8 +190,8 @@ def spread(values: tuple[float, ...]) -> str:
 
 def quantity(value: float) -> str:
     """1234567 -> '1.23M'; small whole numbers as they are."""
-    if math.isnan(value):
-        return "-"
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else f"{value}"
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 10 or (abs(value) >= size and size > 1e3):
             return f"{value / size:.3g}{letter}"
@@ -204,7 +204,9 @@ def percent(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """45 -> '45 s', 125 -> '2 min 05 s', 7500 -> '2 h 05 min'."""
+    """45 -> '45 s', 125 -> '2 min 05 s', 7500 -> '2 h 05 min'; '-' if it was not measured."""
+    if not math.isfinite(seconds):
+        return "-"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,22 +1,100 @@
-"""Plain text, tables and paths on the terminal."""
+"""Plain text, tables and paths on the terminal: nothing that is printed can do more than be read, see `moejax.core.text`."""
 
+import contextlib
+import errno
+import logging
+import os
 import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from moejax.core.text import printable, tell
 
 if TYPE_CHECKING:
     from experiments.tables import Table
 
+# Errors of the system that no change of the program would mend.
+MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ENXIO,
+)  # fmt: skip
 PLAIN_WIDTH = 160  # columns where no terminal says how many it has
 
 
 def make_console(quiet: bool = False) -> Console:
     """Standard output, wide enough for tables in a log; or nowhere."""
-    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, quiet=quiet)
+    return PlainConsole(quiet=quiet) if sys.stdout.isatty() else PlainConsole(width=PLAIN_WIDTH, quiet=quiet)
+
+
+class PlainConsole(Console):
+    """A console whose own escape sequences are the only ones: those in names, notes and errors are written out."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def told(error: BaseException) -> str:
+    """An error as one line."""
+    return " ".join(str(error).split())
+
+
+def trouble(error: BaseException) -> str:
+    """In one line, what of the machine's an error is about: its disk, its permissions. Empty if it is about something else.
+
+    What writes in the background wraps such errors in others, so all that led to this one are looked at.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if type(error).__name__ == "SaveFailed":  # of a module that is not imported for this
+            return told(error)
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            return " ".join(filter(None, (f"{os.strerror(error.errno)}:", str(error.filename or "")))).removesuffix(":")
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            if os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+@contextlib.contextmanager
+def one_line_each() -> Iterator[None]:
+    """Warnings are one line, and so is what goes wrong in a thread for want of disk; the thread that waits for it says the rest."""
+    old_format, old_hook = warnings.formatwarning, threading.excepthook
+
+    def format_warning(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+        if not issubclass(category, UserWarning):
+            return printable(old_format(message, category, *place, **more))
+        return f"warning: {printable(told(message))}\n"
+
+    def hook(args: Any) -> None:
+        if args.exc_value is not None and trouble(args.exc_value):
+            return
+        lines = traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)
+        tell(f"in thread {args.thread.name if args.thread else '?'}:\n{''.join(lines)}".rstrip())
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and record.exc_info[1] and trouble(record.exc_info[1]))
+
+    # What Orbax logs with a traceback it also raises.
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
+    warnings.formatwarning, threading.excepthook = format_warning, hook
+    try:
+        yield
+    finally:
+        warnings.formatwarning, threading.excepthook = old_format, old_hook
+        logger.removeFilter(is_news)
 
 
 def say(console: Console, text: str) -> None:

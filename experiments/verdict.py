@@ -60,7 +60,7 @@ def summary(values: tuple[float, ...]) -> tuple[float, float, tuple[float, float
     """Mean, sample standard deviation and t-interval of the mean; nan where there are too few values for it."""
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
-    if n < 2:
+    if n < 2 or not math.isfinite(mean):
         return mean, math.nan, (math.nan, math.nan)
     from scipy import stats
 

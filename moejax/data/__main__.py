@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.core.text import tell
 from moejax.data import storage
 from moejax.data.catalog import DATASETS, TextDataset
 from moejax.data.config import parse
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(_table(each, builder))
             console.print(f"Ready in {seconds:.1f} s, in {builder.data_dir}\n", highlight=False, soft_wrap=True)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        tell(str(error))
         return 2
     choice = name or embedded[0]
     console.print(f"Use it with config.data.name = '{choice}'", highlight=False)

@@ -1,5 +1,6 @@
 """Grain pipelines from labelled images to batches."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from moejax.core.errors import ConfigError
 from moejax.data import storage
 from moejax.data.catalog import ImageDataset
 from moejax.data.config import ImageConfig, check_split
-from moejax.data.order import batched, derive_seed, ordered, padded
+from moejax.data.order import batched, check_memory, check_rows, derive_seed, ordered, padded
 
 
 def image_batches(
@@ -21,7 +22,10 @@ def image_batches(
     builder = storage.open_builder(config)
     dataset = check_split(config, split)
     shape = image_shape(config, builder)
+    check_memory(config, 4 * math.prod(shape) + 13, config.batch_size // shard_count)
     examples = storage.open_split(builder, dataset.splits[split], config.name)
+    if num_epochs is None:
+        check_rows(config, len(examples), split)
     if storage.fits_in_memory(builder):
         examples = storage.Held(examples)
     images = grain.MapDataset.source(examples).map_with_index(Decode(dataset, config.image_size, len(examples)))

@@ -11,10 +11,43 @@ import grain
 import numpy as np
 from absl import flags
 
+from moejax.core.errors import ConfigError
+from moejax.core.machine import gigabytes, memory
 from moejax.data.config import DataConfig
 
 # Evaluation has the same order in every run, but not that of the files: any first few batches are then a fair sample.
 _FIXED = 0x5EED
+
+
+def check_memory(config: DataConfig, row_bytes: int, rows: int) -> None:
+    """Refuses batches that this machine cannot hold, before anything of one is made.
+
+    Args:
+      row_bytes: of one row or image.
+      rows: of a batch in this process.
+
+    Raises:
+      ConfigError: naming the sizes.
+    """
+    # One that is made, one that is used, and those between them.
+    needed, there = row_bytes * rows * (config.prefetch + 2), memory()
+    if needed > there:
+        raise ConfigError(
+            f"data.batch_size={config.batch_size} is {gigabytes(row_bytes * rows)} a batch in each process, and data.prefetch="
+            f"{config.prefetch} of them lie ready: this machine has {gigabytes(there)}; make one of them smaller"
+        )
+
+
+def check_rows(config: DataConfig, rows: int, split: str) -> None:
+    """Refuses a training batch that has more rows than the data: some of them would be in it twice.
+
+    Raises:
+      ConfigError: naming both.
+    """
+    if config.batch_size > rows:
+        raise ConfigError(
+            f"data.batch_size={config.batch_size} is more than the {rows} rows of split '{split}' of '{config.name}'; take at most {rows}"
+        )
 
 
 def derive_seed(seed: int, *salt: int) -> int:

@@ -3,22 +3,36 @@
 `$MOEJAX_DATA`, or `~/.cache/moejax`, holds one folder per embedded data set and state of the packages it comes from:
 
     embedded_text-py3.11.7-1f0c9a52/embedded_text/1.0.0/*.array_record*
+
+Beside them lies `checksums.json`, the SHA-256 of every file. What is not what was written is moved aside and prepared anew.
 """
 
 import contextlib
+import functools
 import io
+import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grain.sources import RandomAccessDataSource
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import changed, digest, read_sealed, set_aside, write_sealed
 from moejax.data.builders import sources
 from moejax.data.catalog import DATASETS
 from moejax.data.config import DataConfig
+
+CHECKSUMS = "checksums.json"
+# Where the features of standard data sets are written in TFDS. A prepared folder names classes by module; no other is imported.
+_FEATURES = re.compile(
+    r"tensorflow_datasets\.core\.features\.(audio|bounding_boxes|class_label|dataset|feature|features_dict|image|labeled_image|"
+    r"optional|scalar|sequence|tensor|text|translation|video)(_feature)?\.\w+"
+)
 
 
 class Held:
@@ -47,11 +61,27 @@ def prepare(name: str) -> Path:
 
     Two processes may prepare at once: each writes a folder of its own and renames it into place, which is atomic; the one
     that comes second discards its copy. A process that dies leaves no half-written data set.
+
+    Raises:
+      ConfigError: the folder of prepared data cannot be used.
     """
     root = cache_dir() / f"{name}-{sources.fingerprint(name)}"
+    try:
+        return _prepare(name, root)
+    except OSError as error:
+        raise ConfigError(
+            f"'{name}' in data.name cannot be prepared in {cache_dir()} ({error.strerror or error}); set MOEJAX_DATA to a folder that can "
+            "be written, on a disk with room"
+        ) from None
+
+
+def _prepare(name: str, root: Path) -> Path:
     prepared = root / name / "1.0.0"
-    if prepared.exists():
-        return prepared
+    if root.exists():
+        damage = _damage(str(root), root.stat().st_mtime_ns)
+        if damage is None:
+            return prepared
+        set_aside(root, "prepared data", damage, "prepared anew")
     import tensorflow_datasets as tfds
 
     from moejax.data.builders.embedded import BUILDERS
@@ -63,6 +93,8 @@ def prepare(name: str) -> Path:
         builder = BUILDERS[name](data_dir=own, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads, and there are none
             builder.download_and_prepare()
+        files = (file for file in sorted(own.rglob("*")) if file.is_file())
+        write_sealed(own / CHECKSUMS, {"files": {file.relative_to(own).as_posix(): digest(file) for file in files}})
         own.chmod(0o755)
         try:
             own.rename(root)
@@ -80,11 +112,36 @@ def open_builder(config: DataConfig) -> Any:
     Raises:
       ConfigError: a standard corpus that lies in no data folder; says how to prepare it.
     """
-    import tensorflow_datasets as tfds
+    return open_folder(prepare(config.base) if DATASETS[config.base].embedded else _find(config))
 
-    if DATASETS[config.base].embedded:
-        return tfds.builder_from_directory(prepare(config.base))
-    return tfds.builder_from_directory(_find(config))
+
+def open_folder(folder: Any) -> Any:
+    """The TFDS builder (read-only) of a data set's own folder, down to its version.
+
+    Raises:
+      ConfigError: its description cannot be read, or names a class that is none of TFDS's: reading it would import any module.
+    """
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    for name in ("dataset_info.json", "features.json"):
+        file = epath.Path(folder) / name
+        if not file.exists():
+            continue
+        try:
+            named = set(_classes(json.loads(file.read_text())))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file} cannot be read ({error}); prepare the data set anew") from None
+        for strange in sorted(each for each in named if not _FEATURES.fullmatch(each)):
+            raise ConfigError(
+                f"{file} asks to import '{strange}', which is no feature of TFDS; prepare the data set from its source"
+            )
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS and protobuf raise errors of many kinds
+        raise ConfigError(
+            f"{folder} is no data set that TFDS can read ({' '.join(str(error).split())}); prepare it anew"
+        ) from error
 
 
 def fits_in_memory(builder: Any) -> bool:
@@ -107,6 +164,32 @@ def open_split(builder: Any, split: str, name: str) -> RandomAccessDataSource:
         ) from None
 
 
+def _classes(value: Any) -> Iterator[str]:
+    """The names of classes in a description: TFDS imports what stands at these keys, also inside JSON that is kept as a string."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _classes(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("pythonClassName", "python_class_name") or (key == "type" and isinstance(item, str) and "." in item):
+                yield str(item)
+            elif key == "json" and isinstance(item, str):
+                yield from _classes(json.loads(item))
+            else:
+                yield from _classes(item)
+
+
+@functools.lru_cache(maxsize=16)
+def _damage(root: str, changed_at: int) -> str | None:
+    """What is wrong with an embedded data set's files; read once in a process, and again when the folder is another."""
+    try:
+        return changed(Path(root), read_sealed(Path(root) / CHECKSUMS)["files"])
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except ValueError as error:
+        return f"{CHECKSUMS}: {error}"
+
+
 def _find(config: DataConfig) -> Any:
     """Folder of the newest (or the named) prepared version of a standard corpus; local or on a bucket (`gs://...`)."""
     from etils import epath
@@ -118,9 +201,13 @@ def _find(config: DataConfig) -> Any:
     data_dir = epath.Path(config.data_dir or os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR).expanduser()
     folder = data_dir / base / variant if variant else data_dir / base
     versions = []
-    for info in folder.glob("*/dataset_info.json"):
+    try:
+        found = list(folder.glob("*/dataset_info.json"))
+    except OSError as error:
+        raise ConfigError(f"data.data_dir={data_dir} cannot be read ({error.strerror or error}); give a folder") from None
+    for info in found:
         number = info.parent.name
-        if version in ("", number) and all(part.isdigit() for part in number.split(".")):
+        if version in ("", number) and re.fullmatch(r"[0-9]+(\.[0-9]+)*", number):
             versions.append((tuple(map(int, number.split("."))), info.parent))
     if not versions:
         full = f"{base}/{variant}" if variant else base

@@ -15,7 +15,7 @@ from grain.sources import RandomAccessDataSource
 from moejax.core.errors import ConfigError
 from moejax.data import storage, tokenizers
 from moejax.data.config import TextConfig, check_split
-from moejax.data.order import batched, derive_seed, ordered, padded, with_workers
+from moejax.data.order import batched, check_memory, check_rows, derive_seed, ordered, padded, with_workers
 from moejax.data.packing import Corpus, PackedRows, cut, empty_row, example_id
 
 # Streamed windows are shuffled within a buffer of this many, so that the windows of a long document do not come in a run.
@@ -30,6 +30,7 @@ def text_batches(
     config: TextConfig, split: str, seed: int, shard_index: int, shard_count: int, num_epochs: int | None
 ) -> grain.IterDataset:
     """Batches of rows. Arguments and batch as in `moejax.data.make_iterator`, but `num_epochs` None is endless."""
+    check_memory(config, 21 * config.seq_len + 8, config.batch_size // shard_count)
     builder = storage.open_builder(config)
     dataset = check_split(config, split)
     decode = Decode(dataset.text, dataset.domains or (config.base,), config.domains, config.tokenizer)
@@ -39,6 +40,10 @@ def text_batches(
         streaming = not storage.fits_in_memory(builder) and config.mixture is None
     if streaming:
         examples = storage.open_split(builder, dataset.splits[split], config.name)
+        if num_epochs is None:
+            # Nobody knows before they are read; but a document has no more windows than bytes, and each is at most a row.
+            size = builder.info.splits[dataset.splits[split]].num_bytes or 0
+            check_rows(config, len(examples) + size // config.seq_len, split)
         return _streamed(config, examples, decode, seed, shuffle, shard_index, shard_count, num_epochs)
 
     corpus = read_corpus(str(builder.data_dir), dataset.splits[split], decode)
@@ -48,6 +53,8 @@ def text_batches(
         if not len(packed):
             raise ConfigError(f"domain '{domain}' in data.domains has no documents in split '{split}' of '{config.name}'")
         rows.append(grain.MapDataset.source(packed))
+    if num_epochs is None:
+        check_rows(config, sum(map(len, rows)), split)
     if num_epochs is None and config.mixture:
         parts = [ordered(part, derive_seed(seed, i), shuffle, None) for i, part in enumerate(rows)]
         order = grain.MapDataset.mix(parts, [weight for _, weight in config.mixture])
@@ -87,9 +94,7 @@ class Decode:
 @lru_cache(maxsize=8)
 def read_corpus(folder: str, expression: str, decode: Decode) -> Corpus:
     """All documents of a prepared split in memory; `folder` is that of the TFDS data set, down to its version."""
-    import tensorflow_datasets as tfds
-
-    examples = storage.open_split(tfds.builder_from_directory(folder), expression, folder)
+    examples = storage.open_split(storage.open_folder(folder), expression, folder)
     decoded = (decode(i, examples[i]) for i in range(len(examples)))
     documents = [document for document in decoded if document is not None]
 

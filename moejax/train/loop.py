@@ -15,8 +15,6 @@ writes all files but the checkpoints, to which each adds its part; all of them s
 """
 
 import contextlib
-import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -31,13 +29,16 @@ from ml_collections import ConfigDict
 
 from moejax import data
 from moejax.core.errors import ConfigError, check_seed
+from moejax.core.files import locked, set_aside, write_json
+from moejax.core.text import tell
 from moejax.parallel import Exchange, batches, hosts, make_parallel
 from moejax.train.checkpoints import Checkpoints, load
+from moejax.train.fits import check_fits, held, needed
 from moejax.train.identity import check_equal
-from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers, read_lines, write_atomically
+from moejax.train.metrics import Line, MetricLog, SilentLog, expand, numbers
 from moejax.train.program import Program, get_program
 from moejax.train.readers import Resolve, ResolveRun, train_below
-from moejax.train.results import Progress, ProgressCallback, RunResult, Speed
+from moejax.train.results import RESULT, Progress, ProgressCallback, RunResult, Speed, read_result, result_damage
 from moejax.train.same_run import batch_contents, check_same_run, described, files
 from moejax.train.settings import (
     PLACE,
@@ -88,22 +89,20 @@ def fit(
         `starts/`.
 
     Raises:
-      ConfigError: the config is wrong, its sizes do not fit the mesh, or `workdir` holds another run.
+      ConfigError: the config is wrong, its sizes do not fit the mesh, `workdir` holds another run, or another call is training there.
       NonFiniteLoss: training has diverged; no state from after that step is saved.
       Interrupted: SIGTERM or SIGINT came, to any of the processes; a checkpoint has been saved. A `SystemExit` with code 143
         or 130.
       LostProcess: another process is gone. Nothing more can be saved: all start again from the newest checkpoint.
     """
-    started = time.perf_counter()
+    started, name, workdir = time.perf_counter(), label or str(workdir), Path(workdir)
     check_seed("seed", seed)
-    config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
     progress = progress or (lambda report: None)
-    resolve = resolve or train_below(
-        Path(workdir) / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info
-    )
-    given = {"model": model, "info": info if info is None else _context(info)}
-    run = _Run(config, seed, Path(workdir), progress, label, started, given)
-    with contextlib.closing(run):
+    with Signals() as signals, _told(name), contextlib.ExitStack() as stack:
+        config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
+        resolve = resolve or train_below(workdir / "starts", fit, plain(config), model, make_iterator=make_iterator, info=info)
+        given = {"model": model, "info": info if info is None else _context(info)}
+        run = stack.enter_context(contextlib.closing(_Run(config, seed, workdir, progress, label, started, given)))
         try:
             finished = run.finished()
             if finished is not None:
@@ -114,12 +113,24 @@ def fit(
                 info if info is not None or make_iterator is not None else data.info(config.data),
                 run.beside(resolve, progress),
             )
-            with Signals() as signals:
-                return run.train(signals)
+            signals.defer()
+            return run.train(signals)
         except jax.errors.JaxRuntimeError as error:
             if not hosts.lost(error):
                 raise
             raise run.abandon(error) from error
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Says that a run was stopped before it began; later it says so itself."""
+    try:
+        yield
+    except Interrupted as stop:
+        if stop.step is None:
+            stop.step = 0
+            tell(f"{name}: stopped by signal {stop.signum} before its first step; the same command begins again")
+        raise
 
 
 class _Run:
@@ -148,11 +159,19 @@ class _Run:
         self.step = 0
         self._loss: float | None = None
         self._speed: Speed | None = None
+        self._logs: dict[str, str] | None = None
         self._earlier_seconds = 0.0
-        self._files = contextlib.ExitStack()
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", self.saving.keep, self.saving.asynchronous)
-        self._files.callback(self.checkpoints.close)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"workdir={workdir} cannot be a folder to train in ({error.strerror}); take another") from None
+        with contextlib.ExitStack() as opened:
+            if hosts.is_first():
+                busy = f"another training is under way in {workdir}; wait for it, or take another workdir"
+                opened.enter_context(locked(workdir / "lock", busy))
+            self.checkpoints = Checkpoints(workdir / "checkpoints", self.saving.keep, self.saving.asynchronous)
+            opened.callback(self.checkpoints.close)
+            self._files = opened.pop_all()
 
     def finished(self) -> RunResult | None:
         """The result of a run that has ended already, or None.
@@ -160,19 +179,20 @@ class _Run:
         Raises:
           ConfigError: the folder holds another run.
         """
-        step, path = self.checkpoints.newest, self.workdir / "result.json"
+        step, path = self.checkpoints.newest, self.workdir / RESULT
         if step is None:
             return None
         self._check_same(self.checkpoints.meta(step), step)
         if step != self.training.steps or not hosts.share(path.exists()):
             return None
-        _, variables, _ = load(self.workdir, step)
-        return RunResult(
-            **json.loads(path.read_text()), history=read_lines(self.workdir / "metrics.jsonl"), variables=variables
-        )
+        if damage := hosts.share(result_damage(self.workdir) if hosts.is_first() else None):
+            if hosts.is_first():
+                set_aside(path, "result", damage)
+            return None
+        return read_result(self.workdir, load(self.workdir, step).variables)
 
     def open(self, model: nn.Module | None, make_iterator: MakeIterator, info: Any, resolve: Resolve) -> None:
-        """Data, programs and state, from the newest checkpoint if there is one. Signals end the process: nothing is lost yet."""
+        """Data, programs and state, from the newest checkpoint if there is one. A signal ends it where it is: nothing is lost yet."""
         init = parse_init(self.plain.get("init"))
         self._report("data")
         self._make_iterator = make_iterator
@@ -186,6 +206,7 @@ class _Run:
         if model is None:
             data.check_fits(self.plain["model"], info, self.plain["data"].get("tokenizer") or "bytes")
         self.program: Program = get_program(self.plain, self.training, first, _context(info), model, self.parallel)
+        check_fits(held(self.program.state), self.parallel, "its parameters and optimizer state")
         # What is wrong with this run is said before hours go into the one that it starts from.
         shapes = self.program.state
         frozen, made_of = frozen_models(self.program.task, shapes.frozen, self.seed, resolve, self.label)
@@ -200,8 +221,8 @@ class _Run:
         if frozen:
             self.state = self.state.replace(frozen=self.program.place_frozen(frozen))
         if hosts.is_first():
-            write_atomically(self.workdir / "config.json", json.dumps(self.plain, indent=2, sort_keys=True) + "\n")
-        self.log = (MetricLog if hosts.is_first() else SilentLog)(self.workdir, self.step)
+            write_json(self.workdir / "config.json", self.plain, indent=2)
+        self.log = (MetricLog if hosts.is_first() else SilentLog)(self.workdir, self.step, self._logs)
         self._files.callback(self.log.close)
 
     def beside(self, resolve: ResolveRun, progress: ProgressCallback) -> Resolve:
@@ -220,16 +241,18 @@ class _Run:
     def train(self, signals: Signals) -> RunResult:
         """Runs to the last step and evaluates."""
         settings = self.training
-        train_step = None
+        train_step, tokens = None, self.program.task.size(self.program.batch)
         if self.step < settings.steps:
             self._report("compile")
             train_step = self.program.train
+            check_fits(needed(train_step), self.parallel, f"a step of {tokens:,} tokens")
             self._report("train")
-        tokens = self.program.task.size(self.program.batch)
         recent = RecentBatches(settings.log_every)
         # A signal reaches one process; the step at which all of them stop is one that all of them know.
         agree = None if jax.process_count() == 1 else hosts.Agreement(self.parallel.mesh)
         first_step_seconds = None
+        if signals.received and agree is None and self.step < settings.steps:
+            self._leave(signals.received)  # it came while the step was compiled
         while self.step < settings.steps:
             batch = next(self.batches)
             self.state, metrics = train_step(self.state, self._place(batch))
@@ -309,14 +332,14 @@ class _Run:
             )
         self._first_batch = began or self._first_batch
         self._made_of = {**meta.get("made_of", {}), **self._made_of}
-        self.state, self.step = restored.state, step
+        self.state, self.step, self._logs = restored.state, step, restored.logs
         if meta["config"]["data"].get("workers", 0) == self.plain["data"].get("workers", 0):
             self.batches.set_state(restored.data_state)
         else:
             # Other workers keep another state of the same batches.
             for _ in range(step):
                 next(self.batches)
-        self._earlier_seconds = meta["seconds"]
+        self._earlier_seconds = meta.get("seconds", 0.0)
 
     def _check_same(self, meta: Mapping[str, Any], step: int) -> None:
         """Refuses the checkpoint of another run."""
@@ -396,17 +419,17 @@ class _Run:
             "given": self._given,
             "first_batch": self._first_batch,
         }
-        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta)
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, self.log.copies())
 
     def _leave(self, signum: int) -> None:
         self.close()
+        saved = self.checkpoints.newest == self.step
+        where = f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there"
+        line = f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; " + (
+            where if saved else "the same command begins again"
+        )
         if hosts.is_first():
-            print(
-                f"{self.label or self.workdir}: stopped by signal {signum} after step {self.step} of {self.training.steps}; "
-                f"checkpoint saved in {self.checkpoints.path(self.step)}; the same command goes on from there",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(line)
         raise Interrupted(signum, self.step)
 
     def _report(self, phase: str, tokens_per_second: float = 0.0, seconds_left: float | None = None) -> None:

@@ -1,7 +1,11 @@
 """Names for what models sow, and the files that metrics are written to."""
 
+import base64
+import contextlib
 import json
 import os
+import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from tensorboardX import SummaryWriter
+
+from moejax.core.files import Damaged, parse_lines, read_lines, set_aside, write_atomically
+from moejax.train.events import Events
 
 Line = dict[str, Any]
+LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
 def flatten(collection: Mapping[str, Any], prefix: str, total: bool = False) -> dict[str, Array]:
@@ -74,54 +81,53 @@ def numbers(metrics: Mapping[str, Any]) -> Line:
 class MetricLog:
     """`metrics.jsonl`, `timings.jsonl` and TensorBoard events in one folder.
 
-    metrics.jsonl holds nothing that differs between two runs of one config and seed; wall-clock values go to timings.jsonl.
+    metrics.jsonl holds nothing that differs between two runs of one config and seed; wall-clock values go to timings.jsonl. A
+    checkpoint keeps a copy of both (`copies`), so that a run which goes on from it goes on from the lines that led to it.
     """
 
-    def __init__(self, workdir: Path, step: int):
-        """Opens the folder to go on after `step`: what was written past it is dropped, as it will be written again."""
-        self.path = workdir / "metrics.jsonl"
-        self._truncate(step)
-        self._lines = self.path.open("a")
-        self._timings = (workdir / "timings.jsonl").open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+    def __init__(self, workdir: Path, step: int, copies: Mapping[str, str] | None = None):
+        """Opens the folder to go on after `step`, with the lines in `copies`: what was written past it will be written again.
+
+        Without copies, of a checkpoint that has none, the lines up to `step` that can be read stay.
+        """
+        files = (workdir / name for name in LOGS)
+        self._lines, self._timings = (
+            _Growing(file, _upto(file, step) if copies is None else _same(file, unpacked(copies[file.name]), step))
+            for file in files
+        )
+        self._events = Events(workdir, step)
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         """One line, with its step first."""
-        self._lines.write(json.dumps({"step": step, **line}) + "\n")
-        self._lines.flush()
-        for key, value in line.items():
-            if isinstance(value, list):
-                self._events.add_histogram(key, np.asarray(value), step)
-            else:
-                self._events.add_scalar(key, value, step)
+        self._lines.write({"step": step, **line})
+        self._events.write(step, line)
 
     def write_timing(self, step: int, line: Mapping[str, Any]) -> None:
-        self._timings.write(json.dumps({"step": step, **line}) + "\n")
-        self._timings.flush()
+        self._timings.write({"step": step, **line})
 
     def sync(self) -> None:
         """Returns once the lines are on the disk: a checkpoint must not outlive the lines that lead to it."""
-        os.fsync(self._lines.fileno())
+        for file in (self._lines, self._timings):
+            file.sync()
+
+    def copies(self) -> dict[str, str]:
+        """Both files, packed as JSON can hold them, by name."""
+        return {file.path.name: file.packed() for file in (self._lines, self._timings)}
 
     def history(self) -> list[Line]:
         """All lines, those of earlier processes included."""
-        return read_lines(self.path)
+        return parse_lines(unpacked(self._lines.packed()), str(self._lines.path))
 
     def close(self) -> None:
         for stream in (self._lines, self._timings, self._events):
             stream.close()
 
-    def _truncate(self, step: int) -> None:
-        if self.path.exists():
-            kept = [line for line in read_lines(self.path) if line["step"] <= step]
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
 
 class SilentLog(MetricLog):
     """What the other processes of a run have: it writes nothing, and reads what the first one wrote in the shared folder."""
 
-    def __init__(self, workdir: Path, step: int):
-        self.path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: Path, step: int, copies: Mapping[str, str] | None = None):
+        self.path = workdir / LOGS[0]
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
         pass
@@ -132,20 +138,76 @@ class SilentLog(MetricLog):
     def sync(self) -> None:
         pass
 
+    def copies(self) -> dict[str, str]:
+        return {}
+
+    def history(self) -> list[Line]:
+        return read_lines(self.path)
+
     def close(self) -> None:
         pass
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a JSON-lines file; a last line that was cut off is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def unpacked(copy: str) -> str:
+    """The text of one of `MetricLog.copies`."""
+    return zlib.decompress(base64.b64decode(copy)).decode()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either the old one or the new one, never half."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+class _Growing:
+    """A file of JSON lines that only grows, with a packed copy of it in memory: the disk is not asked what was written to it."""
+
+    def __init__(self, path: Path, text: str):
+        self.path = path
+        self._packer, self._packed = zlib.compressobj(), []
+        self._open(text)
+        self._keep(text)
+
+    def write(self, line: Line) -> None:
+        text = json.dumps(line) + "\n"
+        self._keep(text)
+        self._stream.write(text)
+        self._stream.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._stream.fileno())
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._stream.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            warnings.warn(f"{self.path} was removed while the run wrote it; it is written anew", Damaged, stacklevel=2)
+            self.close()
+            self._open(unpacked(self.packed()))
+
+    def packed(self) -> str:
+        return base64.b64encode(b"".join(self._packed) + self._packer.copy().flush()).decode()
+
+    def close(self) -> None:
+        # What a full disk refused is in the packed copy, and is tried again by nobody.
+        with contextlib.suppress(OSError):
+            self._stream.close()
+
+    def _open(self, text: str) -> None:
+        write_atomically(self.path, text)
+        self._stream = self.path.open("a")
+
+    def _keep(self, text: str) -> None:
+        self._packed.append(self._packer.compress(text.encode()))
+
+
+def _same(file: Path, text: str, step: int) -> str:
+    """`text`; with a word about the file if it does not begin with it."""
+    there = file.read_bytes() if file.exists() else b""
+    if not there.startswith(text.encode()):
+        if file.exists():
+            set_aside(file, "log", f"it is not what was written up to step {step}", "made again from the checkpoint")
+        else:
+            warnings.warn(f"log {file} is gone, made again from the checkpoint of step {step}", Damaged, stacklevel=3)
+    return text
+
+
+def _upto(file: Path, step: int) -> str:
+    """The lines of a file, up to `step`, that can be read."""
+    if not step or not file.exists():
+        return ""
+    return "".join(json.dumps(line) + "\n" for line in read_lines(file) if line.get("step", step + 1) <= step)

@@ -1,12 +1,14 @@
 """What a run tells while it runs, and what it leaves."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moejax.train.metrics import write_atomically
+from moejax.core.files import changed, digest, read_lines, read_sealed, write_sealed
+from moejax.train.metrics import LOGS
+
+RESULT = "result.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +66,25 @@ class RunResult:
     variables: dict[str, Any] = dataclasses.field(repr=False)
 
     def write(self, workdir: Path) -> None:
-        """Writes result.json: everything but the history and the variables, which lie beside it."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("history", "variables")}
-        write_atomically(workdir / "result.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        """Writes result.json: everything but the history and the variables, which lie beside it, and checksums of what was logged."""
+        kept = {k: v for k, v in sorted(vars(self).items()) if k not in ("history", "variables")}
+        logs = {name: digest(workdir / name) for name in LOGS if (workdir / name).exists()}
+        write_sealed(workdir / RESULT, kept | {"logs": logs}, indent=2)
+
+
+def result_damage(workdir: Path) -> str | None:
+    """What is wrong with the result that was written in `workdir`, or with what was logged on the way to it; None if nothing is."""
+    try:
+        return changed(workdir, read_sealed(workdir / RESULT)["logs"])
+    except ValueError as error:
+        return str(error)
+
+
+def read_result(workdir: Path, variables: dict[str, Any]) -> RunResult:
+    """The result that was written in `workdir`, with the `variables` of its checkpoint."""
+    kept = read_sealed(workdir / RESULT)
+    del kept["logs"]
+    return RunResult(**kept, history=read_lines(workdir / LOGS[0]), variables=variables)
 
 
 class Speed:

@@ -1,11 +1,13 @@
 """Preparation (atomic, without TensorFlow, quick) and the reading of standard corpora that TFDS prepared."""
 
+import errno
 import io
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from data.oracle import expected_segments, segments_of
 from PIL import Image
 
 from moejax.core.errors import ConfigError
-from moejax.data import info, make_iterator, prepare
+from moejax.core.files import Damaged
+from moejax.data import info, make_iterator, prepare, storage
 from moejax.data.__main__ import main
 
 
@@ -180,7 +183,7 @@ def test_a_preparation_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setenv("MOEJAX_DATA", str(tmp_path))
     monkeypatch.setattr(sources, "image_splits", lambda images: fail())
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match=r"cannot be prepared .*disk full"):
         prepare("embedded_digits")
     assert os.listdir(tmp_path) == []
 
@@ -201,3 +204,84 @@ def test_the_command_prepares_and_tells(capsys, monkeypatch):
         assert word in told
     assert main(["--name=embedded_txt"]) == 2
     assert "did you mean 'embedded_text'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A prepared standard corpus: its config, and the folder that describes it."""
+    builder = tiny("lm1b", {"text": tfds.features.Text()}, {s: [{"text": b"One."}] * 100 for s in ("train", "test")}, tmp_path)
+    return {"name": "lm1b", "batch_size": 1, "data_dir": str(tmp_path)}, Path(builder.data_dir)
+
+
+IMPORTS = {
+    "a class": lambda found, name: found | {"pythonClassName": name},
+    "inside": lambda found, name: json.loads(
+        json.dumps(found).replace("tensorflow_datasets.core.features.text_feature.Text", name)
+    ),
+    "older form": lambda found, name: {"type": name, "content": {}},
+    "as a string": lambda found, name: {**found, "json": {"json": json.dumps({"f": {"type": name}})}},
+}
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("change", IMPORTS.values(), ids=IMPORTS)
+@pytest.mark.parametrize(
+    "prefix", ["", "tensorflow_datasets.core.features.", "tensorflow_datasets.core.features.text_feature.x."]
+)
+def test_no_module_is_imported_for_a_name_in_prepared_data(corpus, tmp_path, monkeypatch, file, change, prefix):
+    config, folder = corpus
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = json.loads((folder / "features.json").read_text())
+    found = change(features, f"{prefix}evil.Feature")
+    found = found if file == "features.json" else {**json.loads((folder / file).read_text()), "features": found}
+    (folder / file).write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match=rf"{file} asks to import '{prefix}evil.Feature', which is no feature of TFDS"):
+        info(config)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": 3}', "null"])
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_a_damaged_description_is_one_line(corpus, file, text):
+    config, folder = corpus
+    (folder / file).write_text(text)
+    with pytest.raises(ConfigError, match=r"(cannot be read|no data set that TFDS can read) \(.*prepare"):
+        info(config)
+
+
+def test_damaged_embedded_data_are_prepared_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_DATA", str(tmp_path))
+    config = {"name": "embedded_digits", "batch_size": 8}
+    before = next(make_iterator(config))
+    (root,) = tmp_path.glob("embedded_digits-*")
+    for victim in (*root.rglob("*train*"), root / "checksums.json", *root.rglob("features.json")):
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+        storage._damage.cache_clear()  # as in another process
+        with pytest.warns(Damaged, match=r"prepared data \S+ is damaged \(.*\.corrupt\S*, prepared anew"):
+            again = next(make_iterator(config))
+        np.testing.assert_array_equal(again["image"], before["image"])
+    assert len(list(tmp_path.glob("*.corrupt*"))) == 3
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_data_folder_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOEJAX_DATA", str(tmp_path / place))
+    with pytest.raises(ConfigError, match=r"cannot be prepared in \S+ \((File exists|Not a directory)\); set MOEJAX_DATA"):
+        prepare("embedded_digits")
+    with pytest.raises(ConfigError, match=r"lm1b.* is not prepared in|data_dir=.* cannot be read"):
+        info({"name": "lm1b", "batch_size": 1, "data_dir": str(tmp_path / place)})
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_DATA", str(tmp_path))
+    monkeypatch.setattr(storage, "write_sealed", full)
+    with pytest.raises(ConfigError, match=r"cannot be prepared in \S+ \(No space left on device\); set MOEJAX_DATA"):
+        prepare("embedded_digits")
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

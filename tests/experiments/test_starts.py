@@ -10,7 +10,7 @@ import pytest
 from toy_studies import FakeFit, make_study
 
 from configs import base_lm, small_lm
-from experiments import cache, overrides, pods, progress, report, tables
+from experiments import overrides, pods, progress, report, tables
 from experiments.cache import Cache, key
 from experiments.execute import execute, execute_config
 from experiments.run import main
@@ -18,6 +18,7 @@ from experiments.study import Arm, Preset, lower, resolve
 from experiments.terminal import make_console
 from moejax.aot import ahead
 from moejax.aot.report import held_bytes
+from moejax.core import files
 from moejax.core.errors import ConfigError
 from moejax.train import StartDiverged
 from moejax.train.checks import check_config
@@ -160,7 +161,7 @@ class TestKey:
 
 
 def test_a_command_waits_for_another_one_that_trains_its_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "POLL", 0.02)
+    monkeypatch.setattr(files, "POLL", 0.02)
     start = resolve(make(), "cpu", "pretrained")
     held = Cache(tmp_path).path(start, 0)
     held.parent.mkdir(parents=True)

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import worker
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import Damaged
 from moejax.parallel import MESH_AXES, Parallel, make_mesh, parse_mesh
 from moejax.parallel.batches import data_shard, to_global
-from moejax.train import CorruptCheckpoint, load, program
+from moejax.train import load, program
 from moejax.train.checkpoints import Checkpoints
 from moejax.train.settings import TrainSettings
 
@@ -97,7 +98,7 @@ def test_a_run_wanders_over_meshes_past_a_damaged_checkpoint_and_its_losses_stay
         worker.run(run, crashing(7), mesh="fsdp x ep", **wandering)
     victim = max((f for f in (run / "checkpoints/6").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.warns(CorruptCheckpoint, match="6 is damaged"):
+    with pytest.warns(Damaged, match="6 is damaged"):
         end = worker.run(run, mesh="data=4,tensor=2", **wandering)
     for line, expected in zip(end.history, whole.history, strict=True):
         np.testing.assert_allclose(line["train/loss"], expected["train/loss"], rtol=1e-5)

@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, and damage that is noticed."""
 
+import json
 import shutil
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import Damaged, digest
 from moejax.optim.base import optimizers
-from moejax.train.checkpoints import Checkpoints, CorruptCheckpoint, find_damage, load
+from moejax.train.checkpoints import Checkpoints, find_damage, load, load_meta
 from moejax.train.step import TrainState
 
 OPTIMIZER = optimizers.build({"kind": "adamw", "learning_rate": 0.1}, "optimizer", steps=10)
@@ -126,7 +128,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_used(d
     kept = {f.relative_to(damaged / "3") for f in (damaged / "3").rglob("*")}
     with pytest.raises(ValueError, match="is damaged"):
         load(damaged.parent)
-    with pytest.warns(CorruptCheckpoint, match=rf"checkpoint {damaged}/3 is damaged \(variables/.* moved to .*/3\.corrupt"):
+    with pytest.warns(Damaged, match=rf"checkpoint {damaged}/3 is damaged \(variables/.* moved to .*/3\.corrupt"):
         checkpoints = Checkpoints(damaged, keep=3, asynchronous=True)
     assert checkpoints.newest == 2
     assert_same(checkpoints.restore(2, state_at(0)).state, state_at(2))
@@ -135,7 +137,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_used(d
     checkpoints.save(3, state_at(3), {}, {"config": {}, "seed": 0})
     checkpoints.close()
     (damaged / "3" / "meta" / "metadata").unlink()
-    with pytest.warns(CorruptCheckpoint, match=r"3\.corrupt-2"):
+    with pytest.warns(Damaged, match=r"3\.corrupt-2"):
         assert Checkpoints(damaged, keep=3, asynchronous=True).newest == 2
     assert (damaged / "3.corrupt").exists()
 
@@ -143,7 +145,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_used(d
 def test_when_all_are_damaged_there_is_none(damaged):
     for step in "123":
         (damaged / step / "checksums.json").unlink()
-    with pytest.warns(CorruptCheckpoint) as warnings:
+    with pytest.warns(Damaged) as warnings:
         assert Checkpoints(damaged, keep=3, asynchronous=True).newest is None
     assert len(warnings) == 3
 
@@ -165,3 +167,55 @@ def test_another_config_is_refused_by_its_first_differing_parameter(saved):
     with pytest.raises(ConfigError, match=r"collections/router_state/bias is float32\[2\] there and absent here"):
         checkpoints.restore(3, fewer)
     checkpoints.close()
+
+
+def test_a_renamed_checkpoint_is_not_trusted(damaged):
+    shutil.copytree(damaged / "3", damaged / "9")
+    with pytest.raises(ValueError, match="9 is damaged: it is the checkpoint of step 3"):
+        load(damaged.parent, 9)
+    with pytest.raises(ValueError, match="9 is damaged: it is the checkpoint of step 3"):
+        load_meta(damaged.parent)
+    with pytest.warns(Damaged, match=r"checkpoint \S+/9 is damaged \(it is the checkpoint of step 3\)"):
+        checkpoints = Checkpoints(damaged, keep=3, asynchronous=True)
+    assert checkpoints.newest == 3
+    checkpoints.close()
+
+
+def test_what_only_looks_like_a_step_is_left_alone(damaged):
+    """Names in other digits, a leading zero, a link to nowhere, a link in a circle, a file."""
+    for name in ("²", "٤", "010", "-5"):
+        shutil.copytree(damaged / "3", damaged / name)
+    (damaged / "11").symlink_to(damaged / "nowhere")
+    (damaged / "12").symlink_to(damaged / "12")
+    (damaged / "13").write_text("")
+    assert load(damaged.parent).meta["step"] == 3
+    checkpoints = Checkpoints(damaged, keep=2, asynchronous=False)
+    assert checkpoints.newest == 3
+    checkpoints.save(4, state_at(4), {}, {"config": {}, "seed": 0})
+    assert checkpoints.restore(4, state_at(0)).meta["step"] == 4
+    checkpoints.close()
+    assert {"²", "٤", "010", "-5"} <= {path.name for path in damaged.iterdir()}
+
+
+def test_a_link_to_a_checkpoint_is_one_under_its_own_name_only(damaged, tmp_path):
+    (damaged / "3").rename(tmp_path / "3")
+    (damaged / "3").symlink_to(tmp_path / "3")
+    (damaged / "8").symlink_to(tmp_path / "3")
+    with pytest.warns(Damaged, match=r"8 is damaged"):
+        checkpoints = Checkpoints(damaged, keep=1, asynchronous=False)
+    assert checkpoints.newest == 3
+    checkpoints.save(4, state_at(4), {}, {"config": {}, "seed": 0})
+    checkpoints.close()
+    assert find_damage(damaged / "4") is None
+    assert find_damage(tmp_path / "3") is None
+    assert not (damaged / "3").exists()
+
+
+@pytest.mark.parametrize("key", ["shapes", "step", "config", "seed"])
+def test_meta_that_says_too_little_is_damage(damaged, key):
+    file = damaged / "3" / "meta" / "metadata"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    manifest = json.loads((damaged / "3" / "checksums.json").read_text())
+    (damaged / "3" / "checksums.json").write_text(json.dumps(manifest | {"meta/metadata": digest(file)}))
+    with pytest.warns(Damaged, match=f"3 is damaged .meta does not say {key}"):
+        assert Checkpoints(damaged, keep=3, asynchronous=True).newest == 2

@@ -1,6 +1,10 @@
 """`fit` from end to end on a tiny model: results, resuming, errors."""
 
+import errno
 import json
+import os
+import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +13,10 @@ import pytest
 from training_harness import Info, TinyLM, TinyText, device, run_tiny
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import Damaged
 from moejax.tasks.base import tasks
-from moejax.train import CorruptCheckpoint, NonFiniteLoss, fit, load, program
+from moejax.train import NonFiniteLoss, fit, load, program
+from moejax.train.checkpoints import Checkpoints, SaveFailed
 
 
 class Crash(RuntimeError):
@@ -135,11 +141,69 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
     content = bytearray(victim.read_bytes())
     content[len(content) // 3] ^= 0xFF
     victim.write_bytes(content)
-    with pytest.warns(CorruptCheckpoint, match=r"/6 is damaged"):
+    with pytest.warns(Damaged, match=r"/6 is damaged"):
         end = run_tiny(tmp_path)
     assert (tmp_path / "checkpoints" / "6.corrupt").is_dir()
     assert metrics_file(tmp_path) == metrics_file(workdir)
     assert_same(end.variables, result.variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("result.json", "a digit"), ("result.json", "emptied")]
+    + [(name, damage) for name in ("metrics.jsonl", "timings.jsonl") for damage in ("a digit", "emptied", "removed")],
+)
+def test_what_a_finished_run_left_is_made_again_from_its_checkpoint(finished, tmp_path, name, damage):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    text = (workdir / name).read_text()
+    if damage == "removed":
+        (workdir / name).unlink()
+    else:
+        # The first digit after a point: of a metric, or of a time.
+        place = text.index(".", text.index(":")) + 1
+        (workdir / name).write_text(
+            "" if damage == "emptied" else text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+        )
+    with pytest.warns(Damaged, match=r"result \S+/result\.json is damaged"):
+        again = run_tiny(workdir, make_iterator=crashing(8))
+    assert metrics_file(workdir) == metrics_file(finished[0])
+    assert (workdir / "timings.jsonl").read_text() == (finished[0] / "timings.jsonl").read_text()
+    assert (again.metrics, again.history) == (finished[1].metrics, finished[1].history)
+    if name != "result.json" and damage != "removed":
+        assert (workdir / f"{name}.corrupt").read_text() != text
+    again = run_tiny(workdir, make_iterator=None)
+    assert again.history == finished[1].history
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+def test_a_run_goes_on_whatever_became_of_its_log(finished, tmp_path, damage):
+    with pytest.raises(Crash):
+        run_tiny(tmp_path, make_iterator=crashing(7))
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        file = tmp_path / name
+        if damage == "removed":
+            file.unlink()
+        else:
+            file.write_bytes(b"" if damage == "emptied" else file.read_bytes()[:-9])
+    if damage == "cut":  # past the checkpoint at step 6, or of its last line: both are written again
+        run_tiny(tmp_path)
+    else:
+        with pytest.warns(Damaged, match=r"log .*, made again from the checkpoint"):
+            run_tiny(tmp_path)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])
+
+
+def test_a_log_that_is_removed_while_the_run_writes_it_is_written_anew(finished, tmp_path):
+    class Removing(TinyText):
+        def __next__(self):
+            if self.shuffle and self.done == 4:
+                (tmp_path / "metrics.jsonl").unlink()
+            return super().__next__()
+
+    with pytest.warns(Damaged, match=r"metrics\.jsonl was removed while the run wrote it"):
+        result = run_tiny(tmp_path, make_iterator=Removing)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])
+    assert result.history == finished[1].history
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_path):
@@ -225,3 +289,68 @@ def test_wrong_settings_are_named(tmp_path, changes, message):
 def test_a_config_lacking_a_section_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no section 'data'"):
         fit({"model": {}}, 0, tmp_path)
+
+
+def test_two_trainings_in_one_folder_are_refused_and_neither_is_disturbed(finished, tmp_path):
+    class Nosy(TinyText):
+        def __next__(self):
+            if self.shuffle and self.done == 5:
+                with pytest.raises(ConfigError, match=rf"another training is under way in {tmp_path}; wait for it"):
+                    run_tiny(tmp_path)
+            return super().__next__()
+
+    run_tiny(tmp_path, make_iterator=Nosy)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])
+    run_tiny(tmp_path)  # the lock ended with the training
+
+
+def test_an_error_leaves_no_lock(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="none of them"):
+            run_tiny(tmp_path, optimizer__kind="none of them")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_workdir_that_cannot_be_a_folder_is_told_in_one_line(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"workdir=\S+ cannot be a folder to train in \((File exists|Not a directory)\)"):
+        run_tiny(tmp_path / place)
+
+
+@pytest.mark.parametrize("what", ["", "checkpoints"])
+def test_a_folder_that_is_removed_while_the_run_trains_in_it_is_made_anew(finished, tmp_path, what):
+    workdir = tmp_path / "run"
+
+    class Removing(TinyText):
+        def __next__(self):
+            if self.shuffle and self.done == 5:
+                shutil.rmtree(workdir / what, ignore_errors=True)
+            return super().__next__()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run_tiny(workdir, make_iterator=Removing)
+    if not what:
+        assert any("metrics.jsonl was removed while the run wrote it" in str(each.message) for each in told)
+    assert metrics_file(workdir) == metrics_file(finished[0])
+    assert_same(load(workdir).variables, finished[1].variables)
+    assert run_tiny(workdir, make_iterator=None).history == finished[1].history
+
+
+def test_a_save_that_fails_is_one_line_and_the_run_goes_on_from_the_one_before(finished, tmp_path, monkeypatch):
+    sign = Checkpoints._sign
+
+    def full(self):
+        if self._signed == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sign(self)
+
+    monkeypatch.setattr(Checkpoints, "_sign", full)
+    with pytest.raises(
+        SaveFailed, match=r"checkpoint \S+/checkpoints/6 could not be written: .*No space left on device"
+    ) as stop:
+        run_tiny(tmp_path)
+    assert "\n" not in str(stop.value)
+    monkeypatch.undo()
+    run_tiny(tmp_path)
+    assert metrics_file(tmp_path) == metrics_file(finished[0])

@@ -1,14 +1,22 @@
 """Names of what models sow, and the log that survives being cut off."""
 
+import errno
+import itertools
 import json
+import os
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
 from training_harness import TinyLM, TinyText, device
 
+from moejax.core.files import read_lines
 from moejax.tasks.next_token import NextToken
-from moejax.train.metrics import MetricLog, expand, flatten, numbers, read_lines
+from moejax.train.events import Events
+from moejax.train.metrics import MetricLog, expand, flatten, numbers
 
 
 def test_flatten_names_by_module_and_sums_losses():
@@ -76,3 +84,46 @@ def test_the_log_drops_what_lies_past_the_step_it_goes_on_from(tmp_path):
     assert read_lines(tmp_path / "metrics.jsonl")[0] == {"step": 2, "train/loss": 0.5, "stats/load": [0.1, 0.2]}
     assert list(tmp_path.glob("events.out.tfevents.*"))
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_a_clock_that_jumps_stops_nothing(tmp_path, monkeypatch):
+    """As far back as no thread can wait, and forth again: every line is in the files, and TensorBoard's too."""
+    clock = itertools.cycle([4e9, 0.0, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    log = MetricLog(tmp_path, 0)
+    for step in range(1, 101):
+        log.write(step, {"train/loss": 1 / step, "stats/load": [0.1, 0.2]})
+    log.close()
+    assert [line["step"] for line in log.history()] == list(range(1, 101))
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    assert [event.step for event in events(file) if event.summary.value] == [step for step in range(1, 101) for _ in "ab"]
+
+
+def events(file):
+    """TensorFlow's record format: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    data, place = file.read_bytes(), 0
+    while place < len(data):
+        size = int.from_bytes(data[place : place + 8], "little")
+        yield event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
+        place += 16 + size
+
+
+def test_events_hide_what_an_earlier_process_wrote_past_the_checkpoint(tmp_path):
+    Events(tmp_path, 6).close()
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    first, second = events(file)
+    assert first.file_version == "brain.Event:2"
+    assert (second.step, second.session_log.status) == (7, event_pb2.SessionLog.START)
+
+
+def test_events_that_cannot_be_written_are_left_out_with_a_word(tmp_path, monkeypatch):
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = MetricLog(tmp_path, 0)
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+    with pytest.warns(UserWarning, match="TensorBoard events are left out from here on .*No space left"):
+        log.write(1, {"train/loss": 1.0})
+    log.write(2, {"train/loss": 0.5})
+    log.close()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 2

@@ -6,14 +6,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from training_harness import TinyText, run_tiny
 
 from moejax.train import load
-from moejax.train.stops import Signals
+from moejax.train.stops import Interrupted, Signals
 
 ROOT = Path(__file__).parents[2]
 CHANGES = {"train__steps": 40, "train__log_every": 3, "eval__every": 10, "checkpoint__every": 4}
@@ -100,17 +102,122 @@ def test_a_signal_saves_and_the_next_process_goes_on(whole, tmp_path, signum):
     assert_same_end(tmp_path, whole)
 
 
-def test_signals_are_noted_once_and_handlers_come_back():
+@pytest.fixture
+def old_handler():
+    """What a signal did before: it is listed."""
     calls = []
-    old = signal.signal(signal.SIGTERM, lambda *_: calls.append("old"))
+    old = {signum: signal.signal(signum, lambda signum, _: calls.append(signum)) for signum in Signals.WATCHED}
+    yield calls
+    for signum, handler in old.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_is_noted_once_the_next_does_what_it_did_before_and_handlers_come_back(old_handler):
+    with Signals() as signals:
+        signals.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert old_handler == []
+        # Of either kind.
+        os.kill(os.getpid(), signal.SIGINT)
+        assert old_handler == [signal.SIGINT]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert old_handler == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_a_signal_before_anything_can_be_lost_ends_the_run_where_it_is(old_handler):
+    went_on = []
+
+    def listen():
+        with Signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            went_on.append(True)
+
+    with pytest.raises(Interrupted) as stop:
+        listen()
+    assert not went_on
+    assert (stop.value.code, stop.value.step) == (143, None)
+    assert old_handler == []
+
+
+def test_signals_reach_who_listened_before_too(old_handler):
+    """An event loop is told of signals through a pipe, and is again when the block is left."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write)
     try:
         with Signals() as signals:
+            signals.defer()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.received == signal.SIGTERM
-            assert calls == []
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert calls == ["old"], "a second signal does what it did before"
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert calls == ["old", "old"]
+            assert os.read(read, 1) == bytes([signal.SIGTERM])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert os.read(read, 1) == bytes([signal.SIGINT])
     finally:
-        signal.signal(signal.SIGTERM, old)
+        signal.set_wakeup_fd(before)
+        os.close(read)
+        os.close(write)
+
+
+def test_outside_of_the_main_thread_signals_keep_their_meaning(old_handler):
+    def work():
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received is None
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert old_handler == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("signum", Signals.WATCHED)
+def test_a_signal_while_data_load_stops_at_once_and_says_so(tmp_path, capsys, signum):
+    class Slow(TinyText):
+        def __next__(self):
+            os.kill(os.getpid(), signum)
+            time.sleep(60)
+
+    begun = time.monotonic()
+    with pytest.raises(Interrupted) as stop:
+        run_tiny(tmp_path, make_iterator=Slow)
+    assert time.monotonic() - begun < 30
+    assert stop.value.code == 128 + signum
+    assert (
+        capsys.readouterr().err
+        == f"tiny: stopped by signal {int(signum)} before its first step; the same command begins again\n"
+    )
+
+
+def test_a_signal_while_the_step_compiles_stops_before_it_is_taken(tmp_path, capsys):
+    def progress(report):
+        if report.phase == "compile":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class NoMore(TinyText):
+        def __next__(self):
+            assert self.done == 0, "a step was taken"
+            return super().__next__()
+
+    with pytest.raises(Interrupted) as stop:
+        run_tiny(tmp_path, make_iterator=NoMore, progress=progress)
+    assert (stop.value.code, stop.value.step) == (143, 0)
+    assert "after step 0 of 8; the same command begins again\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", Signals.WATCHED)
+def test_a_second_signal_ends_a_process_that_is_busy_in_compiled_code(signum):
+    """The main thread computes hashes for minutes, in one call that Python cannot interrupt."""
+    code = (
+        "import hashlib; from moejax.train.stops import Signals\n"
+        "with Signals() as signals:\n"
+        "    signals.defer(); print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == 128 + signum

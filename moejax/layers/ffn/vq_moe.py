@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from moejax.core.context import Context
 from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Count, Fraction, NonNegative, Rate
+from moejax.core.fields import Count, Fraction, NonNegative, Positive, Rate
 from moejax.core.params import param
 from moejax.core.sowing import sow, sow_loss
 from moejax.experts.base import experts_of

@@ -1,6 +1,7 @@
 """A checkpoint that is there."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,4 +48,4 @@ class CheckpointSource(Source):
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.parent.name == "checkpoints" and path.name.isdigit()
+    return path.parent.name == "checkpoints" and re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None
