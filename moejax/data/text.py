@@ -40,9 +40,9 @@ def text_batches(
         streaming = not storage.fits_in_memory(builder) and config.mixture is None
     if streaming:
         examples = storage.open_split(builder, dataset.splits[split], config.name)
-        if num_epochs is None:
-            # Nobody knows before they are read; but a document has no more windows than bytes, and each is at most a row.
-            size = builder.info.splits[dataset.splits[split]].num_bytes or 0
+        size = builder.info.splits[dataset.splits[split]].num_bytes
+        if num_epochs is None and size:
+            # How many rows there are nobody knows before they are read, but a document has no more tokens than bytes.
             check_rows(config, len(examples) + size // config.seq_len, split)
         return _streamed(config, examples, decode, seed, shuffle, shard_index, shard_count, num_epochs)
 

@@ -42,7 +42,6 @@ ITEMS = ("variables", "state", "data", "meta")
 
 NOTED = ("config", "seed", "step", "shapes")  # what every checkpoint's `meta` says
 
-
 Meta = dict[str, Any]
 
 

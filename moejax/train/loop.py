@@ -129,7 +129,9 @@ def _told(name: str) -> Iterator[None]:
     except Interrupted as stop:
         if stop.step is None:
             stop.step = 0
-            tell(f"{name}: stopped by signal {stop.signum} before its first step; the same command begins again")
+            tell(
+                f"{name}: stopped by signal {stop.signum} before its first step; nothing is lost, the same command begins again"
+            )
         raise
 
 

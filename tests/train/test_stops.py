@@ -184,7 +184,7 @@ def test_a_signal_while_data_load_stops_at_once_and_says_so(tmp_path, capsys, si
     assert stop.value.code == 128 + signum
     assert (
         capsys.readouterr().err
-        == f"tiny: stopped by signal {int(signum)} before its first step; the same command begins again\n"
+        == f"tiny: stopped by signal {int(signum)} before its first step; nothing is lost, the same command begins again\n"
     )
 
 
