@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import DenyList
 from jaxtyping import Array, Float, Shaped
 
 # Collections in which a module that is called twice keeps the sum; in others it keeps the last.
@@ -25,10 +26,11 @@ PARTS, WHOLE = "parts", "whole"
 def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
     """Sows one value (not a tuple of values); a module called twice keeps the sum of losses and measurements, the last of the rest.
 
-    `init` sows nothing: its variables are parameters and state, and are passed to the first `apply`, where they would count twice.
+    `init` gives parameters and state, which are passed to the first `apply`: nothing that is summed is sown there, since it would count
+    twice, and the rest only into a collection that `mutable` names.
     """
     add = collection in SUMMED
-    if module.is_initializing():
+    if module.is_initializing() and (add or isinstance(module.scope.mutable, DenyList | bool)):
         return
     module.sow(
         collection,

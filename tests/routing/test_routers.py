@@ -162,7 +162,8 @@ def test_every_router_serves_every_rule(kind: str) -> None:
         def run(x: jax.Array, layer: MoE = layer) -> jax.Array:
             ids = jnp.broadcast_to(jnp.arange(6), (G, 6))
             rngs = {name: jax.random.key(0) for name in ("params", "router")}
-            y, variables = layer.init_with_output(rngs, x, Context(train=True, token_ids=ids, positions=ids, step=jnp.int32(0)))
+            ctx = Context(train=True, token_ids=ids, positions=ids, step=jnp.int32(0))
+            y, variables = layer.init_with_output(rngs, x, ctx, mutable=["params", "router_state", "routing"])
             return y, variables["routing"]["logits"]
 
         y, logits = jax.eval_shape(run, x)

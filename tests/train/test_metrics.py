@@ -61,7 +61,9 @@ def test_scanned_and_unrolled_models_log_equally_shaped_stats():
     lines = []
     for scan in (False, True):
         model = TinyLM(layers=2, scan=scan)
-        stats = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), inputs, ctx))["stats"]
+        stats = jax.eval_shape(
+            lambda m=model: m.init(jax.random.key(0), inputs, ctx, mutable=["params", "router_state", "stats"])
+        )["stats"]
         lines.append(expand(flatten(jax.tree.map(lambda s: np.ones(s.shape), stats), "stats")))
     unrolled, scanned = ({k: v.shape for k, v in line.items()} for line in lines)
     assert scanned == {k.replace("layer_", "repeats.ffn."): v for k, v in unrolled.items()}

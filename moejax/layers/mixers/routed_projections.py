@@ -3,12 +3,14 @@
 import functools
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Literal
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
+from moejax.core.fields import Count
 from moejax.core.params import Dense, Initializer, per_expert
 from moejax.core.registry import Many
 from moejax.dispatch.experts import Experts, Matrices
@@ -18,7 +20,6 @@ from moejax.experts.registry import declare
 from moejax.layers.ffn.moe import MoE
 from moejax.layers.mixers.attention import INITS, Attention
 from moejax.layers.registry import mixers
-from moejax.layers.routed import GROUPINGS
 from moejax.routing.losses.base import Loss, check_losses, losses
 from moejax.routing.routers.base import check_num_experts, routers
 from moejax.routing.routers.linear import Linear
@@ -85,16 +86,15 @@ class RoutedProjections(Attention):
       ConfigError: unknown projections or none, or parts that do not fit `num_experts`.
     """
 
-    num_experts: int = 8
+    num_experts: Count = 8
     select: Select = TopK(k=1)
     router: nn.Module | None = None
     losses: tuple[Loss, ...] = ()
     projections: tuple[str, ...] = PROJECTIONS
-    group_by: str = "sequence"
+    group_by: Literal["sequence", "batch", "position"] = "sequence"
 
     def __post_init__(self) -> None:
         check_losses(self.losses)
-        check_choice("group_by", self.group_by, GROUPINGS)
         check_select("select", self.select)
         self.select.check_num_experts(self.num_experts)
         check_num_experts(self.router, self)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.fields import Count
 from moejax.routing.scores import best, take
 from moejax.routing.select.base import CapacityLimited, selects
 
@@ -41,13 +42,8 @@ class OnePerGroup(CapacityLimited):
       ConfigError: `expert_groups` is less than 1, or does not divide the number of experts.
     """
 
-    expert_groups: int = 2
+    expert_groups: Count = 2
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.expert_groups < 1:
-            raise ConfigError(f"expert_groups={self.expert_groups} must be at least 1: a token takes one expert of each group")
 
     @property
     def k(self) -> int:

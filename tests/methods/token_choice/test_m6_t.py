@@ -177,7 +177,7 @@ def test_the_balance_loss_is_1_when_even_and_the_groups_size_when_each_collapses
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (lambda: mj.OnePerGroup(0), "expert_groups=0 must be at least 1"),
+        (lambda: mj.OnePerGroup(0), "expert_groups=0 must be a whole number of at least 1"),
         (lambda: plan(np.zeros((1, 1, E)), 3), "expert_groups=3 does not divide num_experts=8"),
         (lambda: plan(np.zeros((1, 1, E)), 16), "expert_groups=16 does not divide num_experts=8"),
         (lambda: mj.RoutedProjections(2, select=mj.OnePerGroup(3)), "expert_groups=3 does not divide num_experts=8"),
