@@ -20,10 +20,10 @@ from moejax.experts.registry import declare
 from moejax.layers.ffn.moe import MoE
 from moejax.layers.mixers.attention import INITS, Attention
 from moejax.layers.registry import mixers
-from moejax.routing.losses.base import Loss, check_losses, losses
+from moejax.routing.losses.base import Loss, losses
 from moejax.routing.routers.base import check_num_experts, routers
 from moejax.routing.routers.linear import Linear
-from moejax.routing.select import Select, TopK, check_select, selects
+from moejax.routing.select import Select, TopK, selects
 
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -94,8 +94,6 @@ class RoutedProjections(Attention):
     group_by: Literal["sequence", "batch", "position"] = "sequence"
 
     def __post_init__(self) -> None:
-        check_losses(self.losses)
-        check_select("select", self.select)
         self.select.check_num_experts(self.num_experts)
         check_num_experts(self.router, self)
         for name in self.projections:
