@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from experiments.battery.subjects import VOCABULARY, WIDTH, Subject, build
 from moejax import dispatch
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
+from moejax.core.sowing import PARTS
 from moejax.layers.adapters.adapted import adapt
 from moejax.models.parts import Part, walk
 from moejax.models.registry import network
@@ -110,6 +112,37 @@ class Programs:
         frozen = {name: variables for name, (_, variables) in self.frozen.items()}
         return host(self._oracle(variables["params"], without(variables, "params"), frozen, batch))
 
+    def step_of(self, count: int) -> tuple[Batch, list[Batch]]:
+        """The batch of a step of `count` microbatches, and the batches whose mean the step is: its microbatches, in which layers draw
+        alike; or itself, where a loss looks at the whole batch.
+
+        Where a layer draws besides, all microbatches are the same: a whole batch would draw otherwise.
+        """
+        sums, draws = self._looks_and_draws if count > 1 else (False, False)
+        if sums and draws:
+            one = self.batch()
+            return {name: np.repeat(x, count, axis=0) for name, x in one.items()}, [one]
+        whole = self.batch(rows=count * ROWS)
+        return whole, [whole] if sums else [{name: x[i::count] for name, x in whole.items()} for i in range(count)]
+
+    @functools.cached_property
+    def _looks_and_draws(self) -> tuple[bool, bool]:
+        """Whether a loss looks at the whole batch, and not at one token after the other; whether a layer draws."""
+        drawn: set[str] = set()
+
+        def parts(variables: Tree, frozen: Tree, batch: Batch) -> list[Tree]:
+            models = {name: FrozenModel(model, frozen[name]) for name, (model, _) in self.frozen.items()}
+            state = without(variables, "params")
+            run = LearningModel(self.model, variables["params"], state, jax.random.key(0), models, gather=True)
+            self.task.objective(run, batch, jnp.int32(STEP))
+            return [sown.get(PARTS, {}) for sown in run.sown]
+
+        frozen = {name: variables for name, (_, variables) in self.frozen.items()}
+        with fixed_draws(drawn):
+            found = jax.eval_shape(parts, self.variables, frozen, self.batch())
+        entries = [sums for sown in found for calls in flax.traverse_util.flatten_dict(sown).values() for sums in calls]
+        return any(len(sums) > 1 for sums in entries), bool(drawn)  # the first counts tokens
+
     def evaluate(self, batch: Batch, variables: dict[str, Tree] | None = None) -> np.ndarray:
         """The outputs for a batch in evaluation."""
         return np.asarray(self._evaluate(variables or self.variables, batch))
@@ -150,7 +183,7 @@ class Programs:
         model = build(self.config, {"backend": parts.get("backend", "reference")}, **self._fields(**{"scan": False, **own}))
         count = parts.get("accumulation", 1)
         mesh = Parallel(make_mesh(parts["mesh"], jax.devices()[:DEVICES])) if parts.get("mesh") else None
-        batch = self.batch(rows=count * ROWS)
+        batch, _ = self.step_of(count)
         optimizer = optimizers.build(
             {"kind": "sgd", "learning_rate": RATE, "schedule": "constant", "clip_norm": None}, "optimizer", steps=10
         )
@@ -261,10 +294,12 @@ class _Watched(LearningModel):
 
 
 @contextlib.contextmanager
-def fixed_draws() -> Iterator[None]:
-    """While a model is traced in here, each of its layers draws from the same key."""
+def fixed_draws(drawn: set[str] | None = None) -> Iterator[None]:
+    """While a model is traced in here, each of its layers draws from the same key; notes the streams in `drawn`."""
 
     def make_rng(_: nn.Module, name: str = "params") -> Any:
+        if drawn is not None and name in STREAMS:
+            drawn.add(name)
         return jax.random.key(1 + STREAMS.index(name) if name in STREAMS else 0)
 
     with mock.patch.object(nn.Module, "make_rng", make_rng):

@@ -257,23 +257,20 @@ def _together(subject: Subject, parts: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: the mesh, or the exchange of tokens, does not take the subject.
     """
-    made, count = programs(subject), parts["accumulation"]
-    halves = [{name: x[i::count] for name, x in made.batch(rows=count * ROWS).items()} for i in range(count)]
-    found = [made.oracle(half) for half in halves]
+    made = programs(subject)
 
-    def mean(name: str, count: int) -> Tree:
-        return jax.tree.map(lambda *leaves: sum(leaves) / count, *(out[name] for out in found[:count]))
+    @functools.cache
+    def oracle(count: int) -> dict[str, Tree]:
+        found = [made.oracle(batch) for batch in made.step_of(count)[1]]
+        return {
+            name: jax.tree.map(lambda *x: sum(x) / len(x), *(out[name] for out in found)) for name in ("losses", "gradients")
+        }
 
     def check(parts: Mapping[str, Any]) -> None:
-        got, count = made.together(parts), parts.get("accumulation", 1)
+        got, wanted = made.together(parts), oracle(parts.get("accumulation", 1))
         what = "a step with " + ", ".join(f"{key}={value}" for key, value in parts.items())
-        if count == 1:
-            batch = made.oracle(made.batch(rows=ROWS))
-            same(got["losses"], batch["losses"], f"{what} and the oracle", 1e-3)
-            same(got["gradients"], batch["gradients"], f"{what} and the oracle", 1e-3)
-            return
-        same(got["losses"], mean("losses", count), f"{what} and the oracle", 1e-3)
-        same(got["gradients"], mean("gradients", count), f"{what} and the oracle", 1e-3)
+        for name in ("losses", "gradients"):
+            same(got[name], wanted[name], f"{what} and the oracle", 1e-3)
 
     try:
         check(parts)
