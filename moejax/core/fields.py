@@ -50,7 +50,7 @@ class In:
     def __str__(self) -> str:
         if self.least is not None and self.most is not None:
             return f"between {self.least} and {self.most}"
-        words = {"of at least": self.least, "of at most": self.most, "above": self.above, "below": self.below}
+        words = {"of at least": self.least, "above": self.above, "of at most": self.most, "below": self.below}
         return " and ".join(f"{word} {end}" for word, end in words.items() if end is not None)
 
 
