@@ -70,5 +70,5 @@ def test_probabilities_errors_and_mean_experts(rng: np.random.Generator) -> None
     assert ExpertChoice(9.0).mean_experts(8) == 8.0
     with pytest.raises(ConfigError, match="capacity_factor=0 must be a number above 0"):
         ExpertChoice(0)
-    with pytest.raises(ConfigError, match="score='max' is unknown; valid names: softmax, sigmoid, logit"):
+    with pytest.raises(ConfigError, match="score='max' is unknown; did you mean 'softmax'"):
         ExpertChoice(score="max")
