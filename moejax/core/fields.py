@@ -170,7 +170,8 @@ def described(hint: Any) -> str:
         number = f" {len(args)}" if Ellipsis not in args and origin is tuple else ""
         return f"a {origin.__name__} of{number} items, each {described(args[0])}"
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "None", Any: "a"}
-    return words.get(hint) or f"a {getattr(hint, '__name__', str(hint))}"
+    name = str(getattr(hint, "__name__", hint))
+    return words.get(hint) or f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"
 
 
 def short(value: Any) -> str:
