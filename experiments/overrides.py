@@ -16,12 +16,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError, nearest
-from moejax.data.config import ImageConfig, TextConfig
 from moejax.train.identity import is_config
 
 FREE = ("model", "blocks")
-# What `config.data` may say, of any kind of data; a key that is not for these is refused when the section is read.
-DATA = {field.name for cls in (TextConfig, ImageConfig) for field in fields(cls)}
 OPEN = ("init", "adapters", "trainable")
 # What a run starts from, its adapters and what learns: every config has these. From nothing, none, and everything.
 BEGIN = {"init": {"source": {"kind": "fresh"}, "others": {}, "surgeries": {}, "order": ()}, "adapters": {}, "trainable": {}}
@@ -138,10 +135,17 @@ def _locate(config: ConfigDict, key: str, where: str, make: bool = True) -> tupl
             raise ConfigError(f"unknown key '{part}' in {_place(seen)} ('{key}' in {where}){nearest(part, node.keys())}")
         node = node[part]
         seen.append(part)
-    known = {*node.keys(), *(DATA if path == ["data"] else ())}
+    known = {*node.keys(), *(_data_keys() if path == ["data"] else ())}
     if name not in known and tuple(path[: len(FREE)]) != FREE and not is_open:
         raise ConfigError(f"unknown key '{name}' in {_place(seen)} ('{key}' in {where}){nearest(name, known)}")
     return node, name
+
+
+def _data_keys() -> set[str]:
+    """What `config.data` may say, of any kind of data; a key that is not for these is refused when the section is read."""
+    from moejax.data.config import ImageConfig, TextConfig  # only who overrides something waits for it
+
+    return {field.name for cls in (TextConfig, ImageConfig) for field in fields(cls)}
 
 
 def _convert(text: str, old: Any) -> Any:

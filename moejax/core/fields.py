@@ -50,7 +50,7 @@ class In:
     def __str__(self) -> str:
         if self.least is not None and self.most is not None:
             return f"between {self.least} and {self.most}"
-        words = {"of at least": self.least, "of at most": self.most, "above": self.above, "below": self.below}
+        words = {"of at least": self.least, "above": self.above, "of at most": self.most, "below": self.below}
         return " and ".join(f"{word} {end}" for word, end in words.items() if end is not None)
 
 
@@ -171,7 +171,8 @@ def described(hint: Any) -> str:
         number = f" {len(args)}" if Ellipsis not in args and origin is tuple else ""
         return f"a {origin.__name__} of{number} items, each {described(args[0])}"
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "None", Any: "a"}
-    return words.get(hint) or f"a {getattr(hint, '__name__', str(hint))}"
+    name = str(getattr(hint, "__name__", hint))
+    return words.get(hint) or f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"
 
 
 def short(value: Any) -> str:

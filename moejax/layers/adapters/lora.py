@@ -24,6 +24,7 @@ from moejax.layers.ffn.moe import SLOTS, MoE
 from moejax.layers.registry import adapters
 from moejax.routing.balancers import Balancer
 from moejax.routing.losses.base import Loss
+from moejax.routing.routers.base import AnyRouter
 from moejax.routing.routers.linear import Linear
 from moejax.routing.select import Select, TopK
 
@@ -140,7 +141,7 @@ class LoRA(LowRankAdapter):
     """
 
     num_experts: Count = 1
-    router: nn.Module | None = None
+    router: AnyRouter | None = None
     select: Select | None = None
     eval_select: Select | None = None
     bank: AnyBank | None = None

@@ -20,7 +20,7 @@ from moejax.layers.registry import blocks
 from moejax.layers.routed import sow_routing
 from moejax.routing.losses.base import Routing, masked_mean
 from moejax.routing.plan import ExpertPlan
-from moejax.routing.routers.base import ask, routers
+from moejax.routing.routers.base import AnyRouter, ask, routers
 from moejax.routing.routers.linear import Linear
 from moejax.routing.select import ExpertChoice
 
@@ -55,7 +55,7 @@ class MixtureOfDepths(Layer):
     remedy: Literal["predictor", "router"] | None = "predictor"
     remedy_coef: float = 0.01
     gate: Literal["raw", "sigmoid", "one"] = "raw"
-    router: nn.Module | None = None
+    router: AnyRouter | None = None
     eval_select: Literal["causal", "top_k"] = "causal"
     predictor_hidden: Count = 64
     causal: bool = True

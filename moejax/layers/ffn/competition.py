@@ -23,7 +23,7 @@ from moejax.layers.routed import run_plan, sow_losses, sow_routing
 from moejax.parallel import constrain
 from moejax.routing.losses.base import Loss, Routing, losses, masked_mean
 from moejax.routing.plan import TokenPlan
-from moejax.routing.routers.base import ask, check_num_experts, routers, told
+from moejax.routing.routers.base import AnyRouter, ask, check_num_experts, routers, told
 from moejax.routing.select import TopK
 
 # How strongly an expert's output [..., o] answers a token.
@@ -85,7 +85,7 @@ class Competition(RowWise):
       num_experts: only for configs, where it fills the router's and the bank's field of the same name.
     """
 
-    router: nn.Module
+    router: AnyRouter
     bank: AnyBank
     k: Count = 2
     rate: Fraction = 0.07

@@ -21,7 +21,7 @@ from moejax.layers.registry import ffns
 from moejax.layers.routed import group_tokens, plan_tokens, run_plan, sow_routing, ungroup_tokens
 from moejax.routing.balancers import STATE, Balancer, balancers
 from moejax.routing.losses.base import Loss, losses
-from moejax.routing.routers.base import ask, check_num_experts, routers, told
+from moejax.routing.routers.base import AnyRouter, ask, check_num_experts, routers, told
 from moejax.routing.select.base import Select, selects
 
 SLOTS = {
@@ -68,7 +68,7 @@ class MoE(Layer):
     `moejax.layers.interventions`); keeps a balancer's bias in 'router_state', which it moves after every optimizer step.
     """
 
-    router: nn.Module
+    router: AnyRouter
     select: Select
     bank: AnyBank
     eval_select: Select | None = None

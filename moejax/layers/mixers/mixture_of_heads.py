@@ -1,6 +1,5 @@
 """Mixture-of-head attention (MoH, Jin et al. 2024): the heads of an attention layer are experts, and tokens choose among them."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,7 +12,7 @@ from moejax.layers.mixers.attention import INITS, Attention
 from moejax.layers.registry import mixers
 from moejax.layers.routed import plan_tokens, sow_routing
 from moejax.routing.losses.base import Loss, Routing, losses
-from moejax.routing.routers.base import ask, routers, told
+from moejax.routing.routers.base import AnyRouter, ask, routers, told
 from moejax.routing.routers.linear import Linear
 from moejax.routing.select import Select, TopK, selects
 
@@ -87,7 +86,7 @@ class MixtureOfHeads(RoutedHeads):
       two_stage: False leaves a_1 and a_2 out, the paper's ablation.
     """
 
-    router: nn.Module | None = None
+    router: AnyRouter | None = None
     two_stage: bool = True
 
     def __post_init__(self) -> None:

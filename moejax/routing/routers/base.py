@@ -5,7 +5,7 @@ weights and products are float32 at the highest matmul precision whatever the mo
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,13 @@ class Router(Layer):
         """o: logits of a token, those of one expert side by side, those of null experts last."""
         each, null = self.outputs
         return self.num_experts * each + null
+
+
+@runtime_checkable
+class AnyRouter(Protocol):
+    """What a layer needs of a router: logits of tokens."""
+
+    def __call__(self, x: Array, ctx: Context) -> Array: ...
 
 
 def told(router: Any, outputs: tuple[int, int]) -> Any:

@@ -18,7 +18,7 @@ from moejax.core.fields import Count, NonNegative
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
-from moejax.routing.routers.base import Router, float32_dot, routers, told
+from moejax.routing.routers.base import AnyRouter, Router, float32_dot, routers, told
 
 Weights = Mapping[str, Array]
 
@@ -124,7 +124,7 @@ class ResidualLogits(Router, RowWise):
       detached: no gradient flows into the layers below.
     """
 
-    router: nn.Module
+    router: AnyRouter
     detached: bool = False
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ class Witnessed(Router, RowWise):
       router: any router; where it gives more than one logit for each expert, its first choice is the largest of all.
     """
 
-    router: nn.Module
+    router: AnyRouter
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "router", told(self.router, self.outputs))

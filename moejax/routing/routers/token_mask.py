@@ -14,7 +14,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.fields import Count, Fraction, NonNegative, Seed
 from moejax.core.layer import RowWise
-from moejax.routing.routers.base import Router, routers, told
+from moejax.routing.routers.base import AnyRouter, Router, routers, told
 
 # Nobody's choice: a probability of exactly 0, and finite, so that no loss or statistic meets an infinity.
 _NEVER = -1e9
@@ -45,7 +45,7 @@ class TokenMask(Router, RowWise):
       ConfigError: a number of experts outside of 1 .. num_experts, a share outside of 0 .. 1, or no token ids in the context.
     """
 
-    router: nn.Module
+    router: AnyRouter
     frequencies: tuple[NonNegative, ...] | Mapping[str, Any]
     head: Fraction = 0.8
     head_experts: Count = 8

@@ -226,7 +226,7 @@ def test_bad_settings_raise() -> None:
         ({"budgets": (0.3, 0.5)}, "set eval_budget"),
         ({"capacities": (0.5, 0.4, 0.3)}, r"capacities=\(0\.5, 0\.4, 0\.3\)"),
         ({"choice": "learnt"}, "did you mean 'learned'"),
-        ({"beta": 0.0}, r"beta=0\.0 must be positive"),
+        ({"beta": 0.0}, r"beta=0\.0 must be a number above 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             layer(**fields)

@@ -170,9 +170,9 @@ def test_a_student_is_judged_by_its_task_alone(rng: np.random.Generator) -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": 0.0}, r"temperature=0.0 of distill must be more than 0 \(in task\)"),
+        ({"temperature": 0.0}, r"task.temperature=0.0 must be a number above 0"),
         ({"soft": 0.0, "hard": 0.0}, "soft=0.0 and hard=0.0 of distill"),
-        ({"hard": -1.0}, "hard=-1.0 of distill"),
+        ({"hard": -1.0}, "task.hard=-1.0 must be a number of at least 0"),
         ({"mean": "harmonic"}, "harmonic"),
         ({"teacher": {}}, "distill has no teacher"),
         ({"teacher": {"kind": "rum"}}, r"unknown source kind 'rum' in task.teacher.kind; did you mean 'run'"),

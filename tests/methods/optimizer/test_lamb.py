@@ -187,7 +187,7 @@ def test_clipping_is_before_the_moments_and_the_schedule_after_the_ratio(rng: np
     [
         ({"norm": "l3"}, "norm"),
         ({"lowest": 2.0, "highest": 1.0}, "lowest=2.0 and highest=1.0 .*must bound"),
-        ({"largest": 0.0}, "largest=0.0 .*must be more than 0"),
+        ({"largest": 0.0}, "optimizer.largest=0.0 must be a number above 0"),
         ({"kind": "lars", "b2": 0.9}, "unknown key 'b2'"),
     ],
 )

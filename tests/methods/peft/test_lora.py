@@ -140,7 +140,7 @@ def test_a_bank_gets_a_magnitude_for_every_expert() -> None:
     ("make", "message"),
     [
         (lambda: mj.DoRA(rank=4, targets=("out",)), "DoRA needs a rank and a scale"),
-        (lambda: mj.DoRA(rank=0, scale=1.0, targets=("out",)), "rank=0 must be at least 1"),
+        (lambda: mj.DoRA(rank=0, scale=1.0, targets=("out",)), "rank=0 must be a whole number of at least 1"),
         (lambda: mj.RSLoRA(scale=1.0, targets=("out",)), "RSLoRA needs a rank and a scale"),
     ],
 )

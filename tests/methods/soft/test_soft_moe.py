@@ -68,5 +68,5 @@ def test_it_comes_from_a_config_and_is_refused_in_decoders() -> None:
         layer.check_causal("model.ffn")
     assert layer.decodable() == "soft slots average over the whole sequence"
     assert layer.active_fraction() == 1.0
-    with pytest.raises(ConfigError, match="dispatch='hard' is unknown; valid names: soft, uniform"):
+    with pytest.raises(ConfigError, match="dispatch='hard' is unknown"):
         jax.eval_shape(SoftMoE(GLU(4, num_experts=E), E, dispatch="hard").init, jax.random.key(0), jnp.ones((1, M, D)))

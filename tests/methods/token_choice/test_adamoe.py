@@ -150,7 +150,7 @@ def test_it_is_built_from_a_config_and_counts_active_experts() -> None:
     ("fields", "message"),
     [
         ({"k": 0}, "k=0"),
-        ({"num_null": 0}, "num_null=0 must be at least 1"),
+        ({"num_null": 0}, "num_null=0 must be a whole number of at least 1"),
         ({"normalise": "all"}, "normalise='all' is unknown"),
     ],
 )

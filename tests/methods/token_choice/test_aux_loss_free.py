@@ -128,7 +128,7 @@ def test_the_bias_gets_no_gradient_and_gives_none(rng: np.random.Generator) -> N
 def test_bad_settings_raise() -> None:
     with pytest.raises(ConfigError, match="rule='signs' is unknown"):
         LossFree(rule="signs")
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="must be a number of at least 0"):
         LossFree(-0.1)
 
 

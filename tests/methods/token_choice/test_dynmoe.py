@@ -291,5 +291,5 @@ def test_it_is_built_from_a_config() -> None:
 def test_bad_settings_raise(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExpertPool(E, **fields)
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="must be a number of at least 0"):
         TopAnyLoss(balance=-1.0)

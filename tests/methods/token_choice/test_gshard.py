@@ -111,7 +111,7 @@ def test_errors_say_what_to_do() -> None:
         GShard()(logits, Context(train=True))
     with pytest.raises(ConfigError, match=r"k=2 exceeds num_experts=1"):
         GShard()(logits[..., :1])
-    with pytest.raises(ConfigError, match=r"capacity_factor=-1.0 must be positive"):
+    with pytest.raises(ConfigError, match=r"capacity_factor=-1.0 must be a number above 0"):
         GShard(-1.0)
 
 

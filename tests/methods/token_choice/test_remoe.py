@@ -146,8 +146,8 @@ def test_it_is_built_from_a_config() -> None:
     [
         (ReLU, {"k": 0}, "k=0"),
         (ReLU, {"max_experts": 0}, "max_experts=0"),
-        (AdaptiveL1, {"rate": 1.0}, "rate=1.0 must be greater than 1"),
-        (AdaptiveL1, {"coef": 0.0}, "coef=0.0 must be greater than 0"),
+        (AdaptiveL1, {"rate": 1.0}, "rate=1.0 must be a number above 1"),
+        (AdaptiveL1, {"coef": 0.0}, "coef=0.0 must be a number above 0"),
     ],
 )
 def test_bad_settings_raise(rule: type, fields: dict, message: str) -> None:

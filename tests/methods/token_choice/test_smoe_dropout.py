@@ -136,11 +136,11 @@ def test_the_router_starts_as_the_release_s_and_stays_as_it_is(example: tuple) -
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(ConfigError, match="first=7 must lie between 1 and k=6"):
+    with pytest.raises(ConfigError, match="first=7 exceeds k=6"):
         rule(first=7)
-    with pytest.raises(ConfigError, match="last=0 must lie between 1 and k=6"):
+    with pytest.raises(ConfigError, match="last=0 must be a whole number of at least 1"):
         rule(last=0)
-    with pytest.raises(ConfigError, match="steps=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="steps=0 must be a whole number of at least 1"):
         rule(steps=0)
     with pytest.raises(ConfigError, match="shape='lineer'"):
         rule(shape="lineer")

@@ -171,7 +171,7 @@ def test_noise_is_each_experts_own_and_as_large_as_asked(x: jax.Array) -> None:
             {"dense": "mlp"},
             r"'ffn/bank/w_\w+' is to be copies of 'ffn/mlp/w_\w+', which the checkpoint lacks; it has ffn/expert/",
         ),
-        ({"noise": -1.0}, r"noise=-1.0 of upcycle must not be negative \(in init.surgeries.x\)"),
+        ({"noise": -1.0}, r"init.surgeries.x.noise=-1.0 must be a number of at least 0"),
     ],
 )
 def test_what_does_not_fit_is_named(x: jax.Array, fields: dict, message: str) -> None:
