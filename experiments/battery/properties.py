@@ -178,7 +178,7 @@ def saved(subject: Subject) -> str:
     state = begin_state(jax.tree.map(jnp.asarray, made.variables), optimizer, jax.random.key(0))
     with tempfile.TemporaryDirectory() as folder:
         with_files = Checkpoints(Path(folder) / "checkpoints", keep=1, asynchronous=False)
-        with_files.save(1, state, {}, {"config": config})
+        with_files.save(1, state, {}, {"config": config, "seed": 0})
         restored = with_files.restore(1, state).state
         with_files.close()
         alone = load(folder)

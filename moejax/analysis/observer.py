@@ -232,7 +232,10 @@ def _labels(batch: Batch, ctx: Context, valid: Array) -> Int[Array, "b s"]:
 
 def _valid(node: Mapping[str, Any], ctx: Context) -> Array:
     g, n = node["probs"].shape[-3:-1]
-    return jnp.ones((g, n), bool) if ctx.valid is None else _arrange(ctx.valid, node)
+    if ctx.valid is None:
+        return jnp.ones((g, n), bool)
+    b = len(ctx.valid)
+    return _arrange(jnp.broadcast_to(ctx.valid, (b, g * n // b)), node)  # of images there is one for all patches
 
 
 def _arrange(values: Array, node: Mapping[str, Any]) -> Array:
