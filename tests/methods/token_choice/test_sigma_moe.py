@@ -113,7 +113,7 @@ def test_it_starts_as_pieces_of_a_dense_layer() -> None:
 def test_bad_settings_raise() -> None:
     with pytest.raises(ConfigError, match=r"rate=1\.0"):
         ExpertDropout(TopK(), 1.0)
-    with pytest.raises(ConfigError, match="select=SoftSlots.* must be a TokenChoice"):
+    with pytest.raises(ConfigError, match=r"select=SoftSlots.* must be a TokenChoice"):
         ExpertDropout(SoftSlots())
     with pytest.raises(ConfigError, match="k=9 exceeds num_experts=4"):
         MoE(EqualNorm(E), ExpertDropout(TopK(k=9)), FFN(F, num_experts=E))
