@@ -163,6 +163,11 @@ def backend_index(name: str) -> int:
     return list(BACKENDS).index(name)
 
 
+def backend_name(index: Any) -> str:
+    """The backend that a layer's statistic 'backend' stands for: the inverse of `backend_index`."""
+    return list(BACKENDS)[int(index)]
+
+
 def _check(experts: Any, num_experts: int) -> None:
     """Refuses what are no experts, or not as many as the plan has: an index past the last would be clamped in silence."""
     if not isinstance(experts, (Experts, MixedExperts)):

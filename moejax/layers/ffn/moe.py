@@ -36,8 +36,8 @@ SLOTS = {
 
 
 _UNMOVED = (
-    "{} of {} balances nothing in this call: name 'measured' and 'router_state' in mutable=[...], and move the state after each step, as "
-    "moejax.train does (moejax.train.controllers)"
+    "{} of {} balances nothing in this call: name 'measured' in mutable=[...], and move 'router_state' after each step with "
+    "moejax.after_step, as moejax.train does"
 )
 
 
