@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.battery.kinds import inside
 from experiments.battery.subjects import VOCABULARY, WIDTH, Subject, build
 from moejax import dispatch
 from moejax.core.context import Context
@@ -116,10 +117,12 @@ class Programs:
         """The batch of a step of `count` microbatches, and the batches whose mean the step is: its microbatches, in which layers draw
         alike; or itself, where a loss looks at the whole batch.
 
-        Where a layer draws besides, all microbatches are the same: a whole batch would draw otherwise.
+        Where a layer draws besides, or tokens of several rows compete, all microbatches are the same: a whole batch would draw, and
+        admit, otherwise.
         """
         sums, draws = self._looks_and_draws if count > 1 else (False, False)
-        if sums and draws:
+        compete = any(getattr(part, "group_by", "sequence") != "sequence" for part in inside(self.model))
+        if sums and (draws or compete):
             one = self.batch()
             return {name: np.repeat(x, count, axis=0) for name, x in one.items()}, [one]
         whole = self.batch(rows=count * ROWS)
