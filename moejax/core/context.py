@@ -50,7 +50,7 @@ class Context:
     shared: Mapping[str, Any] | None = None
     carried: Carried | None = struct.field(pytree_node=False, default=None)
 
-    def fit(self, x: Any) -> tuple[int, int, int]:
+    def fit(self, x: Any) -> tuple[Any, Any, Any]:
         """The sizes b, s, d of tokens `x`.
 
         Raises:

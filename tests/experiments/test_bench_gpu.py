@@ -48,7 +48,7 @@ def test_a_kernel_is_checked_timed_and_searched(monkeypatch: pytest.MonkeyPatch)
     (result,) = run([TINY], repeats=3, candidates=lambda *_: SMALL[:1], interpret=True)
     assert result.operation is GMM
     assert set(result.timings) == {"dense", "ours", "ragged_dot"}
-    assert set(result.failed) == {"torch"}
+    assert set(result.failed) == {"tokamax", "torch"}
     assert set(result.tiles) == set(SMALL[:1])
     assert 0 < result.error < 1e-2
     assert all(t.median > 0 for t in (*result.timings.values(), *result.tiles.values()))
