@@ -169,7 +169,7 @@ def test_surgeries_are_in_the_order_that_the_config_says():
         ({"others": {"a": {"kind": "run"}}}, r"init.others.a \(source 'run'\) needs 'config'"),
         (
             {"source": {"kind": "run", "config": {}, "seed": "mine"}},
-            r"init.source.seed='mine' must be a whole number of at least 0, or 'own'",
+            r"init.source.seed='mine' must be a whole number between 0 and 4294967295, or 'own'",
         ),
         ({"surgeries": {"keep": 3}}, r"init.surgeries.keep=3 must be a mapping"),
         ({"source": {"kind": "checkpoint", "path": "x/checkpoints/3", "step": 2}}, r"give one of them .*init.source"),
