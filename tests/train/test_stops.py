@@ -209,9 +209,11 @@ def test_a_signal_while_the_step_compiles_stops_before_it_is_taken(tmp_path, cap
 def test_a_second_signal_ends_a_process_that_is_busy_in_compiled_code(signum):
     """The main thread computes hashes for minutes, in one call that Python cannot interrupt."""
     code = (
-        "import hashlib; from moejax.train.stops import Signals\n"
+        "import hashlib, threading; from moejax.train.stops import Signals\n"
         "with Signals() as signals:\n"
-        "    signals.defer(); print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+        "    signals.defer()\n"
+        "    threading.Timer(0.5, print, ('ready',), {'flush': True}).start()  # when the call is under way\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
