@@ -181,7 +181,9 @@ def _layer(s: Size) -> dict[str, tuple[Callable[..., Array], tuple[Any, ...]]]:
     }
 
 
-def train(repeats: int, rows: int = 16, length: int = 1024, width: int = 768, layers: int = 12) -> Iterator[Outcome]:
+def train(
+    repeats: int, rows: int = 16, length: int = 1024, width: int = 768, layers: int = 12, vocabulary: int = 32768
+) -> Iterator[Outcome]:
     """A step of a decoder whose every feed-forward layer is a mixture (2 of 16 experts of half the width), and of its dense twin."""
     hidden = 4 * width
     mixture = dict(
@@ -199,10 +201,10 @@ def train(repeats: int, rows: int = 16, length: int = 1024, width: int = 768, la
             kind="transformer", norm=dict(kind="rms_norm"), mixer=dict(kind="attention", num_heads=width // 64), ffn=ffn
         )
         config["model"] |= dict(
-            vocab_size=32768, d_model=width, num_layers=layers, pattern=("one",), blocks=dict(one=block), dtype="bfloat16",
+            vocab_size=vocabulary, d_model=width, num_layers=layers, pattern=("one",), blocks=dict(one=block), dtype="bfloat16",
             max_length=length, scan=True, remat="none",
         )  # fmt: skip
-        batch = _text(rows, length, 32768)
+        batch = _text(rows, length, vocabulary)
         model, task = models.build(config["model"]), tasks.build(config["task"], "task", domains=(), bytes_per_token=1.0)
         optimizer = optimizers.build(config["optimizer"], "optimizer", steps=100)
         state = jax.jit(partial(init_state, model, task, optimizer, batch))(jax.random.key(0))

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any, SupportsIndex
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -16,16 +16,6 @@ def nearest(name: Any, options: Iterable[Any]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; valid names: {', '.join(options) or '(none)'}"
-
-
-def check_seed(name: str, value: Any) -> None:
-    """Refuses what is no seed: JAX's keys have 32 bits, and would take 2**32 for 0, and -1 for 2**32 - 1.
-
-    Raises:
-      ConfigError: names the value.
-    """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or not 0 <= value.__index__() < 2**32:
-        raise ConfigError(f"{name}={value!r} must be a whole number from 0 to {2**32 - 1}")
 
 
 def check_choice(name: str, value: Any, options: Collection[Any]) -> None:

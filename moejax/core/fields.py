@@ -120,8 +120,14 @@ def check(cls: type, values: Mapping[str, Any], where: str = "") -> None:
     """Raises ConfigError for the first of the `values`, by name of a field of `cls`, that its field may not hold; `where` is their place."""
     hints = hints_of(cls)
     for name, value in values.items():
-        if name in hints and not fits(value, hints[name]):
-            raise ConfigError(f"{where}.{name}{_refused(value, hints[name])}" if where else name + _refused(value, hints[name]))
+        if name in hints:
+            check_value(value, hints[name], f"{where}.{name}" if where else name)
+
+
+def check_value(value: Any, hint: Any, place: str) -> None:
+    """Raises ConfigError if a value is not what an annotation says: `check_value(seed, Seed, "seed")`."""
+    if not fits(value, hint):
+        raise ConfigError(place + _refused(value, hint))
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -89,7 +89,7 @@ class DataInfo:
         return self.sizes["train"]
 
 
-def check_fits(model: Mapping[str, Any], info: Any, tokenizer: str = "bytes") -> None:
+def check_covers(model: Mapping[str, Any], info: Any, tokenizer: str = "bytes") -> None:
     """Refuses a model that has fewer tokens or classes than the data: their embeddings and logits would be none.
 
     Args:

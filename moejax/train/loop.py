@@ -28,7 +28,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moejax import data
-from moejax.core.errors import ConfigError, check_seed
+from moejax.core.errors import ConfigError
+from moejax.core.fields import Seed, check_value
 from moejax.core.files import locked, set_aside, write_json
 from moejax.core.text import tell
 from moejax.parallel import Exchange, batches, hosts, make_parallel
@@ -96,7 +97,7 @@ def fit(
       LostProcess: another process is gone. Nothing more can be saved: all start again from the newest checkpoint.
     """
     started, name, workdir = time.perf_counter(), label or str(workdir), Path(workdir)
-    check_seed("seed", seed)
+    check_value(seed, Seed, "seed")
     progress = progress or (lambda report: None)
     with Signals() as signals, _told(name), contextlib.ExitStack() as stack:
         config = data.with_computed(normalized(config), make_iterator or data.make_iterator)
@@ -206,7 +207,7 @@ class _Run:
         first = batches.global_shapes(_model_inputs(batch), self._shard[1])
         self.batches.set_state(fresh)
         if model is None:
-            data.check_fits(self.plain["model"], info, self.plain["data"].get("tokenizer") or "bytes")
+            data.check_covers(self.plain["model"], info, self.plain["data"].get("tokenizer") or "bytes")
         self.program: Program = get_program(self.plain, self.training, first, _context(info), model, self.parallel)
         check_fits(held(self.program.state), self.parallel, "its parameters and optimizer state")
         # What is wrong with this run is said before hours go into the one that it starts from.

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moejax.core.errors import ConfigError
+from moejax.core.files import digest
 from moejax.optim.base import optimizers
 from moejax.surgery.sources.checkpoint import CheckpointSource
 from moejax.train.checkpoints import MANIFEST, find_checkpoint
@@ -68,7 +69,7 @@ def files(config: Any, place: str = "") -> dict[str, str]:
         with contextlib.suppress(FileNotFoundError):
             found[place] = contents(*source.place)
     if "tokenizer" in config and Path(str(config["tokenizer"])).is_file():
-        found[f"{inside}tokenizer"] = hashlib.sha256(Path(config["tokenizer"]).read_bytes()).hexdigest()[:20]
+        found[f"{inside}tokenizer"] = digest(Path(config["tokenizer"]))[:20]
     for name, value in config.items():
         found |= files(value, f"{inside}{name}")
     return found
@@ -76,7 +77,7 @@ def files(config: Any, place: str = "") -> dict[str, str]:
 
 def contents(path: str | Path, step: int | None = None) -> str:
     """Names what is in a checkpoint: a hash of the checksums of its files."""
-    return hashlib.sha256((find_checkpoint(path, step) / MANIFEST).read_bytes()).hexdigest()[:20]
+    return digest(find_checkpoint(path, step) / MANIFEST)[:20]
 
 
 def described(value: Any) -> Any:

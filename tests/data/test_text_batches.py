@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.core.errors import ConfigError
-from moejax.data import check_fits, info, make_iterator, tokenizers
+from moejax.data import check_covers, info, make_iterator, tokenizers
 from moejax.data.builders import sources
 
 BASE = {"name": "embedded_text", "batch_size": 8, "seq_len": 64}
@@ -291,11 +291,11 @@ def test_bytes_behind_tokens_are_those_of_utf8():
 
 def test_a_vocabulary_larger_than_the_embedding_is_noticed_before_training(words):
     with pytest.raises(ConfigError, match=r"model.vocab_size=16 is less than the 32 tokens of data.tokenizer='.*words.json'"):
-        check_fits({"vocab_size": 16}, info(words), words["tokenizer"])
-    check_fits({"vocab_size": 32}, info(words))
+        check_covers({"vocab_size": 16}, info(words), words["tokenizer"])
+    check_covers({"vocab_size": 32}, info(words))
     digits = info({"name": "embedded_digits", "batch_size": 1})
     with pytest.raises(ConfigError, match=r"model.num_classes=9 is less than the 10 classes"):
-        check_fits({"num_classes": 9}, digits)
+        check_covers({"num_classes": 9}, digits)
 
 
 def test_a_tokenizer_file_needs_the_package(monkeypatch, tmp_path):

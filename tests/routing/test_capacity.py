@@ -42,7 +42,7 @@ def planned(rule: TopK, logits: jax.Array, valid: jax.Array) -> TokenPlan:
     return rule(logits, Context(valid=valid))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     priority=st.sampled_from(["token", "choice", "score"]), k=st.sampled_from([1, 2, 3]), skew=st.floats(0, 4),
     factor=st.sampled_from([0.3, 0.5, 1.0, 1.25, 3.0]), seed=st.integers(0, 2**16), padding=st.sampled_from([0.0, 0.4, 1.0]),

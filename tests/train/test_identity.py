@@ -113,7 +113,7 @@ def test_a_run_grows_longer_where_its_learning_rates_stay(tmp_path):
 @pytest.mark.parametrize("seed", [2**32, -1, True])
 def test_what_is_no_seed_is_refused(tmp_path, seed):
     """JAX would take 2**32 for 0, and the data would not."""
-    with pytest.raises(ConfigError, match=r"seed=.* must be a whole number from 0 to 4294967295"):
+    with pytest.raises(ConfigError, match=r"seed=.* must be a whole number between 0 and 4294967295"):
         run_tiny(tmp_path, seed=seed)
     with pytest.raises(ConfigError, match=r"seed=.* must be a whole number"):
         mj.Random(num_experts=2, eval_seed=seed)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.core.context import Context
 from moejax.core.control import Site, control
 from moejax.core.errors import ConfigError
-from moejax.core.fields import Count, NonNegative, Rate
+from moejax.core.fields import Count, NonNegative, Positive, Rate
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
@@ -82,7 +82,7 @@ class ProductKeys(RowWise):
     activation: Activation = "gelu"
     score: Literal["softmax", "sigmoid", "relu"] = "softmax"
     query_norm: Literal["batch", "layer", "none"] = "batch"
-    query_norm_epsilon: float | None = None
+    query_norm_epsilon: Positive | None = None
     shared_keys: bool = True
     momentum: Rate = 0.9
     key_std: NonNegative = 0.02

@@ -78,9 +78,9 @@ class Attention(Layer):
         b, s, d = ctx.fit(x)
         kv_heads = self.num_kv_heads or self.num_heads
         positions = token_positions(ctx, b, s)
-        q = self._project(x, "q", self.num_heads, "heads")
-        k = self._project(x, "k", kv_heads, "kv")
-        v = self._project(x, "v", kv_heads, "kv")
+        q = self._project(x, ctx, "q", self.num_heads, "heads")
+        k = self._project(x, ctx, "k", kv_heads, "kv")
+        v = self._project(x, ctx, "v", kv_heads, "kv")
         plain = q
         if self.rope_base is not None:
             q, k = rope(q, positions, self.rope_base), rope(k, positions, self.rope_base)
@@ -91,7 +91,7 @@ class Attention(Layer):
             mask = visible(positions, positions, self.causal, self.window, ctx.valid, ctx.segments, ctx.segments)
         q, k, v = self._split_heads(q, k, v)
         y = self._weigh(attend(q, k, v, mask), x, plain, ctx)
-        return self._dense(d, ("heads", "embed"), "o", self.init_out)(y.reshape(b, s, -1))
+        return self._linear(y.reshape(b, s, -1), ctx, d, ("heads", "embed"), "o", self.init_out)
 
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if this layer lets a token see later ones; a decoder calls it with the layer's place."""
@@ -128,17 +128,20 @@ class Attention(Layer):
             k, v = (jnp.repeat(x, self.num_heads // k.shape[2], axis=2) for x in (k, v))
         return tuple(constrain(x, "batch", "seq", "heads", None) for x in (q, k, v))
 
-    def _project(self, x: Float[Array, "b s d"], name: str, heads: int, axis: str) -> Float[Array, "b s h c"]:
+    def _project(self, x: Float[Array, "b s d"], ctx: Context, name: str, heads: int, axis: str) -> Float[Array, "b s h c"]:
         b, s, d = x.shape
-        y = self._dense(heads * self._head_dim(d), ("embed", axis), name, self.init_qkv)(x)
+        y = self._linear(x, ctx, heads * self._head_dim(d), ("embed", axis), name, self.init_qkv)
         normed = self.qk_norm if name in ("q", "k") else "none"
         if normed == "projection":
             y = _rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon)
         y = y.reshape(b, s, heads, -1)
         return _rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon) if normed == "head" else y
 
-    def _dense(self, features: int, axes: tuple[str, str], name: str, init: Initializer) -> Dense:
-        return Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)
+    def _linear(
+        self, x: Float[Array, "b s d"], ctx: Context, features: int, axes: tuple[str, str], name: str, init: Initializer
+    ) -> Float[Array, "b s f"]:
+        """One of the projections 'q', 'k', 'v' and 'o', which mixtures of projections route."""
+        return Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)(x)
 
     def _head_dim(self, d: int) -> int:
         if self.head_dim is not None:

@@ -1,8 +1,5 @@
 """Attention whose projections are mixtures of experts: "attention prototyping" (M6-T, Yang et al. 2021)."""
 
-import functools
-from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Literal
 
 import flax.linen as nn
@@ -11,7 +8,7 @@ from jaxtyping import Array, Float
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError, check_choice
 from moejax.core.fields import Count
-from moejax.core.params import Dense, Initializer, per_expert
+from moejax.core.params import Initializer, per_expert
 from moejax.core.registry import Many
 from moejax.dispatch.experts import Experts, Matrices
 from moejax.dispatch.layout import Layout
@@ -26,9 +23,6 @@ from moejax.routing.routers.linear import Linear
 from moejax.routing.select import Select, TopK, selects
 
 PROJECTIONS = ("q", "k", "v", "o")
-
-# The context of the call under way: what the projections of `Attention` are not told.
-_context: ContextVar[Context | None] = ContextVar("context_of_projections", default=None)
 
 
 class LinearExperts(Bank):
@@ -102,14 +96,6 @@ class RoutedProjections(Attention):
             raise ConfigError("projections=() leaves plain attention; name some, or take kind 'attention'")
         super().__post_init__()
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
-        token = _context.set(ctx)
-        try:
-            return super().__call__(x, ctx)
-        finally:
-            _context.reset(token)
-
     def check_causal(self, where: str) -> None:
         """Raises ConfigError if the attention, or a mixture in it, looks at later tokens."""
         super().check_causal(where)
@@ -119,15 +105,12 @@ class RoutedProjections(Attention):
         """None if decoding one token at a time gives what a whole forward pass gives; else the reason why not."""
         return super().decodable() or self._mixture(1, "q", self.init_qkv).decodable()
 
-    def _dense(
-        self, features: int, axes: tuple[str, str], name: str, init: Initializer
-    ) -> Dense | Callable[[Float[Array, "b s d"]], Float[Array, "b s f"]]:
+    def _linear(
+        self, x: Float[Array, "b s d"], ctx: Context, features: int, axes: tuple[str, str], name: str, init: Initializer
+    ) -> Float[Array, "b s f"]:
         if name not in self.projections:
-            return super()._dense(features, axes, name, init)
-        return functools.partial(self._run, self._mixture(features, name, init))
-
-    def _run(self, mixture: MoE, x: Float[Array, "b s d"]) -> Float[Array, "b s f"]:
-        return mixture(x.astype(self.dtype), _context.get())
+            return super()._linear(x, ctx, features, axes, name, init)
+        return self._mixture(features, name, init)(x.astype(self.dtype), ctx)
 
     def _mixture(self, features: int, name: str, init: Initializer) -> MoE:
         """The MoE of one projection, which owns its router and bank; outside of a call, one to ask."""
