@@ -1,4 +1,4 @@
-"""Vision transformer on scikit-learn's digits (1,797 images of 8 x 8): the base of the vision studies.
+"""Vision transformer on handwritten digits (1,797 images of 8 x 8): the base of the vision studies.
 
     python -m experiments.run --config=configs/base_vit.py
     python -m experiments.run --config=configs/base_vit.py --config.data.name=embedded_mnist --config.model.image_size=28 \

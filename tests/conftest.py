@@ -5,13 +5,15 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The suite compiles thousands of tiny programs and runs each a few times: unoptimised machine code, by the quicker of two emitters.
+# The suite compiles thousands of tiny programs and runs each a few times: unoptimised machine code, by the quicker of two emitters,
+# where there still are two.
+QUICKER = " --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib") < "0.11" else ""
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0{QUICKER}"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Programs that occur twice are compiled once in a run, whichever of its processes meets them first: those of xdist, and those that

