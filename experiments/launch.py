@@ -14,7 +14,6 @@ Python lie where all nodes see them; it requeues itself. Neither starts a job ag
 """
 
 import argparse
-import json
 import re
 import shlex
 import shutil
@@ -29,15 +28,13 @@ from ml_collections import ConfigDict
 from experiments import flags, run
 from experiments.environment import REPOSITORY
 from experiments.flags import Options
+from experiments.jobs import BUCKET, batch_script, mount, task_file
 from experiments.terminal import short, told
 from moejax.core.errors import ConfigError
 from moejax.core.text import tell
 
 MISTAKE = 2  # exit status of a wrong command line
-# Exit statuses that ask for another start: a process was lost, or SIGTERM was answered with a checkpoint (128 + 15).
-AGAIN = (run.LOST, 143)
 WRITTEN = REPOSITORY / "runs" / "launch"  # task files and scripts; git ignores it
-BUCKET = re.compile(r"(gs|s3|r2)://([^/]+)/*(.*)")
 # Keys of configs that hold a path, and what is none.
 PATHS = ("tokenizer", "data_dir", "path")
 NO_PATH = ("", "bytes", None)
@@ -51,7 +48,7 @@ ONLY = {
     "restarts": ("slurm", 100),
 }
 # The launcher says these itself.
-TAKEN = (
+TAKEN = [
     "job-name",
     "chdir",
     "nodes",
@@ -62,7 +59,7 @@ TAKEN = (
     "open-mode",
     "requeue",
     "signal",
-)
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,134 +68,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, command = _parse(sys.argv[1:] if argv is None else argv)
         options = _check(command, own)
         name = _name(options)
+        command, logs = _here(command, options), None
         if own.sky:
-            command, mounts = mounted(_here(command, options), options, several=_has_hosts(own))
-            text, suffix, submit = (
-                task_file(name, command, own.sky, own.infra, own.nodes, own.spot, mounts),
-                "yaml",
-                "sky jobs launch",
-            )
+            flag, place, mounts = ("workdir" if options.workdir else "runs"), options.workdir or options.runs, {}
+            if BUCKET.fullmatch(place):
+                place, mounts = mount(place, _has_hosts(own))
+                command = _replaced(command, flag, place)
+            text = task_file(name, command, own.sky, own.infra, own.nodes, own.spot, mounts)
         else:
-            text, suffix, submit = batch_script(name, _here(command, options), _logs(options), own), "sh", "sbatch"
+            logs = Path(options.workdir or options.runs) / "logs"
+            sizes = own.nodes, own.gpus_per_node, own.cpus_per_task, own.restarts
+            text = batch_script(name, command, logs, *sizes, own.sbatch)
+        suffix, submit = ("yaml", "sky jobs launch") if own.sky else ("sh", "sbatch")
         file = WRITTEN / f"{name}.{suffix}"
         if own.dry_run:
             print(f"{text}\n# would be submitted by: {submit} {shlex.quote(short(file))}")
             return 0
-        return _submit(file, text, submit.split(), None if own.sky else _logs(options))
+        return _submit(file, text, submit.split(), logs)
     except ConfigError as error:
         tell(f"error: {told(error)}")
         return MISTAKE
-
-
-def task_file(
-    name: str,
-    command: Sequence[str],
-    accelerators: str,
-    infra: str = "",
-    nodes: int = 1,
-    spot: bool = False,
-    mounts: Mapping[str, Mapping[str, str]] | None = None,
-) -> str:
-    """The task of SkyPilot that runs a command on every host of a TPU slice, or on every node of GPUs.
-
-    Preemptions are SkyPilot's to mend; that a failed setup or any other exit status is not tried again is its default.
-
-    Args:
-      accelerators, infra: in SkyPilot's words: 'tpu-v5p-256', 'H100:8'; 'gcp/us-west4', 'k8s', or empty for the cheapest.
-      mounts: path -> what is mounted there, of `mounted`.
-    """
-    tpu = accelerators.startswith("tpu-")
-    extras = f"{'tpu' if tpu else 'gpu'},tokenizers"
-    setup = [
-        "set -e",
-        "command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh",
-        'export PATH="$HOME/.local/bin:$PATH"',
-        # An image's own Python may be too old; this one's version is known to do.
-        f"uv venv --allow-existing --python {sys.version_info.major}.{sys.version_info.minor} .venv",
-        f"uv pip install --python .venv/bin/python --editable '.[{extras}]'",
-    ]
-    together = []
-    if tpu:
-        together = ["export MOEJAX_COORDINATOR=auto"]
-    elif nodes > 1:
-        together = [
-            'export MOEJAX_COORDINATOR="$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):8476"',
-            'export MOEJAX_PROCESSES="$SKYPILOT_NUM_NODES" MOEJAX_PROCESS="$SKYPILOT_NODE_RANK"',
-        ]
-    lines = [
-        f"name: {name}",
-        f"workdir: {json.dumps(str(REPOSITORY))}",
-        f"num_nodes: {nodes}",
-        "resources:",
-        f"  accelerators: {json.dumps(accelerators)}",
-        *([f"  infra: {json.dumps(infra)}"] if infra else []),
-        f"  use_spot: {json.dumps(spot)}",
-        "  job_recovery:",
-        f"    recover_on_exit_codes: {json.dumps(AGAIN)}",
-        *(["file_mounts:"] if mounts else []),
-        *(f"  {json.dumps(path)}: {json.dumps(what)}" for path, what in (mounts or {}).items()),
-        "setup: |",
-        *(f"  {line}" for line in setup),
-        # No `exec` and no `exit`: what SkyPilot appends waits until a cached mount is uploaded.
-        "run: |",
-        *(f"  {line}" for line in (*together, f".venv/bin/python -m experiments.run {shlex.join(command)}")),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def mounted(command: Sequence[str], options: Options, several: bool) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """The command with a path in the place of a bucket, and where SkyPilot has to mount that.
-
-    One host has a cache between itself and the bucket, and so all that files can do. Several hosts write one checkpoint together and
-    have to see at once what the others write: `MOUNT`, in which only Google's file system can append and rename.
-
-    Raises:
-      ConfigError: a bucket that several hosts cannot share.
-    """
-    mounts, changed = {}, list(command)
-    for flag in ("runs", "workdir"):
-        place = getattr(options, flag)
-        if found := BUCKET.fullmatch(place):
-            store, bucket, folder = found.groups()
-            if several and store != "gs":
-                raise ConfigError(
-                    f"--{flag}={place}: several machines cannot write checkpoints together in a bucket of {store}://; give one of gs://, or a "
-                    "folder of a file system that all see"
-                )
-            mounts[f"/mnt/{bucket}"] = {"source": f"{store}://{bucket}", "mode": "MOUNT" if several else "MOUNT_CACHED"}
-            changed = _replaced(changed, flag, f"/mnt/{bucket}/{folder}".rstrip("/"))
-    return changed, mounts
-
-
-def batch_script(name: str, command: Sequence[str], logs: Path, own: argparse.Namespace) -> str:
-    """The Slurm script of a job: one process a GPU, or one a node where there are none.
-
-    Slurm sends SIGTERM two minutes before the time limit, which `fit` answers with a checkpoint and status 143.
-    """
-    places = {"chdir": REPOSITORY, "output": logs / "%j.log"}
-    lines = [
-        "#!/bin/bash",
-        f"#SBATCH --job-name={name}",
-        *(f"#SBATCH --{option}={shlex.quote(str(place))}" for option, place in places.items()),
-        "#SBATCH --open-mode=append",
-        f"#SBATCH --nodes={own.nodes}",
-        f"#SBATCH --ntasks-per-node={max(own.gpus_per_node, 1)}",
-        *([f"#SBATCH --gpus-per-node={own.gpus_per_node}"] if own.gpus_per_node else []),
-        f"#SBATCH --cpus-per-task={own.cpus_per_task}",
-        "#SBATCH --requeue",
-        "#SBATCH --signal=TERM@120",
-        *(f"#SBATCH --{option}" for option in own.sbatch),
-        "",
-        # srun does not take the number over from sbatch.
-        f"srun --cpus-per-task={own.cpus_per_task} --kill-on-bad-exit=1 {shlex.quote(sys.executable)} -m experiments.run {shlex.join(command)}",
-        "status=$?",
-        f"# {AGAIN[0]}: a process was lost; {AGAIN[1]}: the time is up, and a checkpoint saved. Anything else would fail again.",
-        f"if [[ $status == {AGAIN[0]} || $status == {AGAIN[1]} ]] && (( ${{SLURM_RESTART_COUNT:-0}} < {own.restarts} )); then",
-        '    scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        "exit $status",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -345,10 +234,6 @@ def _has_hosts(own: argparse.Namespace) -> bool:
 def _name(options: Options) -> str:
     what = Path(options.config.partition(":")[0]).stem if options.config else options.study or flags.DEFAULT_STUDY
     return "moejax-" + re.sub(r"[^a-z0-9]+", "-", what.lower()).strip("-")
-
-
-def _logs(options: Options) -> Path:
-    return Path(options.workdir or options.runs) / "logs"
 
 
 def _here(command: Sequence[str], options: Options) -> list[str]:
