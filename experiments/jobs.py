@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,10 +65,10 @@ def task_file(
         *(["file_mounts:"] if mounts else []),
         *(f"  {json.dumps(path)}: {json.dumps(what)}" for path, what in (mounts or {}).items()),
         "setup: |",
-        *(f"  {line}" for line in setup),
+        textwrap.indent("\n".join(setup), "  "),
         # No `exec` and no `exit`: what SkyPilot appends waits until a cached mount is uploaded.
         "run: |",
-        *(f"  {line}" for line in (*together, f".venv/bin/python -m experiments.run {shlex.join(command)}")),
+        textwrap.indent("\n".join([*together, f".venv/bin/python -m experiments.run {shlex.join(command)}"]), "  "),
     ]
     return "\n".join(lines) + "\n"
 

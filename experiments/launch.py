@@ -221,7 +221,7 @@ def _paths(config: Any) -> Iterator[tuple[str, str]]:
     for name, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
             yield from ((f"{name}.{key}", path) for key, path in _paths(value))
-        elif name in PATHS and value not in NO_PATH and not str(value).startswith("/") and "://" not in str(value):
+        elif name in PATHS and value not in NO_PATH and not str(value).startswith(("/", "~")) and "://" not in str(value):
             yield name, str(value)
 
 

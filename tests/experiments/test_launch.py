@@ -128,19 +128,17 @@ class TestTask:
         python = tmp_path / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text(
-            '#!/bin/bash\necho "${MOEJAX_COORDINATOR:--} ${MOEJAX_PROCESSES:--} ${MOEJAX_PROCESS:--} $@"; exit 75'
+            '#!/bin/bash\necho "${MOEJAX_COORDINATOR:--} ${MOEJAX_PROCESSES:--} ${MOEJAX_PROCESS:--}"; printf "%s|" "$@"; echo; exit 75'
         )
         python.chmod(0o755)
         nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n10.0.0.3", "SKYPILOT_NUM_NODES": "3", "SKYPILOT_NODE_RANK": "2"}
         # As SkyPilot does, which then waits for what is still being uploaded.
-        script = task(capsys, *place, *RUN, "--config.train.steps=7")["run"] + "\ncode=$?\necho uploaded\nexit $code"
+        hard = ["--config.data.data_dir=/it's\n$HOME: here", "--config.train.steps=7"]
+        script = task(capsys, *place, *RUN, *hard)["run"] + "\ncode=$?\necho uploaded\nexit $code"
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MOEJAX_")}
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=clean | nodes, capture_output=True, text=True)
         assert done.returncode == 75
-        assert done.stdout.splitlines() == [
-            f"{group} -m experiments.run {shlex.join([*RUN, '--config.train.steps=7'])}",
-            "uploaded",
-        ]
+        assert done.stdout == f"{group}\n{'|'.join(['-m', 'experiments.run', *RUN, *hard, ''])}\nuploaded\n"
 
     @pytest.mark.parametrize(
         ("place", "runs", "path", "mode"),
@@ -219,7 +217,7 @@ class TestSlurm:
         (cluster / "bin" / "srun").write_text(f"#!/bin/bash\ntouch {cluster}/running\nsleep 60\n")
         script, _ = shown(capsys, *SLURM)
         job = subprocess.Popen(["bash", "-c", script], start_new_session=True)
-        while not (cluster / "running").exists():
+        while job.poll() is None and not (cluster / "running").exists():
             time.sleep(0.01)
         os.killpg(job.pid, signal.SIGTERM)
         assert job.wait(timeout=20) == -signal.SIGTERM
