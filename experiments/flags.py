@@ -1,7 +1,7 @@
 """The command line of `experiments.run`, checked as a whole before anything heavy is imported."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,8 +73,8 @@ class Options:
     process: int | None = None
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """The options in `argv`.
+def parse(argv: Sequence[str], also: Collection[str] = ()) -> Options:
+    """The options in `argv`; `also` are further flags that the caller knows, for hints.
 
     Raises:
       ConfigError: an unknown flag, a value of the wrong type, or flags that do not go together.
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> Options:
     parser = _parser()
     given, unknown = parser.parse_known_args(rest)
     if unknown:
-        names = [action.option_strings[-1] for action in parser._actions if action.option_strings]
+        names = [*(action.option_strings[-1] for action in parser._actions if action.option_strings), *also]
         raise ConfigError(f"unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], names)}")
     values: dict[str, Any] = {**vars(given), "overrides": overrides}
     wanted = [name for name in ("list", "report", "config") if values[name]]
@@ -94,6 +94,10 @@ def parse(argv: Sequence[str]) -> Options:
         for other in (mode, "compile_for") if values["compile_for"] and name != "compile_for" else (mode,):
             if values[name] and other not in modes:
                 raise ConfigError(f"{_flag(name, values[name])} does not go with --{other}; it belongs to {_owners(modes)}")
+    if values["workdir"] and values["fresh"]:
+        raise ConfigError(f"--fresh does not go with --workdir={values['workdir']}; remove that folder or choose another")
+    if values["workdir"] and values["runs"]:
+        raise ConfigError(f"--runs={values['runs']} does not go with --workdir={values['workdir']}; give one of them")
     if values["seeds"] is not None and values["seeds"] < 1:
         raise ConfigError(f"--seeds={values['seeds']} is not a number of runs; give 1 or more")
     if values["devices"] is not None and values["devices"] < 1:
@@ -134,13 +138,15 @@ def load_config(place: str) -> tuple[str, Any]:
     return path.stem, overrides.copy(config)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are of the kind that the command prints in one line."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.replace("argument ", "", 1))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m experiments.run",
         description="Runs a study: trains its arms, judges its claims and writes tables, plots, a report and the ledger.",
         epilog=EPILOG,

@@ -1,287 +1,278 @@
-"""Pod jobs: the same command on every worker of a TPU slice or a Slurm allocation, one log, and again after a preemption.
+"""A command of `experiments.run` as a job on other machines: a task of SkyPilot, or a Slurm script.
 
-    python -m experiments.launch --tpu=NAME --zone=us-west4-a --config=configs/pods/mixtral_8x7b.py --runs=/mnt/shared/runs
-    python -m experiments.launch --slurm --nodes=4 --config=configs/pods/mixtral_8x7b.py --runs=/shared/runs
-    python -m experiments.launch ... --dry_run      # prints every command, and what each worker would do
+    python -m experiments.launch --sky=tpu-v5litepod-256 --spot --config=configs/pods/vmoe_l16.py --runs=gs://bucket/runs
+    python -m experiments.launch --slurm --nodes=4 --config=configs/pods/vmoe_l16.py --runs=/shared/runs
+    python -m experiments.launch ... --dry_run      # prints what would be submitted, and how
 
-What is not a flag of the launcher goes to `experiments.run` and is checked before anything is started. `--runs` (or `--workdir`) must
-be a folder that all workers see, since training goes on from the newest checkpoint there.
+What is not a flag of the launcher goes to `experiments.run` and is checked as there before anything is submitted. `--runs` (or
+`--workdir`) is a bucket, which the task mounts, or a folder that all machines see: a job that is started again goes on from the
+newest checkpoint there.
 
-TPU: the sources are copied to all workers and installed, the job is started on each, and the log of worker 0 is shown until it ends.
-If the slice is preempted it is made again (`--create`), and if a worker fails all are started again. Closing the laptop does not end
-the job; the same command finds it. Slurm: a batch script is submitted that requeues itself.
+SkyPilot (`pip install 'moejax[launch]'`) finds the machines, in a dozen clouds, on Kubernetes or on Slurm, sends them this checkout,
+and starts the job again elsewhere when they are preempted. The Slurm script is for clusters without it, on which this checkout and its
+Python lie where all nodes see them; it requeues itself. Neither starts a job again that has failed by itself.
 """
 
 import argparse
+import re
 import shlex
+import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from experiments import flags
+from ml_collections import ConfigDict
+
+from experiments import flags, run
 from experiments.environment import REPOSITORY
-from experiments.terminal import told
+from experiments.flags import Options
+from experiments.jobs import BUCKET, batch_script, mount, task_file
+from experiments.terminal import short, told
 from moejax.core.errors import ConfigError
 from moejax.core.text import tell
 
-HOME = "moejax"  # folder on the workers, below the home directory
-PAUSE = 30.0  # seconds between two looks at a slice that is not ready, and before a restart
-MISTAKE = 2  # exit status of a wrong command line: starting it again would not help
-LOST = 255  # exit status of ssh when the worker is gone
-
-Shell = Callable[[Sequence[str]], "Done"]
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended; `output` is what it printed, if that was asked for."""
-
-    status: int
-    output: str = ""
-
-
-@dataclass(frozen=True)
-class Tpu:
-    """A slice of a TPU pod.
-
-    Attributes:
-      name, zone, project: of the slice; empty project for gcloud's own.
-      create: accelerator type to make it with if it is not there, 'v5litepod-256'; empty to never make one.
-      image: its software version.
-      spot: cheap and preemptible.
-    """
-
-    name: str
-    zone: str
-    project: str = ""
-    create: str = ""
-    image: str = "v2-alpha-tpuv5-lite"
-    spot: bool = False
-
-    def gcloud(self, verb: str, *rest: str) -> list[str]:
-        """A gcloud command in its zone."""
-        where = [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
-        return ["gcloud", "compute", "tpus", "tpu-vm", verb, *rest, *where]
-
-    def ssh(self, worker: str, script: str) -> list[str]:
-        """A script on one worker, or on 'all'."""
-        return self.gcloud("ssh", self.name, f"--worker={worker}", f"--command={script}")
-
-    def making(self) -> list[str]:
-        """The command that creates it."""
-        options = [f"--accelerator-type={self.create}", f"--version={self.image}", *(["--spot"] if self.spot else [])]
-        return self.gcloud("create", self.name, *options)
-
-
-def run_tpu(tpu: Tpu, command: Sequence[str], restarts: int, shell: Shell, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Runs a job to its end, through preemptions and failures; returns its exit status.
-
-    Args:
-      tpu: where.
-      command: arguments of `experiments.run`.
-      restarts: how often to start again.
-      shell: runs a command here; replaced in tests.
-    """
-    for attempt in range(restarts + 1):
-        if attempt:
-            print(f"restart {attempt} of {restarts}", flush=True)
-            sleep(PAUSE)
-        if not _make_ready(tpu, shell, sleep):
-            continue
-        # A job that an earlier launcher has started goes on, unless this one has seen it fail.
-        running = not attempt and shell(tpu.ssh("0", "kill -0 $(cat moejax/logs/pid)")).status == 0
-        if not running and any(shell(step).status for step in starting(tpu, command)):
-            continue
-        while (followed := shell(tpu.ssh("0", FOLLOW)).status) == LOST and _state(tpu, shell) == "READY":
-            sleep(PAUSE)  # the connection was lost, not the worker
-        if followed in (0, MISTAKE):
-            return followed
-        print(f"the job ended with status {followed}", flush=True)
-    return 1
-
-
-def starting(tpu: Tpu, command: Sequence[str]) -> list[list[str]]:
-    """The commands that install the sources on all workers and start the job there."""
-    archive, sources = f"{tempfile.gettempdir()}/{HOME}-{tpu.name}.tar.gz", shlex.quote(str(REPOSITORY))
-    # What git knows of this checkout, changes included.
-    pack = f"git -C {sources} ls-files -co --exclude-standard -z | tar -C {sources} --null --ignore-failed-read -T - -czf {archive}"
-    return [
-        ["bash", "-c", pack],
-        tpu.gcloud("scp", archive, f"{tpu.name}:{HOME}.tar.gz", "--worker=all"),
-        tpu.ssh("all", INSTALL),
-        tpu.ssh("all", worker_script(command)),
-    ]
-
-
-# Installing twice costs little: pip finds what is there.
-INSTALL = (
-    f"mkdir -p {HOME}/logs && tar -xzf {HOME}.tar.gz -C {HOME} && cd {HOME} && "
-    "{ [ -d .venv ] || python3 -m venv .venv; } && .venv/bin/pip install --quiet --editable '.[tpu]'"
-)
-# Until the job of this worker ends, and then its status.
-FOLLOW = f"cd {HOME}/logs && tail -n +1 --pid=$(cat pid) -F run.log 2> /dev/null; exit $(cat status)"
-
-
-def worker_script(command: Sequence[str]) -> str:
-    """What each worker of a TPU slice does: end an earlier job, and start this one so that it outlives the connection."""
-    job = f"MOEJAX_COORDINATOR=auto .venv/bin/python -m experiments.run {shlex.join(command)}; echo $? > logs/status"
-    return (
-        f"cd {HOME} && {{ kill -- -$(cat logs/pid) 2> /dev/null; rm -f logs/status; "
-        f"setsid nohup bash -c {shlex.quote(job)} > logs/run.log 2>&1 < /dev/null & echo $! > logs/pid; }}"
-    )
-
-
-def batch_script(command: Sequence[str], nodes: int, gpus: int, options: Sequence[str], restarts: int) -> str:
-    """The Slurm batch script of a job: one task a GPU, the log of the first, requeued when it is preempted or fails.
-
-    Slurm sends SIGTERM two minutes before the time limit, which `fit` answers with a checkpoint and status 143.
-    """
-    lines = [
-        "#!/bin/bash",
-        "#SBATCH --job-name=moejax",
-        f"#SBATCH --nodes={nodes}",
-        f"#SBATCH --gpus-per-node={gpus}",
-        f"#SBATCH --ntasks-per-node={gpus}",
-        "#SBATCH --output=logs/%j.log",
-        "#SBATCH --open-mode=append",
-        "#SBATCH --requeue",
-        "#SBATCH --signal=TERM@120",
-        *(f"#SBATCH --{option}" for option in options),
-        "",
-        "mkdir -p logs",
-        "export MOEJAX_COORDINATOR=auto",
-        f'srun --kill-on-bad-exit=1 --output="logs/$SLURM_JOB_ID.%t.log" --open-mode=append python -m experiments.run {shlex.join(command)} &',
-        "job=$!",
-        'tail -n +1 --pid=$job -F "logs/$SLURM_JOB_ID.0.log" 2> /dev/null',
-        "wait $job",
-        "status=$?",
-        f'if [ $status -ne 0 ] && [ $status -ne {MISTAKE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        "exit $status",
-    ]
-    return "\n".join(lines) + "\n"
+MISTAKE = 2  # exit status of a wrong command line
+WRITTEN = REPOSITORY / "runs" / "launch"  # task files and scripts; git ignores it
+# Keys of configs that hold a path, and what is none.
+PATHS = ("tokenizer", "data_dir", "path")
+NO_PATH = ("", "bytes", None)
+# Flag -> where it means something, and what it is there if it is not given.
+ONLY = {
+    "infra": ("sky", ""),
+    "spot": ("sky", False),
+    "gpus_per_node": ("slurm", 8),
+    "cpus_per_task": ("slurm", 8),
+    "sbatch": ("slurm", ()),
+    "restarts": ("slurm", 100),
+}
+# The launcher says these itself.
+TAKEN = [
+    "job-name",
+    "chdir",
+    "nodes",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "cpus-per-task",
+    "output",
+    "open-mode",
+    "requeue",
+    "signal",
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
+    """Submits a command line; returns the exit status."""
     try:
-        options, command = _parse(sys.argv[1:] if argv is None else argv)
-        if options.slurm:
-            return _submit(options, command)
-        tpu = Tpu(options.tpu, options.zone, options.project, options.create, options.image, options.spot)
-        if options.dry_run:
-            _show(tpu, command)
+        own, command = _parse(sys.argv[1:] if argv is None else argv)
+        options = _check(command, own)
+        name = _name(options)
+        command, logs = _here(command, options), None
+        if own.sky:
+            flag, place, mounts = ("workdir" if options.workdir else "runs"), options.workdir or options.runs, {}
+            if BUCKET.fullmatch(place):
+                place, mounts = mount(place, _has_hosts(own))
+                command = _replaced(command, flag, place)
+            text = task_file(name, command, own.sky, own.infra, own.nodes, own.spot, mounts)
+        else:
+            logs = Path(options.workdir or options.runs) / "logs"
+            sizes = own.nodes, own.gpus_per_node, own.cpus_per_task, own.restarts
+            text = batch_script(name, command, logs, *sizes, own.sbatch)
+        suffix, submit = ("yaml", "sky jobs launch") if own.sky else ("sh", "sbatch")
+        file = WRITTEN / f"{name}.{suffix}"
+        if own.dry_run:
+            print(f"{text}\n# would be submitted by: {submit} {shlex.quote(short(file))}")
             return 0
-        return run_tpu(tpu, command, options.restarts, _run)
+        return _submit(file, text, submit.split(), logs)
     except ConfigError as error:
         tell(f"error: {told(error)}")
         return MISTAKE
-    except KeyboardInterrupt:
-        tell("the job goes on; the same command shows its log again")
-        return 130
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's own options, and the arguments of `experiments.run`.
 
     Raises:
-      ConfigError: either of them is wrong, or the runs would lie where only one worker sees them.
+      ConfigError: an option that is wrong, or goes with another place.
     """
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m experiments.launch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--tpu", default="", metavar="NAME", help="TPU slice to run on")
-    add("--zone", default="", help="its zone")
-    add("--project", default="", help="its project, if not gcloud's own")
-    add("--create", default="", metavar="TYPE", help="make it if it is not there: v5litepod-256, v5p-256 ...")
-    add("--image", default=Tpu.image, help="its software version (default %(default)s)")
-    add("--spot", action="store_true", help="make it cheap and preemptible")
-    add("--slurm", action="store_true", help="submit to Slurm instead")
-    add("--nodes", type=int, default=1, help="with --slurm")
-    add("--gpus_per_node", type=int, default=8, help="with --slurm")
+    add("--sky", default="", metavar="ACCELERATORS", help="by SkyPilot, on these: tpu-v5litepod-256, tpu-v5p-256, H100:8 ...")
+    add("--infra", help="with --sky: where: gcp, gcp/us-west4, aws, k8s, slurm ... (default: where it is cheapest)")
+    add("--spot", action="store_true", default=None, help="with --sky: cheap machines that may be taken away")
+    add("--slurm", action="store_true", help="by a Slurm script")
     add(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="with --slurm: time=24:00:00, partition=a100 ...; again for more",
+        "--nodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="machines, of the accelerators each (default %(default)s; a TPU slice is one)",
     )
-    add("--restarts", type=int, default=100, metavar="N", help="how often to start again (default %(default)s)")
-    add("--dry_run", action="store_true", help="print the commands and run none")
-    options, command = parser.parse_known_args(list(argv))
-    if bool(options.tpu) == options.slurm:
-        raise ConfigError("a job needs one place: --tpu=NAME or --slurm")
-    if options.tpu and not options.zone:
-        raise ConfigError(f"--tpu={options.tpu} needs --zone=ZONE")
-    run = flags.parse(command)
-    if run.config:
-        flags.load_config(run.config)
-    place = run.workdir or run.runs
-    if not place.startswith("/"):
+    add(
+        "--gpus_per_node",
+        type=int,
+        metavar="N",
+        help=f"with --slurm (default {ONLY['gpus_per_node'][1]}; 0 to compute on CPUs)",
+    )
+    add("--cpus_per_task", type=int, metavar="N", help=f"with --slurm: cores of a process (default {ONLY['cpus_per_task'][1]})")
+    add("--sbatch", action="append", metavar="OPTION", help="with --slurm: time=24:00:00, partition=a100 ...; again for more")
+    add("--restarts", type=int, metavar="N", help=f"with --slurm: how often to requeue (default {ONLY['restarts'][1]})")
+    add("--dry_run", action="store_true", help="print what would be submitted, and submit nothing")
+    own, command = parser.parse_known_args(list(argv))
+    if bool(own.sky) == own.slurm:
+        raise ConfigError("a job needs one place: --sky=ACCELERATORS or --slurm")
+    place = "sky" if own.sky else "slurm"
+    for name, (where, default) in ONLY.items():
+        if getattr(own, name) is None:
+            setattr(own, name, default)
+        elif where != place:
+            raise ConfigError(f"--{name} does not go with --{place}; it belongs to --{where}")
+    for name, least in {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "restarts": 0}.items():
+        if getattr(own, name) < least:
+            raise ConfigError(f"--{name}={getattr(own, name)} is too few; give {least} or more")
+    if own.sky.lower().startswith("tpu-"):
+        own.sky = own.sky.lower()
+    own.sbatch = [option.lstrip("-") for option in own.sbatch]
+    for option in own.sbatch:
+        if option.split("=")[0] in TAKEN:
+            raise ConfigError(f"--sbatch={option} is what the launcher says itself; see --help for its flag")
+    if re.match(r"v\d", own.sky):
         raise ConfigError(
-            f"--runs='{place}' must be an absolute path that all workers see, such as a mounted bucket or NFS folder"
+            f"--sky={own.sky} is not SkyPilot's name of a slice; write tpu-v5litepod-256, tpu-v5p-256 ... (sky gpus list)"
         )
-    return options, command
+    if own.nodes > 1 and own.sky.startswith("tpu-"):
+        raise ConfigError(f"--nodes={own.nodes} does not go with --sky={own.sky}: a slice is one node; take a larger slice")
+    return own, command
 
 
-def _make_ready(tpu: Tpu, shell: Shell, sleep: Callable[[float], None]) -> bool:
-    """Waits for the slice, and makes it anew if it is gone; False if that failed.
+def _check(command: Sequence[str], own: argparse.Namespace) -> Options:
+    """The command of `experiments.run`, after all that it checks itself before it trains.
 
     Raises:
-      ConfigError: it is gone, and how to make it is not said.
+      ConfigError: what it would say; or the job could not find its files, or would leave its runs where nobody finds them.
     """
-    while (state := _state(tpu, shell)) not in ("READY", "PREEMPTED", "TERMINATED", "STOPPED", ""):
-        print(f"{tpu.name} is {state}", flush=True)
-        sleep(PAUSE)
-    if state == "READY":
-        return True
-    if not tpu.create:
-        raise ConfigError(f"{tpu.name} in {tpu.zone} is {state or 'not there'}; say what to make with --create=v5litepod-256")
-    if state:
-        shell(tpu.gcloud("delete", tpu.name, "--quiet"))
-    return shell(tpu.making()).status == 0
+    options = flags.parse(command, also=[f"--{name}" for name in vars(own)])
+    if options.mode not in run.TRAINS or options.compile_for:
+        asked = f"--compile_for={options.compile_for}" if options.compile_for else f"--{options.mode}"
+        raise ConfigError(f"{asked} needs no other machine; run it here: python -m experiments.run {asked} ...")
+    for name in ("devices", "coordinator", "processes", "process"):
+        if getattr(options, name) not in (None, ""):
+            raise ConfigError(f"--{name} does not go with the launcher, which tells every process where the others are")
+    if options.fresh:
+        raise ConfigError("--fresh would train again what is finished whenever the job is started again; give another --runs")
+    _check_place(options, own)
+    configs = run.configs_of(options)
+
+    from experiments.study import study_files
+    from moejax.train.checks import check_config
+
+    for arm, config in configs.items():
+        try:
+            check_config(config)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (arm '{arm}')" if options.mode == "study" else str(error)) from None
+        for key, path in _paths(config):
+            _check_file(f"{key}={path}", REPOSITORY / path, own)
+    if options.config:
+        what, file = f"--config={options.config}", Path(options.config.partition(":")[0]).resolve()
+    else:
+        slug = options.study or flags.DEFAULT_STUDY
+        what, file = f"--study={slug}", study_files()[slug]
+    if own.sky and not file.is_relative_to(REPOSITORY):
+        raise ConfigError(f"{what} lies outside of {REPOSITORY}, which is what is sent to the machines; copy it there")
+    _check_file(what, file, own)
+    return options
 
 
-def _state(tpu: Tpu, shell: Shell) -> str:
-    """What gcloud says of the slice: READY, CREATING, PREEMPTED ...; empty if there is none."""
-    found = shell(tpu.gcloud("describe", tpu.name, "--format=value(state)"))
-    return found.output.strip() if found.status == 0 else ""
+def _check_place(options: Options, own: argparse.Namespace) -> None:
+    flag, place = ("--workdir", options.workdir) if options.workdir else ("--runs", options.runs)
+    if own.sky and BUCKET.fullmatch(place):
+        return
+    if "://" in place and own.slurm:
+        raise ConfigError(
+            f"{flag}={place}: the nodes of a Slurm cluster mount no bucket by themselves; mount it there and give the path"
+        )
+    if not place.startswith("/"):
+        bucket = "a bucket (gs://, s3:// or r2://), or " if own.sky else ""
+        raise ConfigError(f"{flag}='{place}' must be {bucket}an absolute path that all machines see, and that outlives them")
 
 
-def _submit(options: argparse.Namespace, command: Sequence[str]) -> int:
-    script = batch_script(command, options.nodes, options.gpus_per_node, options.sbatch, options.restarts)
-    if options.dry_run:
-        print(script)
-        return 0
-    return subprocess.run(["sbatch"], input=script, text=True).returncode
+def _check_file(what: str, path: Path, own: argparse.Namespace) -> None:
+    """Raises ConfigError if a file of the checkout is not there, or is not sent along since git ignores it."""
+    if not path.exists():
+        raise ConfigError(
+            f"{what} is not in {REPOSITORY}, where the job would look for it; give an absolute path of its machines"
+        )
+    ignored = ["git", "-C", str(REPOSITORY), "check-ignore", "--quiet", "--", str(path)]
+    if own.sky and subprocess.run(ignored, stderr=subprocess.DEVNULL).returncode == 0:
+        raise ConfigError(
+            f"{what} is ignored by git, and so not sent to the machines; move it, or give an absolute path of theirs"
+        )
 
 
-def _show(tpu: Tpu, command: Sequence[str]) -> None:
-    print("# look at the slice, and make it if it is gone")
-    print(shlex.join(tpu.gcloud("describe", tpu.name, "--format=value(state)")))
-    if tpu.create:
-        print(shlex.join(tpu.making()))
-    print("# copy the sources to all workers, install them, and start the job on each")
-    for step in starting(tpu, command):
-        print(shlex.join(step))
-    print("# show the log of worker 0; again from the top if the slice is preempted or a worker fails")
-    print(shlex.join(tpu.ssh("0", FOLLOW)))
+def _paths(config: Any) -> Iterator[tuple[str, str]]:
+    """Key and value of what a config, and those inside it, name relative to the checkout."""
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from ((f"{name}.{key}", path) for key, path in _paths(value))
+        elif name in PATHS and value not in NO_PATH and not str(value).startswith(("/", "~")) and "://" not in str(value):
+            yield name, str(value)
 
 
-def _run(command: Sequence[str]) -> Done:
-    """A command whose output is shown, unless it is the answer to a question."""
-    if "describe" in command:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        return Done(done.returncode, done.stdout)
-    return Done(subprocess.run(command).returncode)
+def _has_hosts(own: argparse.Namespace) -> bool:
+    """Whether several machines write checkpoints together; a slice of at most 8 cores or chips is one."""
+    size = re.fullmatch(r"tpu-.*-(\d+)", own.sky)
+    return own.nodes > 1 or (size is not None and int(size[1]) > 8)
+
+
+def _name(options: Options) -> str:
+    what = Path(options.config.partition(":")[0]).stem if options.config else options.study or flags.DEFAULT_STUDY
+    return "moejax-" + re.sub(r"[^a-z0-9]+", "-", what.lower()).strip("-")
+
+
+def _here(command: Sequence[str], options: Options) -> list[str]:
+    """The command as it is given in the checkout's folder."""
+    if not options.config:
+        return list(command)
+    file, colon, argument = options.config.partition(":")
+    path = Path(file).resolve()
+    path = path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
+    return _replaced(command, "config", f"{path}{colon}{argument}")
+
+
+def _replaced(command: Sequence[str], flag: str, value: str) -> list[str]:
+    """The arguments with another value of a flag, which stands there as `--flag=VALUE` or `--flag VALUE`."""
+    items, found = iter(command), []
+    for item in items:
+        if item == f"--{flag}":
+            next(items)
+        found.append(f"--{flag}={value}" if item.split("=")[0] == f"--{flag}" else item)
+    return found
+
+
+def _submit(file: Path, text: str, command: Sequence[str], logs: Path | None) -> int:
+    """Writes what is submitted, and submits it.
+
+    Raises:
+      ConfigError: there is no such program here, or no log could be written.
+    """
+    if shutil.which(command[0]) is None:
+        what = "pip install 'moejax[launch]'" if command[0] == "sky" else "submit from a machine of the cluster, or use --sky"
+        raise ConfigError(f"there is no '{command[0]}' here; {what}")
+    if logs:
+        try:
+            logs.mkdir(parents=True, exist_ok=True)  # Slurm does not
+        except OSError as error:
+            raise ConfigError(f"{logs} cannot be made ({error.strerror}); --runs is a folder that all machines see") from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return subprocess.run([*command, str(file)]).returncode
 
 
 if __name__ == "__main__":

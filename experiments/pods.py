@@ -33,6 +33,7 @@ SLICES = ("v5e:16x16", "v5p:4x4x8")  # of the record: 256 and 128 chips
 PLAIN_EVERY = 20.0  # seconds between two lines where there is no terminal to animate
 PARTS = ("parameters", "frozen", "optimizer", "inputs", "temporaries", "results", "code")
 GB = 1e9
+SEEN = 0.05  # share of the limit below which a bar beside it is no picture
 
 
 def compile_configs(configs: Mapping[str, Any], topology: str, folder: Path, console: Console) -> None:
@@ -122,7 +123,7 @@ def write(report: "Report", folder: Path) -> Path:
 
 
 def picture(reports: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """A bar a report, as JSON has them: what a device's memory holds, and its limit."""
+    """A bar a report, as JSON has them: what a device's memory holds, and its limit unless that would leave the bars too small to see."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -130,21 +131,25 @@ def picture(reports: Sequence[Mapping[str, Any]], path: Path) -> Path:
     from experiments.plots import COLOURS, STYLE
 
     memories = [report["memory"] for report in reports]
+    held, limit = (max(memory[name] or 0 for memory in memories) for name in ("total", "limit"))
+    is_far = held < SEEN * limit
+    scale, unit = _unit(widest := held if is_far else max(held, limit))
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(8.5, 1.7 + 0.7 * len(reports)), layout="constrained")
         axes = figure.subplots()
         rows, left = range(len(reports)), [0.0] * len(reports)
         for part, colour in zip(PARTS, COLOURS, strict=False):
             # Records of before had no parameters that do not learn.
-            sizes = [memory.get(part, 0) / GB for memory in memories]
+            sizes = [memory.get(part, 0) / scale for memory in memories]
             axes.barh(rows, sizes, left=left, color=colour, label=part, height=0.55)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
         for row, memory in enumerate(memories):
-            if memory["limit"]:
-                axes.plot([memory["limit"] / GB] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2)
+            if memory["limit"] and not is_far:
+                axes.plot([memory["limit"] / scale] * 2, [row - 0.4, row + 0.4], color="black", linewidth=2)
         axes.set_yticks(rows, [f"{r['name']}\n{r['topology']}, {r['mesh']}" for r in reports])
-        axes.set_xlim(0, 1.04 * max(max(memory["limit"] or 0, memory["total"]) for memory in memories) / GB)
-        axes.set_xlabel("GB of a device's memory" + (" (black: its limit)" if memories[0]["limit"] else ""))
+        axes.set_xlim(0, 1.04 * widest / scale)
+        note = f" (its limit, {_size(limit)}, is far off)" if is_far else " (black: its limit)" if limit else ""
+        axes.set_xlabel(f"{unit} of a device's memory{note}")
         axes.invert_yaxis()
         figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=9)
         FigureCanvasAgg(figure)
@@ -246,10 +251,13 @@ def _phases(console: Console, what: str) -> Iterator[Callable[[str], None]]:
 
 def _size(count: float) -> str:
     """Bytes as `2.19 GB`, `48.3 MB` or `12 kB`."""
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
-            return f"{count / unit:.3g} {letter}B"
-    return f"{count:.0f} B"
+    scale, unit = _unit(count)
+    return f"{count / scale:.3g} {unit}" if scale > 1 else f"{count:.0f} B"
+
+
+def _unit(count: float) -> tuple[float, str]:
+    """The unit in which a number of bytes is easy to read: `(1e6, "MB")`."""
+    return next(((scale, unit) for scale, unit in ((GB, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= scale), (1.0, "B"))
 
 
 def _ms(seconds: float) -> str:

@@ -103,16 +103,11 @@ def _run_study(options: Options, console: Console) -> int:
 
 def _run_config(options: Options, console: Console) -> int:
     """Trains one config, with each seed, and prints a summary."""
-    if options.workdir and options.fresh:
-        raise ConfigError(f"--fresh does not go with --workdir={options.workdir}; remove that folder or choose another")
-    if options.workdir and options.runs:
-        raise ConfigError(f"--runs={options.runs} does not go with --workdir={options.workdir}; give one of them")
-    name, config = flags.load_config(options.config)
+    ((name, config),) = configs_of(options).items()
 
-    from experiments import overrides, tables
+    from experiments import tables
     from experiments.execute import execute_config
 
-    overrides.apply(config, overrides.shortened(config, _overrides(config, options)), "the command line")
     found = execute_config(
         name,
         config,
@@ -134,22 +129,36 @@ def _run_config(options: Options, console: Console) -> int:
 def _run_compile(options: Options, console: Console) -> int:
     """Compiles one config, or each arm of a study, for devices that need not be there, and shows what it needs."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # looking for an accelerator takes a while, and none is needed
-    from experiments import flags, overrides, pods
-    from experiments import study as studies
-    from experiments.execute import choose
+    from experiments import pods
 
+    pods.compile_configs(configs_of(options), options.compile_for, _runs_folder(options) / "pods", console)
+    return 0
+
+
+def configs_of(options: Options) -> dict[str, Any]:
+    """What a command is about: its one config, or `study.preset.arm` -> config of each arm of its study.
+
+    Raises:
+      ConfigError: a file, name, key or value that is wrong.
+    """
     if options.config:
+        from experiments import overrides
+
         name, config = flags.load_config(options.config)
         overrides.apply(config, overrides.shortened(config, _overrides(config, options)), "the command line")
-        configs = {name: config}
-    else:
-        study, preset = studies.load(options.study or flags.DEFAULT_STUDY), options.preset or flags.DEFAULT_PRESET
-        configs = {}
-        for arm in choose(study, options.ablation, options.arms):
-            extra = _overrides(studies.resolve(study, preset, arm), options)
-            configs[f"{study.slug}.{preset}.{arm}"] = studies.resolve(study, preset, arm, extra)
-    pods.compile_configs(configs, options.compile_for, _runs_folder(options) / "pods", console)
-    return 0
+        return {name: config}
+
+    from experiments import study as studies
+
+    study, preset = studies.load(options.study or flags.DEFAULT_STUDY), options.preset or flags.DEFAULT_PRESET
+
+    from experiments.execute import choose
+
+    found = {}
+    for arm in choose(study, options.ablation, options.arms):
+        extra = _overrides(studies.resolve(study, preset, arm), options)
+        found[f"{study.slug}.{preset}.{arm}"] = studies.resolve(study, preset, arm, extra)
+    return found
 
 
 def _run_list(options: Options, console: Console) -> int:
@@ -243,9 +252,18 @@ def _overrides(config: Any, options: Options) -> dict[str, Any]:
 
 
 def _runs_folder(options: Options) -> Path:
-    """Where runs are cached: a folder that can be written, which is found out before anything is trained."""
+    """Where runs are cached: a folder that can be written, which is found out before anything is trained.
+
+    Runs are locked, renamed and appended to as files are, which a bucket knows nothing of: it has to be mounted.
+    """
     name = "--runs" if options.runs else "MOEJAX_RUNS" if os.environ.get("MOEJAX_RUNS") else "the folder of runs"
-    runs = Path(options.runs or os.environ.get("MOEJAX_RUNS") or "runs")
+    runs = options.runs or os.environ.get("MOEJAX_RUNS") or "runs"
+    for flag, place in ((name, runs), ("--workdir", options.workdir)):
+        if "://" in place:
+            raise ConfigError(
+                f"{flag}={place} is a bucket; mount it and give the path, or let python -m experiments.launch --sky=... mount it"
+            )
+    runs = Path(runs)
     if not options.workdir:
         try:
             runs.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,13 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import docs, pods, run
 from experiments.flags import load_config
+from experiments.plots import COLOURS
 from moejax.aot import ahead, report
 from moejax.aot.cost import Costs
 from moejax.aot.report import Exchanged, Memory, Report
@@ -73,6 +76,23 @@ def test_json_and_picture(tmp_path):
     assert found["costs"]["estimated_seconds"] == pytest.approx(0.06)
     assert "jax" in found["made"]
     assert pods.picture([found, found], tmp_path / "memory.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("limit", [None, 16 * 10**9])
+@pytest.mark.parametrize("scale", [1e9, 1e6, 1e3])
+def test_the_bars_of_a_small_config_can_be_seen(tmp_path, limit, scale):
+    parts = dict(parameters=1, frozen=0, optimizer=2, inputs=0, temporaries=5, results=0, code=0)
+    memory = {name: int(scale) * size for name, size in parts.items()} | {"total": 8 * int(scale), "limit": limit}
+    shown = pods.picture([{"name": "toy", "topology": "v5e:2x2", "mesh": "fsdp=4", "memory": memory}], tmp_path / "memory.png")
+    pixels = np.asarray(Image.open(shown).convert("RGB"))
+    areas = {}
+    for part in ("parameters", "optimizer", "temporaries"):
+        rgb = tuple(bytes.fromhex(COLOURS[pods.PARTS.index(part)].removeprefix("#")))
+        # Without the legend, which is below the picture's middle.
+        areas[part] = int((pixels[: len(pixels) // 2] == rgb).all(axis=-1).sum())
+    assert areas["parameters"] > 1000
+    assert areas["optimizer"] / areas["parameters"] == pytest.approx(2, rel=0.05)
+    assert areas["temporaries"] / areas["parameters"] == pytest.approx(5, rel=0.05)
 
 
 def test_the_table_of_the_page_is_made_from_the_record(tmp_path, monkeypatch):
