@@ -2,14 +2,15 @@
 #
 #   make demo                        the first study: train, judge, report
 #   make demo ARGS=--preset=smoke    the same in seconds
-#   make test PYTHON=python3.12      with another interpreter (after `make clean`)
+#   make test PYTHON=python3.13 VENV=.venv-3.13      with another interpreter, in an environment of its own
 
 PYTHON  ?= python3
+VENV    ?= .venv
 WORKERS ?= 2
 BASE    ?= main
 ARGS    ?=
-BIN     := .venv/bin
-STAMP   := .venv/installed
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/installed
 # Worksteal: training in subprocesses makes test files very unequal, so whole files per worker would leave one worker idle.
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -44,12 +45,12 @@ coverage: $(STAMP) ## every test, with the lines of moejax that none of them run
 	@$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 clean: ## remove the environment and caches; runs/ stays
-	@rm -rf .venv build dist *.egg-info .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	@rm -rf .venv .venv-* build dist *.egg-info .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; moejax needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
-	@echo "setting up .venv (once; about two minutes)"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; moejax needs 3.11 to 3.13: make PYTHON=python3.13 ...")'
+	@echo "setting up $(VENV) (once; about two minutes)"
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[test]'
 	@touch $@
