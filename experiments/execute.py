@@ -12,11 +12,14 @@ from experiments import canary, docs, environment, record, report, tables
 from experiments.cache import Cache, Run, train_in
 from experiments.progress import Board, Line
 from experiments.record import Outcome
+from experiments.seeds import next_runs
 from experiments.study import Study, resolve
 from experiments.terminal import make_console, say, short, show
 from moejax.core.errors import ConfigError
 
 Fit = Callable[..., Any]
+Found = Mapping[str, Mapping[int, Run]]  # [arm][seed]
+Wanted = Callable[[Found], list[tuple[str, int]]]  # what is to be trained next, of what is there
 
 
 def execute(
@@ -38,7 +41,7 @@ def execute(
     Args:
       runs: the cache's directory.
       arms: names of the arms to run; all of the study (and the ablation) if empty.
-      seeds: runs of each arm; what the preset declares if None.
+      seeds: runs of each arm; if None, until every claim is decided or its looks are spent.
       overrides: dotted key -> value, for every arm.
       fresh: train again what is finished.
       accept_numerics: record the canary's numbers, whatever they were.
@@ -49,20 +52,22 @@ def execute(
     """
     console = console or make_console()
     configs = {arm: resolve(study, preset, arm, overrides) for arm in choose(study, ablation, arms)}
-    # Seed by seed, so that an interrupted study has compared all arms on the seeds it has.
-    todo = [(arm, seed) for seed in range(seeds or study.preset(preset).seeds) for arm in configs]
+
+    def wanted(found: Found) -> list[tuple[str, int]]:
+        return next_runs(study, preset, list(configs), found, seeds)
+
     cache = Cache(runs)
     real = fit is None
-    cached = any(cache.load(configs[arm], seed, arm) for arm, seed in todo)
+    cached = any(cache.load(configs[arm], seed, arm) for arm, seed in wanted({}))
     fit = fit or _prepared_fit(configs, cache, console)
     # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
     # run starts at once.
     if real and (cached or accept_numerics):
         _ask_canary(cache, fit, accept_numerics, console)
-    trained = _train_all(todo, configs, cache, fit, fresh, console)
+    trained = _train_all(wanted, configs, cache, fit, fresh, console)
     if real and preset in record.LEDGER_PRESETS and not (cached or accept_numerics):
         _ask_canary(cache, fit, False, console)
-    return Outcome(study, preset, ablation, trained, configs, overrides or {})
+    return Outcome(study, preset, ablation, trained, configs, overrides or {}, seeds)
 
 
 def execute_config(
@@ -79,29 +84,40 @@ def execute_config(
 ) -> dict[int, Run]:
     """Trains one config with each seed, in the cache or in `workdir` (one folder a seed if there are several)."""
     console = console or make_console()
-    configs, todo, cache = {name: config}, [(name, seed) for seed in range(seeds)], Cache(runs)
+    configs, cache = {name: config}, Cache(runs)
+
+    def wanted(found: Found) -> list[tuple[str, int]]:
+        return [(name, seed) for seed in range(seeds) if seed not in found.get(name, {})]
+
     if fit is None:
         fit = _prepared_fit(configs, cache, console, False)
-        if accept_numerics or any(cache.load(config, seed, name) for _, seed in todo):
+        if accept_numerics or any(cache.load(config, seed, name) for _, seed in wanted({})):
             _ask_canary(cache, fit, accept_numerics, console)
     if workdir is None:
-        return _train_all(todo, configs, cache, fit, fresh, console)[name]
+        return _train_all(wanted, configs, cache, fit, fresh, console)[name]
 
     def train(arm: str, seed: int, line: Line) -> Run:
         folder = workdir / f"seed{seed}" if seeds > 1 else workdir
         return train_in(folder, config, seed, arm, fit, line, cache.starts(fit))
 
-    return _with_board(todo, configs, train, console)[name]
+    return _with_board(wanted, configs, train, console)[name]
 
 
 def finished(study: Study, preset: str, ablation: str, runs: Path) -> Outcome | None:
-    """The outcome of what is in the cache already; None if no arm of this study (or of this ablation) is."""
-    cache, found, configs = Cache(runs), {}, {}
-    for arm in study.group(ablation):
-        config = resolve(study, preset, arm.name)
-        cached = {s: run for s in range(study.preset(preset).seeds) if (run := cache.load(config, s, arm.name))}
-        if cached:
-            found[arm.name], configs[arm.name] = cached, config
+    """The outcome of what is in the cache already; None if no arm of this study (or of this ablation) is.
+
+    It takes the seeds that `execute` would take, as far as they are there.
+    """
+    cache = Cache(runs)
+    configs = {arm.name: resolve(study, preset, arm.name) for arm in study.group(ablation)}
+    found: dict[str, dict[int, Run]] = {arm: {} for arm in configs}
+    while todo := next_runs(study, preset, list(configs), found):
+        loaded = {(arm, seed): run for arm, seed in todo if (run := cache.load(configs[arm], seed, arm))}
+        for (arm, seed), run in loaded.items():
+            found[arm][seed] = run
+        if len(loaded) < len(todo):
+            break
+    found = {arm: seeds for arm, seeds in found.items() if seeds}
     wanted = study.ablations[ablation] if ablation else study.arms
     return Outcome(study, preset, ablation, found, configs) if any(arm.name in found for arm in wanted) else None
 
@@ -190,37 +206,32 @@ def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
 
 
 def _train_all(
-    todo: Sequence[tuple[str, int]],
-    configs: Mapping[str, ConfigDict],
-    cache: Cache,
-    fit: Fit,
-    fresh: bool,
-    console: Console,
+    wanted: Wanted, configs: Mapping[str, ConfigDict], cache: Cache, fit: Fit, fresh: bool, console: Console
 ) -> dict[str, dict[int, Run]]:
     from moejax.parallel import hosts
-
-    if fresh:
-        for arm, seed in todo:
-            cache.forget(configs[arm], seed)
 
     def train(arm: str, seed: int, line: Line) -> Run:
         found = cache.load(configs[arm], seed, arm) if hosts.share(cache.has(configs[arm], seed)) else None
         return found or cache.train(configs[arm], seed, arm, fit, line)
 
-    return _with_board(todo, configs, train, console)
+    def fresher(found: Found) -> list[tuple[str, int]]:
+        todo = wanted(found)
+        for arm, seed in todo if fresh else ():
+            cache.forget(configs[arm], seed)
+        return todo
+
+    return _with_board(fresher, configs, train, console)
 
 
 def _with_board(
-    todo: Sequence[tuple[str, int]],
-    configs: Mapping[str, ConfigDict],
-    train: Callable[[str, int, Line], Run],
-    console: Console,
+    wanted: Wanted, configs: Mapping[str, ConfigDict], train: Callable[[str, int, Line], Run], console: Console
 ) -> dict[str, dict[int, Run]]:
-    """Runs `train(arm, seed, line)` for each item; returns `[arm][seed]`, arms in the order of `configs`."""
+    """Runs `train(arm, seed, line)` for all that is `wanted`, until nothing is; returns `[arm][seed]`, arms in the order of `configs`."""
     found: dict[str, dict[int, Run]] = {arm: {} for arm in configs}
     with Board(console, max(map(len, configs))) as board:
-        lines = {(arm, seed): board.line(arm, seed, int(configs[arm].train.steps)) for arm, seed in todo}
-        for arm, seed in todo:
-            found[arm][seed] = train(arm, seed, lines[arm, seed])
-            lines[arm, seed].finish(tables.ending(found[arm][seed]))
+        while todo := wanted(found):
+            lines = {(arm, seed): board.line(arm, seed, int(configs[arm].train.steps)) for arm, seed in todo}
+            for arm, seed in todo:
+                found[arm][seed] = train(arm, seed, lines[arm, seed])
+                lines[arm, seed].finish(tables.ending(found[arm][seed]))
     return found

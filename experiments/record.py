@@ -1,7 +1,7 @@
 """The outcome of a study and what is written of it: all results, and the small ledger entry that is kept in the repository.
 
-A ledger entry is written by the runner, and only of a run that is complete: a preset of scale, every arm, exactly the
-declared number of seeds, nothing overridden. It depends on the finished runs alone, so that writing it twice changes nothing.
+A ledger entry is written by the runner, and only of a run that is complete: a preset of scale, every arm, seeds until every claim is
+decided or its looks are spent, nothing overridden. It depends on the finished runs alone, so that writing it twice changes nothing.
 """
 
 import json
@@ -15,10 +15,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.cache import RESULT_FIELDS, Run
+from experiments import seeds as seeding
+from experiments.cache import SIZES, Run
 from experiments.overrides import PLACE
 from experiments.study import Claim, Study
-from experiments.verdict import Verdict, judge, summary
+from experiments.verdict import Verdict, summary
 from moejax.core.errors import ConfigError
 from moejax.core.files import write_json
 
@@ -32,7 +33,7 @@ ALWAYS = ("eval/bits_per_byte", "eval/accuracy", "eval/loss")
 class Outcome:
     """What a study's run gave: `runs[arm][seed]` and `configs[arm]`, in the order of the arms.
 
-    `overrides` are those of the command line, dotted key -> value.
+    `overrides` are those of the command line, dotted key -> value; `fixed` is its number of seeds, if it gave one.
     """
 
     study: Study
@@ -41,11 +42,12 @@ class Outcome:
     runs: Mapping[str, Mapping[int, Run]]
     configs: Mapping[str, ConfigDict]
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    fixed: int | None = None
 
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdict on every claim whose arms have run."""
-        return tuple(judge(claim, self.runs, self.preset) for claim in self.study.claims if set(claim.arms) <= set(self.runs))
+        return seeding.verdicts(self.study, self.preset, self.runs, self.fixed)
 
     @property
     def unjudged(self) -> tuple[Claim, ...]:
@@ -55,7 +57,6 @@ class Outcome:
     @property
     def missing(self) -> str:
         """Why this is no complete run of its preset; empty if it is one."""
-        declared = self.study.preset(self.preset).seeds
         absent = [arm.name for arm in self.study.group(self.ablation) if arm.name not in self.runs]
         if self.preset not in LEDGER_PRESETS:
             return f"preset '{self.preset}' checks the machinery, not the claims"
@@ -64,8 +65,10 @@ class Outcome:
             return f"--config.{changes[0]} changes the study"
         if absent:
             return f"without arm {', '.join(absent)}"
-        if any(sorted(seeds) != list(range(declared)) for seeds in self.runs.values()):
-            return f"the preset declares {declared} seeds"
+        if self.fixed:
+            return f"--seeds={self.fixed} is a look of its own, and not those that the preset declares"
+        if todo := seeding.next_runs(self.study, self.preset, list(self.runs), self.runs):
+            return f"{len(todo)} runs are still to come"
         return ""
 
     @property
@@ -76,7 +79,7 @@ class Outcome:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that matter: the study's, its claims', and the usual ones, as far as they were measured."""
-        named = (*self.study.metrics, *(claim.metric for claim in self.study.claims), *ALWAYS)
+        named = (*self.study.metrics, *(m for claim in self.study.claims for m in claim.quantity.metrics), *ALWAYS)
         found = [run for seeds in self.runs.values() for run in seeds.values()]
         return tuple(m for m in dict.fromkeys(named) if any(run.matching(m) for run in found))
 
@@ -97,14 +100,14 @@ def results(outcome: Outcome) -> dict[str, Any]:
 
 def entry(outcome: Outcome) -> dict[str, Any]:
     """The ledger entry: verdicts, and per arm the mean, standard deviation and values of the metrics that matter."""
-    names = dict.fromkeys((*outcome.metrics, "stats/drop_rate", *RESULT_FIELDS[:5]))
+    names = dict.fromkeys((*outcome.metrics, "stats/drop_rate", *SIZES))
     arms: dict[str, dict[str, Any]] = {}
     for arm, seeds in outcome.runs.items():
         arms[arm] = {}
         for name in names:
             values = tuple(run.value(name) for run in seeds.values() if run.matching(name))
             if values:
-                mean, std, _ = summary(values)
+                mean, std = summary(values)
                 arms[arm][name] = {"mean": mean, "std": std, "values": list(values)}
     return plain({**_head(outcome), "skipped_arms": list(outcome.skipped), "claims": _claims(outcome), "arms": arms})
 
@@ -194,6 +197,7 @@ def _head(outcome: Outcome) -> dict[str, Any]:
         "device": ", ".join(seen("device")),
         "jax": ", ".join(seen("jax")),
         "date": max(seen("date"), default=""),
+        # Of the arm that has most; every arm has values for its own.
         "seeds": max((len(seeds) for seeds in outcome.runs.values()), default=0),
         "steps": {arm: int(outcome.configs[arm].train.steps) for arm in outcome.runs},
     }
@@ -203,13 +207,16 @@ def _claims(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {
             "claim": v.claim.sentence,
-            "statement": f"{v.claim.quantity} {v.claim.bounds}",
+            "statement": v.claim.statement,
             "headline": v.claim.headline,
+            "matched": list(v.claim.matched or ()),
+            "looks": list(seeding.looks_at(outcome.study, outcome.preset, v.claim, outcome.fixed)),
             "verdict": v.word,
             "reason": v.reason,
             "mean": v.mean,
             "std": v.std,
             "interval": list(v.interval),
+            "evaluation_error": v.block_error,
             "values": list(v.values),
         }
         for v in outcome.verdicts
