@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from experiments import environment
@@ -69,7 +68,7 @@ class Run:
         found = self.matching(metric)
         return sum(found) / len(found) if found else math.nan
 
-    def blocks(self, metric: str) -> Float[np.ndarray, "b"] | None:
+    def blocks(self, metric: str) -> np.ndarray | None:
         """`metric` on each block of the final evaluation (`moejax.train.blocks`); None if it was not kept."""
         names = [metric] if metric in self.metrics else [k for k in sorted(self.metrics) if fnmatch.fnmatchcase(k, metric)]
         last = self.history[-1] if self.history else {}

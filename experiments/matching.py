@@ -33,6 +33,7 @@ KINDS = {
     "active_params": Kind("parameters that a token uses", "the width (hidden) of its feed-forward layers, or k"),
     "params": Kind("parameters", "num_experts or the width (hidden) of its experts"),
     "trainable_params": Kind("parameters that learn", "trainable, or the rank of its adapters"),
+    "compute": Kind("matrix FLOPs of the whole training", "train.steps"),
     "memory": Kind("bytes of parameters and optimizer state", "num_experts, the width (hidden) of its experts, or trainable"),
     "steps": Kind("steps", "train.steps"),
 }
@@ -48,7 +49,7 @@ def of_runs(runs: Mapping[str, Run]) -> dict[str, Measured]:
     for arm, run in runs.items():
         sizes = {kind: run.metrics.get({"memory": "state_bytes"}.get(kind, kind)) or math.nan for kind in KINDS}
         flops = run.metrics.get("flops_per_step", math.nan)
-        found[arm] = {**sizes, "flops": flops / tokens[arm] if known else flops}
+        found[arm] = {**sizes, "flops": flops / tokens[arm] if known else flops, "compute": flops * sizes["steps"]}
     return found
 
 
@@ -59,6 +60,7 @@ def of_config(config: ConfigDict) -> Measured:
     program = program_of(config)
     return {
         "flops": program.flops / program.task.size(program.batch),
+        "compute": program.flops * int(config.train.steps),
         "active_params": program.active_params,
         "params": program.params,
         "trainable_params": program.trainable_params,
@@ -90,4 +92,3 @@ def unmatched(kinds: tuple[str, ...], arms: Mapping[str, Measured]) -> str:
 
 def _short(number: float) -> str:
     return f"{number:.4g}" if number < 1e4 else f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.4g}M"
-

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float
 
 from experiments.cache import Run
 from moejax.core.errors import ConfigError, nearest
@@ -39,7 +38,7 @@ class Quantity(Protocol):
     def of(self, runs: Runs) -> float:
         """Its value; nan where a run did not measure it or never came to it."""
 
-    def blocks(self, runs: Runs) -> Float[np.ndarray, "b"] | None:
+    def blocks(self, runs: Runs) -> np.ndarray | None:
         """Its value on each block of the evaluation set."""
 
     def lacking(self, runs: Runs) -> str:
@@ -64,7 +63,7 @@ class Side:
     def words(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"the {self.how} of {', '.join(self.names)}"
 
-    def pick(self, values: list[float]) -> Float[np.ndarray, "a"]:
+    def pick(self, values: list[float]) -> np.ndarray:
         """How much of each arm's value counts."""
         if self.how == "mean":
             return np.full(len(values), 1 / len(values))
@@ -115,7 +114,7 @@ class Value:
         values = [runs[arm].value(self.metric) for arm in self.arms]
         return math.nan if any(map(math.isnan, values)) else float(self.at.pick(values) @ np.array(values))
 
-    def blocks(self, runs: Runs) -> Float[np.ndarray, "b"] | None:
+    def blocks(self, runs: Runs) -> np.ndarray | None:
         found = [runs[arm].blocks(self.metric) for arm in self.arms]
         shares = self.at.pick([runs[arm].value(self.metric) for arm in self.arms])
         if any(each is None for each in found) or len({each.shape for each in found}) > 1:
@@ -161,7 +160,7 @@ class Minus(_OfTwo):
     def of(self, runs: Runs) -> float:
         return self.first.of(runs) - self.second.of(runs)
 
-    def blocks(self, runs: Runs) -> Float[np.ndarray, "b"] | None:
+    def blocks(self, runs: Runs) -> np.ndarray | None:
         first, second = self.first.blocks(runs), self.second.blocks(runs)
         return None if first is None or second is None or first.shape != second.shape else first - second
 
@@ -270,16 +269,16 @@ class _AlongArms:
         return (self.metric,)
 
     @property
-    def _x(self) -> Float[np.ndarray, "a"]:
+    def _x(self) -> np.ndarray:
         return np.array(list(self.points), float)
 
-    def _y(self, runs: Runs) -> Float[np.ndarray, "a"]:
+    def _y(self, runs: Runs) -> np.ndarray:
         return np.array([runs[arm].value(self.metric) for arm in self.arms])
 
     def lacking(self, runs: Runs) -> str:
         return Value(self.metric, Side(self.arms)).lacking(runs)
 
-    def blocks(self, runs: Runs) -> Float[np.ndarray, "b"] | None:
+    def blocks(self, runs: Runs) -> np.ndarray | None:
         return None
 
 
@@ -292,7 +291,9 @@ class Trend(_AlongArms):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.log and min(self.points) <= 0:
-            raise ConfigError(f"a trend of {self.metric} in the logarithm of {min(self.points)}; take points above 0, or log=False")
+            raise ConfigError(
+                f"a trend of {self.metric} in the logarithm of {min(self.points)}; take points above 0, or log=False"
+            )
 
     @property
     def words(self) -> str:
@@ -300,7 +301,7 @@ class Trend(_AlongArms):
         return f"slope of {self.metric} {'per doubling ' if self.log else ''}along {along}"
 
     @property
-    def _shares(self) -> Float[np.ndarray, "a"]:
+    def _shares(self) -> np.ndarray:
         x = np.log2(self._x) if self.log else self._x
         x = x - x.mean()
         return x / (x @ x)
@@ -308,7 +309,7 @@ class Trend(_AlongArms):
     def of(self, runs: Runs) -> float:
         return float(self._shares @ self._y(runs))
 
-    def blocks(self, runs: Runs) -> Float[np.ndarray, "b"] | None:
+    def blocks(self, runs: Runs) -> np.ndarray | None:
         found = [runs[arm].blocks(self.metric) for arm in self.arms]
         if any(each is None for each in found) or len({each.shape for each in found}) > 1:
             return None

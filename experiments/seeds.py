@@ -27,9 +27,7 @@ def verdicts(study: Study, preset: str, runs: Runs, fixed: int | None = None) ->
     )
 
 
-def next_runs(
-    study: Study, preset: str, arms: Sequence[str], runs: Runs, fixed: int | None = None
-) -> list[tuple[str, int]]:
+def next_runs(study: Study, preset: str, arms: Sequence[str], runs: Runs, fixed: int | None = None) -> list[tuple[str, int]]:
     """`(arm, seed)` of what is to be trained now, seed by seed; nothing when the study has ended.
 
     Args:

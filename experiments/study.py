@@ -75,7 +75,9 @@ class Preset:
             looks = getattr(self, name)
             rising = all(a < b for a, b in itertools.pairwise(looks))
             if not looks or not rising or looks[0] < 1 or (looks[0] == 1 and len(looks) > 1):
-                raise ConfigError(f"{name}={looks} of a preset: rising numbers of seeds, each 2 or more, or (1,) for no verdict")
+                raise ConfigError(
+                    f"{name}={looks} of a preset: rising numbers of seeds, each 2 or more, or (1,) for no verdict"
+                )
 
     def looks_at(self, claim: "Claim") -> tuple[int, ...]:
         """The looks at a claim."""
@@ -129,7 +131,7 @@ class Claim:
     matched: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.low < self.high or math.isinf(self.low) and math.isinf(self.high):
+        if not self.low < self.high or (math.isinf(self.low) and math.isinf(self.high)):
             raise ConfigError(f"claim on {self.quantity.words}: {self.low} < it < {self.high} says nothing, or cannot be")
         for kind in self.matched or ():
             if kind not in matching.KINDS:
@@ -211,9 +213,7 @@ def sooner(metric: str, arm: str, than: str, target: float, by: float = 1.0, **a
     return Claim(Ratio(StepsTo(metric, than, target), StepsTo(metric, arm, target)), low=by, **about)
 
 
-def changes_less(
-    metric: str, change: tuple[str, str], than: tuple[str, str], by: float = 0.0, **about: Unpack[About]
-) -> Claim:
+def changes_less(metric: str, change: tuple[str, str], than: tuple[str, str], by: float = 0.0, **about: Unpack[About]) -> Claim:
     """From the first arm of `change` to the second `metric` rises less (or falls more) than from the first of `than` to its second."""
     first, second = (_difference(metric, after, before) for before, after in (change, than))
     return Claim(Minus(first, second), high=0.0 - by, **about)
@@ -238,9 +238,7 @@ def optimum(
     return Claim(Optimum(metric, points), low=low, high=high, **about)
 
 
-def gains(
-    metric: str, arm: str, cost: float, curve: Mapping[float, str], by: float = 1.0, **about: Unpack[About]
-) -> Claim:
+def gains(metric: str, arm: str, cost: float, curve: Mapping[float, str], by: float = 1.0, **about: Unpack[About]) -> Claim:
     """The arms of `curve` (cost -> arm) need more than `by` times the `cost` of `arm` for its `metric`."""
     return Claim(Gain(metric, curve, arm, cost), low=by, **about)
 

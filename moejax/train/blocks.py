@@ -6,6 +6,7 @@ correction otherwise; the variance of its mean over blocks is the sampling varia
 definition from sums, whatever it divides by what (Miller 1974, "The jackknife: a review").
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def block_values(metrics: Callable[[Sums], Mapping[str, float]], batches: Sequen
     if len(batches) < 2:
         return {}
     edges = np.linspace(0, len(batches), min(MOST, len(batches)) + 1).round().astype(int)
-    blocks = [_total(batches[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    blocks = [_total(batches[a:b]) for a, b in itertools.pairwise(edges)]
     whole = _total(blocks)
     count = len(blocks)
     without = [metrics({name: whole[name] - block[name] for name in whole}) for block in blocks]

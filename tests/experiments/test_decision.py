@@ -63,11 +63,16 @@ def test_power_is_what_the_docs_say(looks, effect, power, used):
 
 
 @pytest.mark.parametrize("looks", [LOOKS, HEADLINE_LOOKS], ids=str)
-@pytest.mark.parametrize(("blocks", "of_seeds", "of_blocks", "rest"), [(8, 1, 1, 1), (12, 0.1, 2, 1), (12, 1, 0.3, 3), (32, 0, 1, 0.3)])
+@pytest.mark.parametrize(
+    ("blocks", "of_seeds", "of_blocks", "rest"), [(8, 1, 1, 1), (12, 0.1, 2, 1), (12, 1, 0.3, 3), (32, 0, 1, 0.3)]
+)
 def test_with_an_evaluation_set_that_was_drawn_too_the_error_is_the_same(looks, blocks, of_seeds, of_blocks, rest):
     rng = np.random.default_rng(3)
     n, studies = looks[-1], 4_000
-    drawn = [scale * rng.standard_normal((studies, *shape)) for scale, shape in ((of_seeds, (n, 1)), (of_blocks, (1, blocks)), (rest, (n, blocks)))]
+    drawn = [
+        scale * rng.standard_normal((studies, *shape))
+        for scale, shape in ((of_seeds, (n, 1)), (of_blocks, (1, blocks)), (rest, (n, blocks)))
+    ]
     values = sum(drawn)
     found = decide(values.mean(-1), 0, INF, looks, values)
     assert (found.word == 1).mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
