@@ -99,7 +99,7 @@ def test_a_study_prints_tables_and_verdicts_and_writes_what_it_says(toy, capsys,
     monkeypatch.chdir(tmp_path)
     assert main(["--study=toy"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"dense\s+3\s+2\.0083 ± 0\.0017", out)
+    assert re.search(r"dense\s+4\s+2\.00", out)
     assert re.search(r"★ Switch beats dense at equal compute .*reproduced", out)
     assert "not judged: drops cost quality (needs roomy)" in out
     assert "tensorboard --logdir=runs/reports/toy/cpu/tensorboard" in out
@@ -109,11 +109,11 @@ def test_a_study_prints_tables_and_verdicts_and_writes_what_it_says(toy, capsys,
     assert "ledger/toy.json" in out
     assert json.loads((tmp_path / "ledger" / "toy.json").read_text())["slug"] == "toy"
     assert (tmp_path / "runs/reports/toy/cpu/tensorboard/dense-seed2/metrics.jsonl").exists()
-    assert len(toy.calls) == 9
+    assert len(toy.calls) == 12
 
     assert main(["--study=toy"]) == 0
-    assert re.search(r"dense\s+3 \(3 cached\)", capsys.readouterr().out)
-    assert len(toy.calls) == 9
+    assert re.search(r"dense\s+4 \(4 cached\)", capsys.readouterr().out)
+    assert len(toy.calls) == 12
 
 
 def test_a_smoke_run_leaves_the_ledger_alone(toy, capsys, tmp_path):

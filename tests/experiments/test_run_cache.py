@@ -22,19 +22,19 @@ from moejax.core.errors import ConfigError
 def test_a_second_execution_trains_nothing(tmp_path):
     fit = FakeFit()
     first = execute(make_study(), "cpu", runs=tmp_path, fit=fit)
-    assert len(fit.calls) == 9
+    assert len(fit.calls) == 12
     second = execute(make_study(), "cpu", runs=tmp_path, fit=fit)
-    assert len(fit.calls) == 9
+    assert len(fit.calls) == 12
     assert not first.runs["switch"][0].cached
     assert second.runs["switch"][0].cached
-    assert second.runs["switch"][2].metrics == first.runs["switch"][2].metrics
+    assert second.runs["switch"][3].metrics == first.runs["switch"][3].metrics
 
 
 def test_another_study_with_the_same_arm_uses_its_run(tmp_path):
     fit = FakeFit()
     execute(make_study(), "cpu", runs=tmp_path, arms=["switch"], fit=fit)
     other = execute(make_study("other"), "cpu", runs=tmp_path, fit=fit)
-    assert [call for call in fit.calls if call[0].startswith("switch")] == [(f"switch seed {s}", s) for s in range(3)]
+    assert [call for call in fit.calls if call[0].startswith("switch")] == [(f"switch seed {s}", s) for s in range(4)]
     assert other.runs["switch"][1].cached
 
 
@@ -101,7 +101,7 @@ def test_an_interrupted_training_is_not_taken_for_a_finished_one(tmp_path):
         execute(make_study(), "cpu", runs=tmp_path, arms=["dense"], fit=Killed())
     fit = FakeFit()
     execute(make_study(), "cpu", runs=tmp_path, arms=["dense"], fit=fit)
-    assert [seed for _, seed in fit.calls] == [0, 1, 2]
+    assert [seed for _, seed in fit.calls] == [0, 1, 2, 3]
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
@@ -152,7 +152,7 @@ LEDGER_CASES = {
     "smoke": {"preset": "smoke"},
     "one arm left out": {"arms": ["dense", "switch"]},
     "fewer seeds": {"seeds": 2},
-    "more seeds": {"seeds": 4},
+    "as many seeds, but fixed": {"seeds": 4},
     "an override": {"overrides": {"train.steps": 50}},
 }
 
@@ -174,14 +174,14 @@ def test_a_complete_run_writes_a_small_entry_that_depends_on_the_runs_alone(tmp_
     assert path.name == "toy.json"
     assert len(text) < 10_000
     entry = json.loads(text)
-    assert (entry["slug"], entry["preset"], entry["seeds"]) == ("toy", "cpu", 3)
+    assert (entry["slug"], entry["preset"], entry["seeds"]) == ("toy", "cpu", 4)
     assert entry["steps"] == {"dense": 100, "switch": 100, "top2": 100}
     assert entry["skipped_arms"] == ["roomy"]
     assert {"commit", "device", "jax", "date"} <= set(entry)
     bits = entry["arms"]["dense"]["eval/bits_per_byte"]
     config = outcome.configs["dense"]
-    assert bits["values"] == pytest.approx([final_bits(config, seed) for seed in range(3)])
-    assert bits["mean"] == pytest.approx(sum(bits["values"]) / 3)
+    assert bits["values"] == pytest.approx([final_bits(config, seed) for seed in range(4)])
+    assert bits["mean"] == pytest.approx(sum(bits["values"]) / 4)
     assert [claim["verdict"] for claim in entry["claims"]] == ["reproduced", "not reproduced"]
     again = execute(make_study(), "cpu", runs=tmp_path / "runs", fit=FakeFit())
     assert record.write_entry(again, tmp_path / "ledger").read_text() == text
@@ -215,7 +215,7 @@ def test_a_ranking_shows_distances_within_a_seed(tmp_path, monkeypatch):
     outcome = execute(make_study(arms=(*make_study().arms, *many)), "cpu", runs=tmp_path / "runs", fit=fit)
     plots.ranking(outcome, tmp_path / "ranking.png")
     left, right = ([line.get_xdata() for line in axes.lines[::2]] for axes in drawn[0].axes)
-    assert [len(dots) for dots in left] == [3] * len(outcome.runs)
+    assert [len(dots) for dots in left] == [4] * len(outcome.runs)
     assert all(np.ptp(dots) > 1.9 for dots in left)
     assert all(np.ptp(dots) < 1e-9 for dots in right)
     np.testing.assert_allclose(np.diff([dots[0] for dots in right]), np.diff([dots[0] for dots in left]), atol=1e-9)

@@ -77,7 +77,7 @@ def test_a_start_has_the_scale_of_the_preset_and_the_overrides_of_the_command_li
     study = make(
         presets={
             "smoke": Preset({"train.steps": 4, "data.batch_size": 2}, arms={"pretrained": {"train.steps": 6}}),
-            "cpu": Preset({"train.steps": 100}, seeds=3),
+            "cpu": Preset({"train.steps": 100}),
         }
     )
     smoke = resolve(study, "smoke", "tuned", {"optimizer.learning_rate": 0.5, "init.source.seed": 2}).init.source
