@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import canary, docs, environment, record, report, tables
+from experiments import canary, docs, environment, matching, record, report, tables
 from experiments.cache import Cache, Run, train_in
 from experiments.progress import Board, Line
 from experiments.record import Outcome
@@ -60,6 +60,8 @@ def execute(
     real = fit is None
     cached = any(cache.load(configs[arm], seed, arm) for arm, seed in wanted({}))
     fit = fit or _prepared_fit(configs, cache, console)
+    if real and preset in record.LEDGER_PRESETS and wanted({}):
+        _warn_of_unmatched(study, configs, [arm for arm, seed in wanted({}) if not cache.has(configs[arm], seed)], console)
     # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
     # run starts at once.
     if real and (cached or accept_numerics):
@@ -189,6 +191,20 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
         # Compiling is most of a small run's time, and the same programs come again: further presets, --fresh, resumption.
         jax.config.update("jax_compilation_cache_dir", str(cache.root.absolute() / "compiled"))
     return fit
+
+
+def _warn_of_unmatched(study: Study, configs: Mapping[str, ConfigDict], untrained: Sequence[str], console: Console) -> None:
+    """Says which claims will not be judged for their arms differ, before hours go into them: their steps are traced, not compiled."""
+    concerned = [
+        claim
+        for claim in study.claims
+        if claim.matched and set(claim.arms) <= set(configs) and set(claim.arms) & set(untrained)
+    ]
+    arms = dict.fromkeys(arm for claim in concerned for arm in claim.arms)
+    measured = {arm: matching.of_config(configs[arm]) for arm in arms}
+    for claim in concerned:
+        if reason := matching.unmatched(claim.matched, {arm: measured[arm] for arm in claim.arms}):
+            say(console, f"will not be judged: {claim.sentence}: {reason}")
 
 
 def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
