@@ -33,6 +33,7 @@ def execute(
     overrides: Mapping[str, Any] | None = None,
     fresh: bool = False,
     accept_numerics: bool = False,
+    recorded: bool = False,
     fit: Fit | None = None,
     console: Console | None = None,
 ) -> Outcome:
@@ -45,6 +46,7 @@ def execute(
       overrides: dotted key -> value, for every arm.
       fresh: train again what is finished.
       accept_numerics: record the canary's numbers, whatever they were.
+      recorded: the results are for the repository's ledger, and the canary's numbers too.
       fit: takes the place of `moejax.train.fit`; the models and the canary are then not checked.
 
     Raises:
@@ -65,10 +67,10 @@ def execute(
     # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
     # run starts at once.
     if real and (cached or accept_numerics):
-        _ask_canary(cache, fit, accept_numerics, console)
+        _ask_canary(cache, fit, accept_numerics, recorded, console)
     trained = _train_all(wanted, configs, cache, fit, fresh, console)
     if real and preset in record.LEDGER_PRESETS and not (cached or accept_numerics):
-        _ask_canary(cache, fit, False, console)
+        _ask_canary(cache, fit, False, recorded, console)
     return Outcome(study, preset, ablation, trained, configs, overrides or {}, seeds)
 
 
@@ -81,6 +83,7 @@ def execute_config(
     seeds: int = 1,
     fresh: bool = False,
     accept_numerics: bool = False,
+    recorded: bool = False,
     fit: Fit | None = None,
     console: Console | None = None,
 ) -> dict[int, Run]:
@@ -94,7 +97,7 @@ def execute_config(
     if fit is None:
         fit = _prepared_fit(configs, cache, console, False)
         if accept_numerics or any(cache.load(config, seed, name) for _, seed in wanted({})):
-            _ask_canary(cache, fit, accept_numerics, console)
+            _ask_canary(cache, fit, accept_numerics, recorded, console)
     if workdir is None:
         return _train_all(wanted, configs, cache, fit, fresh, console)[name]
 
@@ -207,7 +210,7 @@ def _warn_of_unmatched(study: Study, configs: Mapping[str, ConfigDict], untraine
             say(console, f"will not be judged: {claim.sentence}: {reason}")
 
 
-def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
+def _ask_canary(cache: Cache, fit: Fit, accept: bool, recorded: bool, console: Console) -> None:
     """Stops if the library's numbers are not those that cached runs and ledger entries were made with.
 
     The canary sings for one process. Where there are several, numbers on the mesh are compared by the tests.
@@ -217,8 +220,8 @@ def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
     if jax.process_count() > 1:
         say(console, "several processes: the canary is not asked")
         return
-    record_file = record.ledger_folder(cache.root) / "canary.json"
-    canary.check(cache.root, record_file, fit, accept, lambda text: say(console, text))
+    own, shipped = record.ledger_folder(cache.root, recorded) / "canary.json", record.LEDGER / "canary.json"
+    canary.check(cache.root, own, fit, accept, lambda text: say(console, text), shipped)
 
 
 def _train_all(

@@ -131,10 +131,11 @@ def entry_name(slug: str, preset: str, ablation: str) -> str:
     return ".".join([*parts, "json"])
 
 
-def entries(folder: Path = LEDGER) -> list[dict[str, Any]]:
-    """Every ledger entry, sorted by study and preset. One whose numbers a change of the library has overtaken says so in 'outdated',
-    until the study is run anew."""
-    found = [read_entry(file) for file in sorted(folder.glob("*.json")) if file.name != "canary.json"]
+def entries(*folders: Path) -> list[dict[str, Any]]:
+    """Every entry of some ledgers (of the repository's, if none is named), sorted by study and preset; a later ledger's takes the place of
+    an earlier one's. One whose numbers a change of the library has overtaken says so in 'outdated', until the study is run anew."""
+    files = {file.name: file for folder in folders or (LEDGER,) for file in sorted(folder.glob("*.json"))}
+    found = [read_entry(file) for name, file in files.items() if name != "canary.json"]
     return sorted(found, key=lambda e: (e["slug"], e["preset"], e["ablation"]))
 
 
@@ -151,9 +152,17 @@ def read_entry(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is no ledger entry ({error}); take it from the repository, or run its study again") from None
 
 
-def ledger_folder(runs: Path) -> Path:
-    """The repository's ledger, or one beside the runs where the package is not writable."""
-    return LEDGER if os.access(LEDGER.parent, os.W_OK) else runs / "ledger"
+def ledger_folder(runs: Path, recorded: bool = False) -> Path:
+    """Where entries go: beside the runs, or into the repository's ledger if the results are to be recorded for all.
+
+    Raises:
+      ConfigError: the repository cannot be written.
+    """
+    if recorded and not os.access(LEDGER.parent, os.W_OK):
+        raise ConfigError(
+            f"--record writes {LEDGER}, which cannot be written; run without it, entries then go to {runs / 'ledger'}"
+        )
+    return LEDGER if recorded else runs / "ledger"
 
 
 def plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from toy_studies import FakeFit, final_bits, make_study
 
 from configs import base_lm
-from experiments import cache, canary, plots, record
+from experiments import cache, canary, matching, plots, record
 from experiments.cache import Cache, key
 from experiments.execute import execute, execute_config, finish
 from experiments.study import Arm
@@ -203,7 +203,7 @@ def test_the_ranking_of_many_arms_stands_beside_their_entry(tmp_path):
         outcome = execute(study, "cpu", runs=tmp_path / "runs", ablation=ablation, fit=FakeFit())
         finish(outcome, tmp_path / "runs", tmp_path / "ledger", make_console(quiet=True))
     written = sorted(path.name for path in (tmp_path / "ledger").iterdir())
-    assert written == ["toy.capacity.json", "toy.json", "toy.png"]
+    assert written == ["toy.capacity.json", "toy.json", "toy.png", "verdicts.md"]
 
 
 def test_a_ranking_shows_distances_within_a_seed(tmp_path, monkeypatch):
@@ -243,6 +243,17 @@ class TestCanary:
         self.check(tmp_path)
         self.sources_changed(monkeypatch, "new")
         assert self.check(tmp_path, end=2.0 * (1 + 1e-7)) == 1
+
+    def test_numbers_that_came_with_the_repository_count_until_there_are_own_ones(self, tmp_path):
+        shipped = tmp_path / "shipped.json"
+        self.check(tmp_path / "a", end=2.0)
+        shipped.write_text((tmp_path / "a" / "ledger" / "canary.json").read_text())
+        with pytest.raises(ConfigError, match="numbers changed"):
+            self.check(tmp_path / "b", end=2.1, shipped=shipped)
+        assert not (tmp_path / "b" / "ledger").exists()
+        self.check(tmp_path / "b", end=2.1, shipped=shipped, accept=True)
+        self.check(tmp_path / "b", end=2.1, shipped=shipped)
+        assert json.loads(shipped.read_text()) == json.loads((tmp_path / "a" / "ledger" / "canary.json").read_text())
 
     def test_changed_numbers_stop_until_the_version_is_bumped(self, tmp_path, monkeypatch):
         self.check(tmp_path)
@@ -288,6 +299,8 @@ def test_the_real_trainer_gives_what_cache_canary_and_plots_read(tmp_path, monke
     assert 0 < run.value("eval/bits_per_byte") < 9
     assert run.curve("train/loss")[0] == [1, 2, 3, 4, 5]
     assert all(run.matching(name) for name in (*cache.RESULT_FIELDS, "tokens_per_second", "stats/drop_rate"))
+    measured, found = matching.of_config(config), matching.of_runs({"tiny": run})["tiny"]
+    assert measured == found, "what a trace says before a run is what the run says"
     loads = plots.load_map([run])
     assert [load.shape for load in loads.values()] == [(4,)]
     assert all(load.mean() == pytest.approx(1) for load in loads.values())

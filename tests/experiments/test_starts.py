@@ -39,7 +39,7 @@ def make(slug="toy", **changes):
         Arm("moved", {**SHORT, "init.source": source(), "init.surgeries": {"keep": {"without": ("head",)}}}),
         Arm("longer", {"init.source": source("switch", seed=0)}),
     )
-    claims = (lower("eval/bits_per_byte", "tuned", "switch", headline=True),)
+    claims = (lower("eval/bits_per_byte", "tuned", "switch", headline=True, matched=()),)
     fields = {"arms": arms, "starts": (START,), "claims": claims, "ablations": {}}
     return make_study(slug, **{**fields, **changes})
 
