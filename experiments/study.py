@@ -32,7 +32,7 @@ from typing import Any, TypedDict, Unpack
 
 from ml_collections import ConfigDict
 
-from experiments import matching, overrides
+from experiments import constants, matching, overrides
 from experiments.boundaries import HEADLINE_LOOKS, LOOKS
 from experiments.quantities import Gain, Minus, Optimum, Quantity, Ratio, Side, Speedup, StepsTo, Trend, Value, side
 from moejax.core.errors import ConfigError, nearest
@@ -470,5 +470,11 @@ def _check_presets(study: Study, where: str) -> None:
             raise ConfigError(f"a look at one seed in preset '{name}' of {where} decides nothing; take 2 or more")
         for arm in preset.arms:
             study.start(arm)
-        for arm in (*study.every_arm, *(start.name for start in study.starts)):
-            resolve(study, name, arm)
+        configs = {arm: resolve(study, name, arm) for arm in (*study.every_arm, *(start.name for start in study.starts))}
+        for i, claim in enumerate(study.claims):
+            known = [constants.fixed_at(metric, configs[arm]) for metric in claim.quantity.metrics for arm in claim.arms]
+            if all(known):
+                raise ConfigError(
+                    f"claims[{i}] of {where} ('{claim.sentence}') at preset '{name}': {known[0]}; what holds by construction is a test, "
+                    "not a claim"
+                )

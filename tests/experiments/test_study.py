@@ -26,6 +26,10 @@ from experiments.study import (
 )
 from moejax.core.errors import ConfigError
 
+ARMS = (Arm("dense"), Arm("switch"))
+SELECT = "model.blocks.moe.ffn.select"
+LATE = {"kind": "top_k", "k": 1, "capacity_factor": 1.0, "eval_capacity_factor": None}  # drops in training only
+CHOICE = {"kind": "expert_choice", "capacity_factor": 1.0}
 CLAIM = (lower("m", "switch", "dense", headline=True, matched=()),)
 
 
@@ -130,6 +134,27 @@ def test_text_of_the_wrong_type_is_refused(key, text, words):
         ({"claims": (lower("m", "switch", "dense", matched=()),)}, "0 headline claims; exactly one"),
         ({"claims": CLAIM * 2}, "2 headline claims; exactly one"),
         ({"claims": (lower("m", "roomy", "dense", headline=True, matched=()),)}, "headline claim .* names an ablation's arm"),
+        (
+            {
+                "claims": (below("stats/drop_rate", "free", 0.1, headline=True),),
+                "arms": (Arm("free", {SELECT: {"kind": "top_k", "k": 1}}), *ARMS),
+            },
+            "nothing is dropped where no capacity is set",
+        ),
+        (
+            {
+                "claims": (below("eval/stats/drop_rate", "late", 0.1, headline=True),),
+                "arms": (Arm("late", {SELECT: LATE}), *ARMS),
+            },
+            "nothing is dropped where no capacity is set",
+        ),
+        (
+            {
+                "claims": (within("eval/stats/max_violation", "chosen", "other", 0.1, headline=True, matched=()),),
+                "arms": (Arm("chosen", {SELECT: CHOICE}), Arm("other", {SELECT: CHOICE}), *ARMS),
+            },
+            "all take equally many",
+        ),
         ({"arms": (Arm("dense"), Arm("switch"), Arm("dense")), "claims": CLAIM}, "2 arms called 'dense'"),
         ({"arms": (Arm("dense"), Arm("switch"), Arm("roomy")), "claims": CLAIM}, "2 arms called 'roomy'"),
         ({"arms": (Arm("a,b"),)}, "name 'a,b' .* may only have letters"),
@@ -218,3 +243,13 @@ def test_base_configs_build_their_models(module):
     assert models.build(config.model).num_layers == config.model.num_layers
     config.model.blocks.dense.mixer.num_heads = 1
     assert config.model.blocks.moe.mixer.num_heads == 4
+
+
+def test_statistics_that_may_come_out_either_way_are_claimed():
+    arms = (Arm("chosen", {SELECT: CHOICE}), *ARMS)
+    claims = (
+        lower("eval/stats/max_violation", "chosen", "switch", headline=True, matched=()),
+        below("stats/drop_rate", "switch", 0.1),
+        below("stats/drop_rate", "late", 0.1),
+    )
+    assert len(make_study(arms=(*arms, Arm("late", {SELECT: LATE})), claims=claims, ablations={}).claims) == 3
