@@ -33,6 +33,13 @@ def coarse(num_experts: int, k: int, hidden: int) -> dict:
     }
 
 
+def large(**fields) -> dict:
+    """The paper's layer, 128 active units of a million, unless `fields` say otherwise."""
+    return peer(**{"num_keys": 1024, "heads": 8, "k": 16, "query_dim": 256, **fields})
+
+
+COARSE = coarse(128, 1, 4096) | {f"{MOE}.select.normalise": False}
+
 STUDY = Study(
     slug="peer",
     title="PEER: a million experts of one neuron",
@@ -126,10 +133,27 @@ STUDY = Study(
             },
             arms={
                 "dense": dense(4096),
-                "moe": coarse(128, 1, 4096) | {f"{MOE}.select.normalise": False},
-                "pkm": peer(num_keys=1024, heads=8, k=32, query_dim=256, values_only=True),
-                "peer": peer(num_keys=1024, heads=8, k=16, query_dim=256),
-                "no_norm": peer(num_keys=1024, heads=8, k=16, query_dim=256, query_norm="none"),
+                "moe": COARSE,
+                "pkm": large(k=32, values_only=True),
+                "peer": large(),
+                "no_norm": large(query_norm="none"),
+                # Ratios to `peer` are those of the small scale.
+                "n_256": large(num_keys=256),
+                "n_1024": large(num_keys=512),
+                "n_16384": large(num_keys=2048),
+                "active_8": large(k=4),
+                "active_128": large(heads=16, k=32),
+                "heads_1": large(heads=1, k=128),
+                "heads_16": large(heads=16, k=8),
+                "layer_norm": large(query_norm="layer"),
+                "relu_score": large(score="relu"),
+                "sigmoid_score": large(score="sigmoid"),
+                "pkm_relu": large(k=32, values_only=True, score="relu"),
+                "own_keys": large(shared_keys=False),
+                "moe_k1": COARSE,
+                "moe_k8": coarse(512, 8, 512),
+                "dense_wide": dense(8 * 4096),
+                "one_layer": {**large(), "model.pattern": (*("dense",) * 5, "moe", *("dense",) * 6)},
             },
         ),
     },

@@ -128,6 +128,8 @@ STUDY = Study(
                 **{f"model.blocks.{b}.mixer.{key}": 32 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
                 "model.blocks.dense.ffn.hidden": 6912,
                 f"{MOE}.num_experts": 4,
+                f"{MOE}.router.initial": 4,
+                f"{MOE}.router.cycle": 900,
                 f"{MOE}.bank.hidden": 6912,
                 "data.seq_len": 2048,
                 "data.batch_size": 128,
@@ -139,7 +141,6 @@ STUDY = Study(
             arms={
                 **{name: {f"{MOE}.num_experts": 4} for name in ("top1", "top2", "top4")},
                 **{name: {f"{MOE}.router.initial": 4} for name in ("fixed_8", "fixed_16", "from_16")},
-                "dynmoe": {f"{MOE}.router.initial": 4, f"{MOE}.router.cycle": 900},
             },
         ),
     },
