@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import environment
@@ -30,7 +31,8 @@ from moejax.train import identity
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
 NUMERICS_VERSION = 2
-RESULT_FIELDS = ("params", "active_params", "trainable_params", "flops_per_step", "steps", "seconds", "first_step_seconds")
+SIZES = ("params", "active_params", "trainable_params", "flops_per_step", "steps")
+RESULT_FIELDS = (*SIZES, "tokens_per_step", "state_bytes", "seconds", "first_step_seconds")
 FILES = ("result.json", "metrics.jsonl", "timings.jsonl")  # what `run.json` vouches for, as far as it is there
 
 
@@ -65,6 +67,15 @@ class Run:
         """The mean of `matching(metric)`; nan if there are none."""
         found = self.matching(metric)
         return sum(found) / len(found) if found else math.nan
+
+    def blocks(self, metric: str) -> np.ndarray | None:
+        """`metric` on each block of the final evaluation (`moejax.train.blocks`); None if it was not kept."""
+        names = [metric] if metric in self.metrics else [k for k in sorted(self.metrics) if fnmatch.fnmatchcase(k, metric)]
+        last = self.history[-1] if self.history else {}
+        found = [last.get(f"{name}/blocks") for name in names]
+        if not found or None in found or len({len(each) for each in found}) > 1:
+            return None
+        return np.mean(np.array(found, float), 0)
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of `metric` over the training."""

@@ -1,7 +1,7 @@
 """A tiny fixed training whose losses are known: it notices that the library's numbers changed while its cached runs did not.
 
 The losses are kept in `experiments/ledger/canary.json` per jax version, platform and machine. A machine that is not there
-yet is added. The training is repeated only when a source file of the library or a version changed.
+yet is added, to the file beside the runs unless results are recorded for the repository. The training is repeated only when a source file of the library or a version changed.
 """
 
 import hashlib
@@ -24,8 +24,15 @@ STEPS = 5
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain")
 
 
-def check(runs: Path, record: Path, fit: Callable[..., Any], accept: bool = False, say: Callable[[str], None] = print) -> None:
-    """Compares the canary's losses with those recorded in file `record`, and records them where there are none.
+def check(
+    runs: Path,
+    record: Path,
+    fit: Callable[..., Any],
+    accept: bool = False,
+    say: Callable[[str], None] = print,
+    shipped: Path | None = None,
+) -> None:
+    """Compares the canary's losses with those in file `record`, or else in file `shipped`; records them in `record` where there are none.
 
     Args:
       runs: where the last result is kept, by hash of the sources.
@@ -35,11 +42,12 @@ def check(runs: Path, record: Path, fit: Callable[..., Any], accept: bool = Fals
       ConfigError: the losses differ by more than `TOLERANCE` (relative) under the same `NUMERICS_VERSION`.
     """
     name = platform_key()
-    known = _known(record)
+    written = _known(record)
+    known = {**(_known(shipped) if shipped else {}), **written}
     losses = _losses(runs, fit, say)
     old = None if accept else _trusted(known, name, record)
     if old is None or accept or old["numerics"] != NUMERICS_VERSION:
-        write_json(record, {**known, name: seal({"numerics": NUMERICS_VERSION, "losses": losses})}, indent=1)
+        write_json(record, {**written, name: seal({"numerics": NUMERICS_VERSION, "losses": losses})}, indent=1)
         return
     for step, (now, before) in enumerate(zip(losses, old["losses"], strict=True), start=1):
         if not abs(now - before) <= TOLERANCE * abs(before):

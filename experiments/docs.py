@@ -1,7 +1,7 @@
 """What the README and docs/ say of results and methods, made from the ledger and the catalogue.
 
 A page has `<!-- ledger:NAME -->` ... `<!-- end -->` around what is made; NAME is a key of `TABLES`. The runner renews all pages with
-every ledger entry; `python -m experiments.docs` does it by hand.
+every entry of `--record`; `python -m experiments.docs` does it by hand.
 """
 
 import math
@@ -39,14 +39,16 @@ def demo_table(ledger: Path) -> str:
         bits = tables.spread(tuple(found.get("eval/bits_per_byte", {}).get("values", ())))
         active = tables.quantity(found.get("active_params", {}).get("mean", math.nan))
         lines.append(f"| {arm} | {bits} | {active} | {notes[arm]} |")
-    lines += ["", "| claim | measured | 95 % interval | verdict |", "|---|---|---|---|"]
+    lines += ["", "| claim | measured | interval | verdict |", "|---|---|---|---|"]
     return "\n".join([*lines, *(_row(claim) for claim in entry["claims"])])
 
 
 def verdict_table(ledger: Path) -> str:
     """Of every other study that has been judged at CPU scale: its headline claim, and the verdicts on all its claims."""
-    lines = ["| study | claim | measured | 95 % interval | verdict | all claims, with ablations |", "|---|---|---|---|---|---|"]
-    found = [entry for entry in record.entries(ledger) if entry["preset"] == "cpu" and entry["slug"] != DEMO]
+    lines = ["| study | claim | measured | interval | verdict | all claims, with ablations |", "|---|---|---|---|---|---|"]
+    shown = [entry for entry in record.entries(ledger) if entry["preset"] == "cpu"]
+    # In the repository's pages the demo has a table of its own.
+    found = [entry for entry in shown if ledger != LEDGER or entry["slug"] != DEMO]
     for entry in found:
         if entry["ablation"]:
             continue
@@ -54,6 +56,8 @@ def verdict_table(ledger: Path) -> str:
         claims = {claim["claim"]: claim for each in found if each["slug"] == entry["slug"] for claim in each["claims"]}
         counts = tables.count_verdicts([{"claims": list(claims.values())}])
         outdated = f", outdated: {entry['outdated']}" if "outdated" in entry else ""
+        if not all("looks" in claim for claim in entry["claims"]):
+            outdated += f", judged by an earlier rule: the 95 % interval of {entry['seeds']} seeds"
         lines += [f"| {entry['slug']} {_row(claim)} {counts}{outdated} |" for claim in entry["claims"] if claim["headline"]]
     return "\n".join(lines)
 
@@ -91,8 +95,9 @@ TABLES = {"demo": demo_table, "verdicts": verdict_table, "pods": pod_table, "cat
 
 
 def renew(ledger: Path) -> None:
-    """Rewrites the pages if `ledger` is the repository's own and says something new."""
+    """Rewrites the pages if `ledger` is the repository's own and says something new; for another one, the table of verdicts beside it."""
     if ledger != LEDGER:
+        write_atomically(ledger / "verdicts.md", "# Verdicts of your own runs\n\n" + verdict_table(ledger) + "\n")
         return
     for page in PAGES:
         text = page.read_text()

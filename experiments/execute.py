@@ -8,15 +8,18 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import canary, docs, environment, record, report, tables
+from experiments import canary, docs, environment, matching, record, report, tables
 from experiments.cache import Cache, Run, train_in
 from experiments.progress import Board, Line
 from experiments.record import Outcome
+from experiments.seeds import next_runs
 from experiments.study import Study, resolve
 from experiments.terminal import make_console, say, short, show
 from moejax.core.errors import ConfigError
 
 Fit = Callable[..., Any]
+Found = Mapping[str, Mapping[int, Run]]  # [arm][seed]
+Wanted = Callable[[Found], list[tuple[str, int]]]  # what is to be trained next, of what is there
 
 
 def execute(
@@ -30,6 +33,7 @@ def execute(
     overrides: Mapping[str, Any] | None = None,
     fresh: bool = False,
     accept_numerics: bool = False,
+    recorded: bool = False,
     fit: Fit | None = None,
     console: Console | None = None,
 ) -> Outcome:
@@ -38,10 +42,11 @@ def execute(
     Args:
       runs: the cache's directory.
       arms: names of the arms to run; all of the study (and the ablation) if empty.
-      seeds: runs of each arm; what the preset declares if None.
+      seeds: runs of each arm; if None, until every claim is decided or its looks are spent.
       overrides: dotted key -> value, for every arm.
       fresh: train again what is finished.
       accept_numerics: record the canary's numbers, whatever they were.
+      recorded: the results are for the repository's ledger, and the canary's numbers too.
       fit: takes the place of `moejax.train.fit`; the models and the canary are then not checked.
 
     Raises:
@@ -49,20 +54,24 @@ def execute(
     """
     console = console or make_console()
     configs = {arm: resolve(study, preset, arm, overrides) for arm in choose(study, ablation, arms)}
-    # Seed by seed, so that an interrupted study has compared all arms on the seeds it has.
-    todo = [(arm, seed) for seed in range(seeds or study.preset(preset).seeds) for arm in configs]
+
+    def wanted(found: Found) -> list[tuple[str, int]]:
+        return next_runs(study, preset, list(configs), found, seeds)
+
     cache = Cache(runs)
     real = fit is None
-    cached = any(cache.load(configs[arm], seed, arm) for arm, seed in todo)
+    cached = any(cache.load(configs[arm], seed, arm) for arm, seed in wanted({}))
     fit = fit or _prepared_fit(configs, cache, console)
+    if real and preset in record.LEDGER_PRESETS and wanted({}):
+        _warn_of_unmatched(study, configs, [arm for arm, seed in wanted({}) if not cache.has(configs[arm], seed)], console)
     # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
     # run starts at once.
     if real and (cached or accept_numerics):
-        _ask_canary(cache, fit, accept_numerics, console)
-    trained = _train_all(todo, configs, cache, fit, fresh, console)
+        _ask_canary(cache, fit, accept_numerics, recorded, console)
+    trained = _train_all(wanted, configs, cache, fit, fresh, console)
     if real and preset in record.LEDGER_PRESETS and not (cached or accept_numerics):
-        _ask_canary(cache, fit, False, console)
-    return Outcome(study, preset, ablation, trained, configs, overrides or {})
+        _ask_canary(cache, fit, False, recorded, console)
+    return Outcome(study, preset, ablation, trained, configs, overrides or {}, seeds)
 
 
 def execute_config(
@@ -74,34 +83,46 @@ def execute_config(
     seeds: int = 1,
     fresh: bool = False,
     accept_numerics: bool = False,
+    recorded: bool = False,
     fit: Fit | None = None,
     console: Console | None = None,
 ) -> dict[int, Run]:
     """Trains one config with each seed, in the cache or in `workdir` (one folder a seed if there are several)."""
     console = console or make_console()
-    configs, todo, cache = {name: config}, [(name, seed) for seed in range(seeds)], Cache(runs)
+    configs, cache = {name: config}, Cache(runs)
+
+    def wanted(found: Found) -> list[tuple[str, int]]:
+        return [(name, seed) for seed in range(seeds) if seed not in found.get(name, {})]
+
     if fit is None:
         fit = _prepared_fit(configs, cache, console, False)
-        if accept_numerics or any(cache.load(config, seed, name) for _, seed in todo):
-            _ask_canary(cache, fit, accept_numerics, console)
+        if accept_numerics or any(cache.load(config, seed, name) for _, seed in wanted({})):
+            _ask_canary(cache, fit, accept_numerics, recorded, console)
     if workdir is None:
-        return _train_all(todo, configs, cache, fit, fresh, console)[name]
+        return _train_all(wanted, configs, cache, fit, fresh, console)[name]
 
     def train(arm: str, seed: int, line: Line) -> Run:
         folder = workdir / f"seed{seed}" if seeds > 1 else workdir
         return train_in(folder, config, seed, arm, fit, line, cache.starts(fit))
 
-    return _with_board(todo, configs, train, console)[name]
+    return _with_board(wanted, configs, train, console)[name]
 
 
 def finished(study: Study, preset: str, ablation: str, runs: Path) -> Outcome | None:
-    """The outcome of what is in the cache already; None if no arm of this study (or of this ablation) is."""
-    cache, found, configs = Cache(runs), {}, {}
-    for arm in study.group(ablation):
-        config = resolve(study, preset, arm.name)
-        cached = {s: run for s in range(study.preset(preset).seeds) if (run := cache.load(config, s, arm.name))}
-        if cached:
-            found[arm.name], configs[arm.name] = cached, config
+    """The outcome of what is in the cache already; None if no arm of this study (or of this ablation) is.
+
+    It takes the seeds that `execute` would take, as far as they are there.
+    """
+    cache = Cache(runs)
+    configs = {arm.name: resolve(study, preset, arm.name) for arm in study.group(ablation)}
+    found: dict[str, dict[int, Run]] = {arm: {} for arm in configs}
+    while todo := next_runs(study, preset, list(configs), found):
+        loaded = {(arm, seed): run for arm, seed in todo if (run := cache.load(configs[arm], seed, arm))}
+        for (arm, seed), run in loaded.items():
+            found[arm][seed] = run
+        if len(loaded) < len(todo):
+            break
+    found = {arm: seeds for arm, seeds in found.items() if seeds}
     wanted = study.ablations[ablation] if ablation else study.arms
     return Outcome(study, preset, ablation, found, configs) if any(arm.name in found for arm in wanted) else None
 
@@ -175,7 +196,21 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
     return fit
 
 
-def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
+def _warn_of_unmatched(study: Study, configs: Mapping[str, ConfigDict], untrained: Sequence[str], console: Console) -> None:
+    """Says which claims will not be judged for their arms differ, before hours go into them: their steps are traced, not compiled."""
+    concerned = [
+        claim
+        for claim in study.claims
+        if claim.matched and set(claim.arms) <= set(configs) and set(claim.arms) & set(untrained)
+    ]
+    arms = dict.fromkeys(arm for claim in concerned for arm in claim.arms)
+    measured = {arm: matching.of_config(configs[arm]) for arm in arms}
+    for claim in concerned:
+        if reason := matching.unmatched(claim.matched, {arm: measured[arm] for arm in claim.arms}):
+            say(console, f"will not be judged: {claim.sentence}: {reason}")
+
+
+def _ask_canary(cache: Cache, fit: Fit, accept: bool, recorded: bool, console: Console) -> None:
     """Stops if the library's numbers are not those that cached runs and ledger entries were made with.
 
     The canary sings for one process. Where there are several, numbers on the mesh are compared by the tests.
@@ -185,42 +220,37 @@ def _ask_canary(cache: Cache, fit: Fit, accept: bool, console: Console) -> None:
     if jax.process_count() > 1:
         say(console, "several processes: the canary is not asked")
         return
-    record_file = record.ledger_folder(cache.root) / "canary.json"
-    canary.check(cache.root, record_file, fit, accept, lambda text: say(console, text))
+    own, shipped = record.ledger_folder(cache.root, recorded) / "canary.json", record.LEDGER / "canary.json"
+    canary.check(cache.root, own, fit, accept, lambda text: say(console, text), shipped)
 
 
 def _train_all(
-    todo: Sequence[tuple[str, int]],
-    configs: Mapping[str, ConfigDict],
-    cache: Cache,
-    fit: Fit,
-    fresh: bool,
-    console: Console,
+    wanted: Wanted, configs: Mapping[str, ConfigDict], cache: Cache, fit: Fit, fresh: bool, console: Console
 ) -> dict[str, dict[int, Run]]:
     from moejax.parallel import hosts
-
-    if fresh:
-        for arm, seed in todo:
-            cache.forget(configs[arm], seed)
 
     def train(arm: str, seed: int, line: Line) -> Run:
         found = cache.load(configs[arm], seed, arm) if hosts.share(cache.has(configs[arm], seed)) else None
         return found or cache.train(configs[arm], seed, arm, fit, line)
 
-    return _with_board(todo, configs, train, console)
+    def fresher(found: Found) -> list[tuple[str, int]]:
+        todo = wanted(found)
+        for arm, seed in todo if fresh else ():
+            cache.forget(configs[arm], seed)
+        return todo
+
+    return _with_board(fresher, configs, train, console)
 
 
 def _with_board(
-    todo: Sequence[tuple[str, int]],
-    configs: Mapping[str, ConfigDict],
-    train: Callable[[str, int, Line], Run],
-    console: Console,
+    wanted: Wanted, configs: Mapping[str, ConfigDict], train: Callable[[str, int, Line], Run], console: Console
 ) -> dict[str, dict[int, Run]]:
-    """Runs `train(arm, seed, line)` for each item; returns `[arm][seed]`, arms in the order of `configs`."""
+    """Runs `train(arm, seed, line)` for all that is `wanted`, until nothing is; returns `[arm][seed]`, arms in the order of `configs`."""
     found: dict[str, dict[int, Run]] = {arm: {} for arm in configs}
     with Board(console, max(map(len, configs))) as board:
-        lines = {(arm, seed): board.line(arm, seed, int(configs[arm].train.steps)) for arm, seed in todo}
-        for arm, seed in todo:
-            found[arm][seed] = train(arm, seed, lines[arm, seed])
-            lines[arm, seed].finish(tables.ending(found[arm][seed]))
+        while todo := wanted(found):
+            lines = {(arm, seed): board.line(arm, seed, int(configs[arm].train.steps)) for arm, seed in todo}
+            for arm, seed in todo:
+                found[arm][seed] = train(arm, seed, lines[arm, seed])
+                lines[arm, seed].finish(tables.ending(found[arm][seed]))
     return found

@@ -19,6 +19,7 @@ MODES = {
     "arms": ("study", "compile_for"),
     "seeds": ("study", "config"),
     "analyse": ("study",),
+    "record": ("study", "config"),
     "fresh": ("study", "config"),
     "accept_numerics": ("study", "config"),
     "overrides": ("study", "config", "compile_for"),
@@ -39,6 +40,7 @@ EPILOG = """examples:
   python -m experiments.run --list --matrix --study=switch     backends, devices, causality, decoding: by trying
   python -m experiments.run --study=switch --preset=smoke     one study, in seconds
   python -m experiments.run --study=switch --ablation=capacity
+  python -m experiments.run --study=switch --record           into the repository's ledger and docs
   python -m experiments.run --study=switch --analyse          what its routers learnt
   python -m experiments.run --config=configs/base_lm.py --config.train.steps=50
   python -m experiments.run --config=configs/base_lm.py --config.mesh='data=2,expert=4' --devices=8
@@ -65,6 +67,7 @@ class Options:
     compile_for: str = ""
     runs: str = ""
     workdir: str = ""
+    record: bool = False
     fresh: bool = False
     accept_numerics: bool = False
     devices: int | None = None
@@ -158,7 +161,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", default="", metavar="smoke|cpu|paper", help=f"its scale (default {DEFAULT_PRESET})")
     add("--ablation", default="", metavar="NAME", help="also run this group of arms")
     add("--arms", default="", metavar="A,B", help="run these arms only (no ledger entry)")
-    add("--seeds", type=int, default=None, metavar="N", help="runs of each arm (a ledger entry needs the declared number)")
+    add(
+        "--seeds",
+        type=int,
+        default=None,
+        metavar="N",
+        help="runs of each arm (no ledger entry; without it, until claims are decided)",
+    )
     add("--config", default="", metavar="FILE.py[:ARG]", help="train one config instead of a study")
     add("--compile_for", default="", metavar="CHIP:SLICE", help="compile, do not train: v5e:16x16, v5p:4x4x8, cpu:8 ...")
     add("--list", action="store_true", help="print the catalogue; with --study, one study in detail")
@@ -167,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--analyse", action="store_true", help="also look at what the routers learnt, from the checkpoints of finished runs")
     add("--report", action="store_true", help="rebuild reports and index from finished runs")
     add("--runs", default="", metavar="DIR", help="where runs are cached (default $MOEJAX_RUNS or runs/)")
+    add("--record", action="store_true", help="write the repository's ledger and docs, and not DIR/ledger")
     add("--workdir", default="", metavar="DIR", help="with --config: train here instead of in the cache")
     add("--fresh", action="store_true", help="train again what is finished")
     add("--accept_numerics", action="store_true", help="record the canary's new numbers")

@@ -70,8 +70,8 @@ def ranking(outcome: Outcome, path: Path) -> Path | None:
     found = {arm: values for arm, values in found.items() if np.isfinite(list(values.values())).all()}
     if len(found) < MIN_RANKED:
         return None
-    order = sorted(found, key=lambda arm: np.mean(list(found[arm].values())), reverse=math.isinf(claim.high))
     shared = sorted(set.intersection(*map(set, found.values())))
+    order = sorted(found, key=lambda arm: np.mean([found[arm][seed] for seed in shared]), reverse=math.isinf(claim.high))
     panels = [(f"{claim.metric}: a dot per seed, a line at their mean", [list(found[arm].values()) for arm in order])]
     if len(shared) > 1:
         table = np.array([[found[arm][seed] for seed in shared] for arm in order])

@@ -1,7 +1,7 @@
 """The outcome of a study and what is written of it: all results, and the small ledger entry that is kept in the repository.
 
-A ledger entry is written by the runner, and only of a run that is complete: a preset of scale, every arm, exactly the
-declared number of seeds, nothing overridden. It depends on the finished runs alone, so that writing it twice changes nothing.
+A ledger entry is written by the runner, and only of a run that is complete: a preset of scale, every arm, seeds until every claim is
+decided or its looks are spent, nothing overridden. It depends on the finished runs alone, so that writing it twice changes nothing.
 """
 
 import json
@@ -15,10 +15,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.cache import RESULT_FIELDS, Run
+from experiments import seeds as seeding
+from experiments.cache import SIZES, Run
 from experiments.overrides import PLACE
 from experiments.study import Claim, Study
-from experiments.verdict import Verdict, judge, summary
+from experiments.verdict import Verdict, summary
 from moejax.core.errors import ConfigError
 from moejax.core.files import write_json
 
@@ -32,7 +33,7 @@ ALWAYS = ("eval/bits_per_byte", "eval/accuracy", "eval/loss")
 class Outcome:
     """What a study's run gave: `runs[arm][seed]` and `configs[arm]`, in the order of the arms.
 
-    `overrides` are those of the command line, dotted key -> value.
+    `overrides` are those of the command line, dotted key -> value; `fixed` is its number of seeds, if it gave one.
     """
 
     study: Study
@@ -41,11 +42,12 @@ class Outcome:
     runs: Mapping[str, Mapping[int, Run]]
     configs: Mapping[str, ConfigDict]
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    fixed: int | None = None
 
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdict on every claim whose arms have run."""
-        return tuple(judge(claim, self.runs, self.preset) for claim in self.study.claims if set(claim.arms) <= set(self.runs))
+        return seeding.verdicts(self.study, self.preset, self.runs, self.fixed)
 
     @property
     def unjudged(self) -> tuple[Claim, ...]:
@@ -55,7 +57,6 @@ class Outcome:
     @property
     def missing(self) -> str:
         """Why this is no complete run of its preset; empty if it is one."""
-        declared = self.study.preset(self.preset).seeds
         absent = [arm.name for arm in self.study.group(self.ablation) if arm.name not in self.runs]
         if self.preset not in LEDGER_PRESETS:
             return f"preset '{self.preset}' checks the machinery, not the claims"
@@ -64,8 +65,10 @@ class Outcome:
             return f"--config.{changes[0]} changes the study"
         if absent:
             return f"without arm {', '.join(absent)}"
-        if any(sorted(seeds) != list(range(declared)) for seeds in self.runs.values()):
-            return f"the preset declares {declared} seeds"
+        if self.fixed:
+            return f"--seeds={self.fixed} is a look of its own, and not those that the preset declares"
+        if todo := seeding.next_runs(self.study, self.preset, list(self.runs), self.runs):
+            return f"{len(todo)} runs are still to come"
         return ""
 
     @property
@@ -76,7 +79,7 @@ class Outcome:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that matter: the study's, its claims', and the usual ones, as far as they were measured."""
-        named = (*self.study.metrics, *(claim.metric for claim in self.study.claims), *ALWAYS)
+        named = (*self.study.metrics, *(m for claim in self.study.claims for m in claim.quantity.metrics), *ALWAYS)
         found = [run for seeds in self.runs.values() for run in seeds.values()]
         return tuple(m for m in dict.fromkeys(named) if any(run.matching(m) for run in found))
 
@@ -97,14 +100,14 @@ def results(outcome: Outcome) -> dict[str, Any]:
 
 def entry(outcome: Outcome) -> dict[str, Any]:
     """The ledger entry: verdicts, and per arm the mean, standard deviation and values of the metrics that matter."""
-    names = dict.fromkeys((*outcome.metrics, "stats/drop_rate", *RESULT_FIELDS[:5]))
+    names = dict.fromkeys((*outcome.metrics, "stats/drop_rate", *SIZES))
     arms: dict[str, dict[str, Any]] = {}
     for arm, seeds in outcome.runs.items():
         arms[arm] = {}
         for name in names:
             values = tuple(run.value(name) for run in seeds.values() if run.matching(name))
             if values:
-                mean, std, _ = summary(values)
+                mean, std = summary(values)
                 arms[arm][name] = {"mean": mean, "std": std, "values": list(values)}
     return plain({**_head(outcome), "skipped_arms": list(outcome.skipped), "claims": _claims(outcome), "arms": arms})
 
@@ -128,10 +131,11 @@ def entry_name(slug: str, preset: str, ablation: str) -> str:
     return ".".join([*parts, "json"])
 
 
-def entries(folder: Path = LEDGER) -> list[dict[str, Any]]:
-    """Every ledger entry, sorted by study and preset. One whose numbers a change of the library has overtaken says so in 'outdated',
-    until the study is run anew."""
-    found = [read_entry(file) for file in sorted(folder.glob("*.json")) if file.name != "canary.json"]
+def entries(*folders: Path) -> list[dict[str, Any]]:
+    """Every entry of some ledgers (of the repository's, if none is named), sorted by study and preset; a later ledger's takes the place of
+    an earlier one's. One whose numbers a change of the library has overtaken says so in 'outdated', until the study is run anew."""
+    files = {file.name: file for folder in folders or (LEDGER,) for file in sorted(folder.glob("*.json"))}
+    found = [read_entry(file) for name, file in files.items() if name != "canary.json"]
     return sorted(found, key=lambda e: (e["slug"], e["preset"], e["ablation"]))
 
 
@@ -148,9 +152,17 @@ def read_entry(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is no ledger entry ({error}); take it from the repository, or run its study again") from None
 
 
-def ledger_folder(runs: Path) -> Path:
-    """The repository's ledger, or one beside the runs where the package is not writable."""
-    return LEDGER if os.access(LEDGER.parent, os.W_OK) else runs / "ledger"
+def ledger_folder(runs: Path, recorded: bool = False) -> Path:
+    """Where entries go: beside the runs, or into the repository's ledger if the results are to be recorded for all.
+
+    Raises:
+      ConfigError: the repository cannot be written.
+    """
+    if recorded and not os.access(LEDGER.parent, os.W_OK):
+        raise ConfigError(
+            f"--record writes {LEDGER}, which cannot be written; run without it, entries then go to {runs / 'ledger'}"
+        )
+    return LEDGER if recorded else runs / "ledger"
 
 
 def plain(value: Any) -> Any:
@@ -194,6 +206,7 @@ def _head(outcome: Outcome) -> dict[str, Any]:
         "device": ", ".join(seen("device")),
         "jax": ", ".join(seen("jax")),
         "date": max(seen("date"), default=""),
+        # Of the arm that has most; every arm has values for its own.
         "seeds": max((len(seeds) for seeds in outcome.runs.values()), default=0),
         "steps": {arm: int(outcome.configs[arm].train.steps) for arm in outcome.runs},
     }
@@ -203,13 +216,16 @@ def _claims(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {
             "claim": v.claim.sentence,
-            "statement": f"{v.claim.quantity} {v.claim.bounds}",
+            "statement": v.claim.statement,
             "headline": v.claim.headline,
+            "matched": list(v.claim.matched or ()),
+            "looks": list(seeding.looks_at(outcome.study, outcome.preset, v.claim, outcome.fixed)),
             "verdict": v.word,
             "reason": v.reason,
             "mean": v.mean,
             "std": v.std,
             "interval": list(v.interval),
+            "evaluation_error": v.block_error,
             "values": list(v.values),
         }
         for v in outcome.verdicts

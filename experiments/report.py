@@ -87,12 +87,12 @@ def page(outcome: Outcome, pictures: Iterable[Path]) -> str:
     return _document(f"{study.title}: {outcome.preset}", "\n".join(parts))
 
 
-def write_index(ledger: Path, runs: Path) -> Path:
+def write_index(ledgers: Sequence[Path], runs: Path) -> Path:
     """Writes `<runs>/reports/index.html`: every ledger entry with its verdicts, linked to its report where there is one."""
     folder = runs / "reports"
     columns = ("study", "preset", "headline claim", "verdict", "all claims", "seeds", "date", "device")
     rows, styles, links = [], [], []
-    for entry in record.entries(ledger):
+    for entry in record.entries(*ledgers):
         headline = next((c for c in entry["claims"] if c["headline"]), {"claim": "-", "verdict": OUT_OF_REACH, "reason": ""})
         name = "-".join(filter(None, (entry["preset"], entry["ablation"])))
         report = folder / entry["slug"] / name / "report.html"
@@ -179,7 +179,7 @@ def _notes(outcome: Outcome) -> str:
 def _ledger_line(outcome: Outcome) -> str:
     if outcome.missing:
         return f"Not in the ledger: {outcome.missing}."
-    return f"The ledger entry, experiments/ledger/{record.entry_name(outcome.study.slug, outcome.preset, outcome.ablation)}:"
+    return f"The ledger entry, {record.entry_name(outcome.study.slug, outcome.preset, outcome.ablation)}:"
 
 
 def _other_reports(folder: Path, linked: set[str]) -> str:

@@ -82,6 +82,7 @@ def _run_study(options: Options, console: Console) -> int:
 
     first = choose(study, ablation, options.arms)[0]
     runs = _runs_folder(options)
+    ledger = ledger_folder(runs, options.record)
     outcome = execute(
         study,
         preset,
@@ -92,13 +93,14 @@ def _run_study(options: Options, console: Console) -> int:
         overrides=_overrides(studies.resolve(study, preset, first), options),
         fresh=options.fresh,
         accept_numerics=options.accept_numerics,
+        recorded=options.record,
         console=console,
     )
     if options.analyse and hosts.is_first():
         from experiments.analyse import analyse
 
         analyse(outcome, runs, console)
-    return finish(outcome, runs, ledger_folder(runs), console) if hosts.is_first() else 0
+    return finish(outcome, runs, ledger, console) if hosts.is_first() else 0
 
 
 def _run_config(options: Options, console: Console) -> int:
@@ -116,6 +118,7 @@ def _run_config(options: Options, console: Console) -> int:
         seeds=options.seeds or 1,
         fresh=options.fresh,
         accept_numerics=options.accept_numerics,
+        recorded=options.record,
         console=console,
     )
     console.print()
@@ -241,7 +244,7 @@ def _run_report(options: Options, console: Console) -> int:
                     say(console, f"wrote {short(report.write(outcome, runs).html)}")
     if not found:
         say(console, f"no finished runs of {options.study or 'any study'} under {short(runs)}")
-    say(console, f"wrote {short(report.write_index(record.ledger_folder(runs), runs))}")
+    say(console, f"wrote {short(report.write_index((record.LEDGER, record.ledger_folder(runs)), runs))}")
     return 0
 
 

@@ -3,8 +3,8 @@
     STUDY = Study(
         slug='switch', title='Switch Transformers', arxiv='2101.03961', base=base_lm.get_config(),
         arms=(Arm('dense', {'model.pattern': ('dense',)}), Arm('switch')),
-        claims=(lower('eval/bits_per_byte', 'switch', 'dense', text='better at equal compute', headline=True),),
-        presets={'smoke': Preset({'train.steps': 4}), 'cpu': Preset({'train.steps': 300}, seeds=3), 'paper': Preset({...})},
+        claims=(lower('eval/bits_per_byte', 'switch', 'dense', matched=('flops',), text='better at equal compute', headline=True),),
+        presets={'smoke': SMOKE, 'cpu': Preset({'train.steps': 300}), 'paper': Preset({...})},
     )
 
 Everything is checked on construction, so that `--list --study=NAME` finds a mistake in a second and not after an hour.
@@ -19,6 +19,7 @@ The named arm is resolved at the same preset, with the same overrides of the com
 """
 
 import importlib.util
+import itertools
 import math
 import re
 import sys
@@ -31,12 +32,13 @@ from typing import Any, TypedDict, Unpack
 
 from ml_collections import ConfigDict
 
-from experiments import overrides
+from experiments import constants, matching, overrides
+from experiments.boundaries import HEADLINE_LOOKS, LOOKS
+from experiments.quantities import Gain, Minus, Optimum, Quantity, Ratio, Side, Speedup, StepsTo, Trend, Value, side
 from moejax.core.errors import ConfigError, nearest
 
 ROOT = Path(__file__).parent
 PRESETS = ("smoke", "cpu", "paper")
-CPU_SEEDS = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -51,16 +53,35 @@ class Arm:
 
 @dataclass(frozen=True)
 class Preset:
-    """A scale at which a study runs. `seeds` runs of every arm, fixed before looking at a result.
+    """A scale at which a study runs.
+
+    Claims are looked at after given numbers of seeds, fixed before looking at a result, until they are decided; see
+    `experiments.decision`. Arms that no open claim needs get no more seeds.
 
     Attributes:
       overrides: applied to the base before the arms' own.
       arms: arm name -> overrides applied last, for arms that must be scaled in their own way.
+      looks: numbers of seeds after which a claim is looked at. Arms that no claim names get the first of them.
+      headline_looks: the same for the headline.
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 1
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    looks: tuple[int, ...] = LOOKS
+    headline_looks: tuple[int, ...] = HEADLINE_LOOKS
+
+    def __post_init__(self) -> None:
+        for name in ("looks", "headline_looks"):
+            looks = getattr(self, name)
+            rising = all(a < b for a, b in itertools.pairwise(looks))
+            if not looks or not rising or looks[0] < 1 or (looks[0] == 1 and len(looks) > 1):
+                raise ConfigError(
+                    f"{name}={looks} of a preset: rising numbers of seeds, each 2 or more, or (1,) for no verdict"
+                )
+
+    def looks_at(self, claim: "Claim") -> tuple[int, ...]:
+        """The looks at a claim."""
+        return self.headline_looks if claim.headline else self.looks
 
 
 # Shapes and finite losses in seconds: what every study's 'smoke' is unless it needs another.
@@ -72,7 +93,9 @@ SMOKE = Preset(
         "eval.batches": 1,
         "data.batch_size": 4,
         "optimizer.warmup_steps": 1,
-    }
+    },
+    looks=(1,),
+    headline_looks=(1,),
 )
 
 # What language models' 'paper' presets share; sizes, steps and rates are each study's own.
@@ -91,52 +114,50 @@ PAPER_LM = {
 class Claim:
     """A statement that a quantity, measured once per seed, lies strictly between `low` and `high`.
 
-    The quantity is `measure` of `metric`: 'value' of `arm`; 'difference' `arm - than`; or 'speedup', how many times fewer
-    steps `arm` needs than `than` to reach the same value. A metric with `*` is the mean over the matching metrics.
-
     Attributes:
+      quantity: what is measured, see `experiments.quantities`.
       text: the claim in the paper's sense; a plain sentence is made of the rest where it is empty.
       headline: the study's main claim; exactly one is.
       needs: why only the paper preset can decide it ("paper scale because ..."); elsewhere it is out of reach.
+      matched: what its arms must have equally, see `experiments.matching.KINDS`; () if nothing. A claim about several arms must say.
     """
 
-    metric: str
-    arm: str
-    than: str = ""
-    measure: str = "difference"
+    quantity: Quantity
     low: float = -math.inf
     high: float = math.inf
     text: str = ""
     headline: bool = False
     needs: str = ""
+    matched: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.measure not in ("value", "difference", "speedup"):
-            raise ConfigError(f"claim measure '{self.measure}'{nearest(self.measure, ('value', 'difference', 'speedup'))}")
-        if (self.measure == "value") == bool(self.than):
-            raise ConfigError(f"claim on '{self.metric}': measure '{self.measure}' and than='{self.than}' do not fit")
-        if not self.low < self.high:
-            raise ConfigError(f"claim on '{self.metric}' of '{self.arm}': no number lies between {self.low} and {self.high}")
+        if not self.low < self.high or (math.isinf(self.low) and math.isinf(self.high)):
+            raise ConfigError(f"claim on {self.quantity.words}: {self.low} < it < {self.high} says nothing, or cannot be")
+        for kind in self.matched or ():
+            if kind not in matching.KINDS:
+                raise ConfigError(f"claim on {self.quantity.words}: matched='{kind}'{nearest(kind, matching.KINDS)}")
+        if fixed := _by_construction(self):
+            raise ConfigError(f"claim on {self.quantity.words}: {fixed}; what holds by construction is a test, not a claim")
 
     @property
     def arms(self) -> tuple[str, ...]:
         """The arms that must have run before the claim can be judged."""
-        return (self.arm, self.than) if self.than else (self.arm,)
+        return self.quantity.arms
+
+    @property
+    def metric(self) -> str:
+        """The first metric that it reads."""
+        return self.quantity.metrics[0]
 
     @property
     def sentence(self) -> str:
         """The claim in words."""
-        return self.text or f"{self.quantity} {self.bounds}"
+        return self.text or self.statement
 
     @property
-    def quantity(self) -> str:
-        """What is measured, in words."""
-        match self.measure:
-            case "value":
-                return f"{self.metric} of {self.arm}"
-            case "speedup":
-                return f"steps of {self.than} / steps of {self.arm} to equal {self.metric}"
-        return f"{self.metric} of {self.arm} - {self.than}"
+    def statement(self) -> str:
+        """The quantity and its bounds."""
+        return f"{self.quantity.words} {self.bounds}"
 
     @property
     def bounds(self) -> str:
@@ -154,36 +175,91 @@ class About(TypedDict, total=False):
     text: str
     headline: bool
     needs: str
+    matched: tuple[str, ...]
 
 
-def lower(metric: str, arm: str, than: str, by: float = 0.0, **about: Unpack[About]) -> Claim:
-    """`metric` of `arm` is lower than that of `than`, by more than `by`."""
-    return Claim(metric, arm, than, high=0.0 - by, **about)
+def lower(metric: str, arm: str | Side, than: str | Side, by: float = 0.0, **about: Unpack[About]) -> Claim:
+    """`metric` of `arm` is lower than that of `than`, by more than `by`. Either may be several arms: `mean("a", "b")`, `lowest("a", "b")`."""
+    return Claim(_difference(metric, arm, than), high=0.0 - by, **about)
 
 
-def higher(metric: str, arm: str, than: str, by: float = 0.0, **about: Unpack[About]) -> Claim:
+def higher(metric: str, arm: str | Side, than: str | Side, by: float = 0.0, **about: Unpack[About]) -> Claim:
     """`metric` of `arm` is higher than that of `than`, by more than `by`."""
-    return Claim(metric, arm, than, low=by, **about)
+    return Claim(_difference(metric, arm, than), low=by, **about)
 
 
-def within(metric: str, arm: str, than: str, tolerance: float, **about: Unpack[About]) -> Claim:
+def within(metric: str, arm: str | Side, than: str | Side, tolerance: float, **about: Unpack[About]) -> Claim:
     """`metric` of the two arms differs by less than `tolerance`: equivalence, which more seeds make easier to show."""
-    return Claim(metric, arm, than, low=-tolerance, high=tolerance, **about)
+    return Claim(_difference(metric, arm, than), low=-tolerance, high=tolerance, **about)
 
 
-def above(metric: str, arm: str, value: float, **about: Unpack[About]) -> Claim:
+def above(metric: str, arm: str | Side, value: float, **about: Unpack[About]) -> Claim:
     """`metric` of `arm` is above `value`."""
-    return Claim(metric, arm, measure="value", low=value, **about)
+    return Claim(Value(metric, side(arm)), low=value, **about)
 
 
-def below(metric: str, arm: str, value: float, **about: Unpack[About]) -> Claim:
+def below(metric: str, arm: str | Side, value: float, **about: Unpack[About]) -> Claim:
     """`metric` of `arm` is below `value`."""
-    return Claim(metric, arm, measure="value", high=value, **about)
+    return Claim(Value(metric, side(arm)), high=value, **about)
 
 
 def faster(metric: str, arm: str, than: str, by: float = 1.0, **about: Unpack[About]) -> Claim:
     """`arm` needs more than `by` times fewer steps than `than` to reach the same `metric`."""
-    return Claim(metric, arm, than, measure="speedup", low=by, **about)
+    return Claim(Speedup(metric, arm, than), low=by, **about)
+
+
+def sooner(metric: str, arm: str, than: str, target: float, by: float = 1.0, **about: Unpack[About]) -> Claim:
+    """`arm` needs more than `by` times fewer steps than `than` until its `metric` is `target`."""
+    return Claim(Ratio(StepsTo(metric, than, target), StepsTo(metric, arm, target)), low=by, **about)
+
+
+def changes_less(metric: str, change: tuple[str, str], than: tuple[str, str], by: float = 0.0, **about: Unpack[About]) -> Claim:
+    """From the first arm of `change` to the second `metric` rises less (or falls more) than from the first of `than` to its second."""
+    first, second = (_difference(metric, after, before) for before, after in (change, than))
+    return Claim(Minus(first, second), high=0.0 - by, **about)
+
+
+def trend(
+    metric: str,
+    points: Mapping[float, str],
+    low: float = -math.inf,
+    high: float = math.inf,
+    log: bool = False,
+    **about: Unpack[About],
+) -> Claim:
+    """The slope of `metric` along arms at `points` of an axis lies between `low` and `high`: `trend(m, {2: "e2", 4: "e4"}, high=0)`."""
+    return Claim(Trend(metric, points, log), low=low, high=high, **about)
+
+
+def optimum(
+    metric: str, points: Mapping[float, str], low: float = -math.inf, high: float = math.inf, **about: Unpack[About]
+) -> Claim:
+    """The point of the axis at which a parabola through the arms is lowest (isoFLOP) lies between `low` and `high`."""
+    return Claim(Optimum(metric, points), low=low, high=high, **about)
+
+
+def gains(metric: str, arm: str, cost: float, curve: Mapping[float, str], by: float = 1.0, **about: Unpack[About]) -> Claim:
+    """The arms of `curve` (cost -> arm) need more than `by` times the `cost` of `arm` for its `metric`."""
+    return Claim(Gain(metric, curve, arm, cost), low=by, **about)
+
+
+def _difference(metric: str, arm: str | Side, than: str | Side) -> Minus:
+    return Minus(Value(metric, side(arm)), Value(metric, side(than)))
+
+
+def _by_construction(claim: Claim) -> str:
+    """Why a claim cannot fail, where that is seen without a run."""
+    arms = [side.names for side in _sides(claim.quantity)]
+    if len(arms) == 2 and arms[0] == arms[1]:
+        return f"it compares {', '.join(arms[0])} with itself"
+    return ""
+
+
+def _sides(quantity: Quantity) -> list[Side]:
+    match quantity:
+        case Minus(first=Value() as first, second=Value() as second) if first.metric == second.metric:
+            return [first.at, second.at]
+    return []
 
 
 @dataclass(frozen=True)
@@ -372,6 +448,11 @@ def _check_claims(study: Study, where: str) -> None:
         for name in claim.arms:
             if name not in study.every_arm:
                 raise ConfigError(f"claims[{i}] of {where} names unknown arm '{name}'{nearest(name, study.every_arm)}")
+        if len(claim.arms) > 1 and claim.matched is None:
+            raise ConfigError(
+                f"claims[{i}] of {where} ('{claim.sentence}') compares arms and does not say what they must have equally; give "
+                f"matched=('flops',), say, or matched=() ({', '.join(matching.KINDS)})"
+            )
     headlines = [claim for claim in study.claims if claim.headline]
     if len(headlines) != 1:
         raise ConfigError(f"{where} has {len(headlines)} headline claims; exactly one claim needs headline=True")
@@ -385,11 +466,15 @@ def _check_presets(study: Study, where: str) -> None:
     for name, preset in study.presets.items():
         if name not in PRESETS:
             raise ConfigError(f"unknown preset '{name}' in {where}{nearest(name, PRESETS)}")
-        if preset.seeds < (CPU_SEEDS if name == "cpu" else 1):
-            raise ConfigError(
-                f"seeds={preset.seeds} in preset '{name}' of {where}; at least {CPU_SEEDS if name == 'cpu' else 1}"
-            )
+        if name != "smoke" and min(*preset.looks, *preset.headline_looks) < 2:
+            raise ConfigError(f"a look at one seed in preset '{name}' of {where} decides nothing; take 2 or more")
         for arm in preset.arms:
             study.start(arm)
-        for arm in (*study.every_arm, *(start.name for start in study.starts)):
-            resolve(study, name, arm)
+        configs = {arm: resolve(study, name, arm) for arm in (*study.every_arm, *(start.name for start in study.starts))}
+        for i, claim in enumerate(study.claims):
+            known = [constants.fixed_at(metric, configs[arm]) for metric in claim.quantity.metrics for arm in claim.arms]
+            if all(known):
+                raise ConfigError(
+                    f"claims[{i}] of {where} ('{claim.sentence}') at preset '{name}': {known[0]}; what holds by construction is a test, "
+                    "not a claim"
+                )

@@ -1,39 +1,52 @@
-"""From runs to words: a claim's quantity per seed, its mean, spread and 95 % interval, and the verdict they force.
+"""From runs to words: a claim's quantity per seed, its interval, and the verdict they force.
 
-The rule, for a claim that a quantity lies strictly between `low` and `high` (a difference below 0, say):
+The verdict on a claim is made by replaying its looks, in order, on the finished runs: the first look that decides is final, however many
+seeds there are. The words:
 
-- *reproduced*: the whole interval lies between `low` and `high`, so beyond the margin in the claimed direction;
-- *not reproduced*: the whole interval lies on the other side of a bound;
-- *inconclusive*: the interval contains a bound; or there is only one seed, which has no interval at all; or a run diverged
-  or did not measure the metric;
-- *out of reach at this scale*: the claim says it needs the paper's scale (`needs`), or the preset is `smoke`, which checks
-  shapes and finite losses only.
+- *reproduced*, *not reproduced*: decided at a look, by the rule of `experiments.decision`, which errs in 5 % of verdicts;
+- *inconclusive*: no look decided (the reason says whether one is still to come), or a run diverged or did not measure the metric;
+- *not matched*: the arms differ by more than 3 % in what the claim says that they have equally (`experiments.matching`);
+- *by construction*: all seeds gave the same number to the last bit, so the claim is about the code and belongs into a test;
+- *out of reach at this scale*: the claim says it needs the paper's scale (`needs`), or the preset is `smoke`, which checks shapes and
+  finite losses only.
 
-Differences are paired by seed: both arms of a pair saw the same data in the same order. The interval is Student's t on the
-per-seed quantities.
+Quantities are paired by seed: arms of a seed saw the same data in the same order, and are evaluated on the same batches.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from experiments import matching
+from experiments.boundaries import levels
 from experiments.cache import Run
+from experiments.decision import decide, estimate
 from experiments.study import Claim
-from moejax.core.errors import nearest
 
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 INCONCLUSIVE = "inconclusive"
+NOT_MATCHED = "not matched"
+CONSTRUCTED = "by construction"
 OUT_OF_REACH = "out of reach at this scale"
-WORDS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, OUT_OF_REACH)
-CONFIDENCE = 0.95
+WORDS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_MATCHED, CONSTRUCTED, OUT_OF_REACH)
+SAME = 4  # seeds that must give the same number before it is no measurement
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say about a claim. `values` has the quantity once per seed of `seeds`; nan where it was not measured."""
+    """What the runs say about a claim.
+
+    Attributes:
+      seeds: those that it rests on; `values` has the quantity of each, nan where it was not measured.
+      std: standard deviation over the seeds.
+      interval: each end errs in 5 % of cases over all looks; nan before the first look.
+      block_error: the part of the standard error that is the evaluation set's, which no seed makes smaller; nan where it is not known.
+      needs: seeds at the next look; 0 if there is none to come.
+    """
 
     claim: Claim
     word: str
@@ -42,90 +55,119 @@ class Verdict:
     values: tuple[float, ...]
     mean: float
     std: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] = (math.nan, math.nan)
+    block_error: float = math.nan
+    needs: int = 0
 
 
-def judge(claim: Claim, runs: Mapping[str, Mapping[int, Run]], preset: str) -> Verdict:
-    """The verdict on `claim` from `runs[arm][seed]`; every arm of the claim must be there."""
-    seeds = tuple(sorted(set.intersection(*(set(runs[arm]) for arm in claim.arms))))
-    values = tuple(_quantity(claim, {arm: runs[arm][seed] for arm in claim.arms}) for seed in seeds)
-    mean, std, interval = summary(values)
-    word, reason = _word(claim, values, interval, preset)
-    if word == INCONCLUSIVE and not all(math.isfinite(v) for v in values):
-        reason = _why_missing(claim, runs)
-    return Verdict(claim, word, reason, seeds, values, mean, std, interval)
+def judge(claim: Claim, runs: Mapping[str, Mapping[int, Run]], preset: str, looks: tuple[int, ...]) -> Verdict:
+    """The verdict on `claim` from `runs[arm][seed]`, looking after `looks` seeds; every arm of the claim must be there."""
+    rows = list(itertools.takewhile(bool, (_row(claim, runs, seed) for seed in range(looks[-1]))))
+    values = np.array([_value(claim, row) for row in rows], float)
+    blocks = _blocks(claim, rows)
+    passed = [look for look in looks if look <= len(rows)]
+    # The look that decides, or the last one; before the first, all that is there.
+    used = int(decide(values, claim.low, claim.high, looks, blocks).seeds) if passed else len(rows)
+    coming = next((look for look in looks if look > len(rows)), 0)
+    evidence = _Evidence(rows[:used], values[:used], None if blocks is None else blocks[:used], looks)
+    word, reason = _word(claim, evidence, preset)
+    undecided = word == INCONCLUSIVE and not reason
+    if undecided:
+        reason = f"{len(rows)} of {coming} seeds for the next look" if coming else _undecided(claim, evidence)
+    mean, std = summary(evidence.values)
+    return Verdict(
+        claim,
+        word,
+        reason,
+        tuple(range(used)),
+        tuple(map(float, evidence.values)),
+        mean,
+        std,
+        evidence.interval,
+        math.nan if blocks is None or used < 2 else float(estimate(evidence.values, evidence.blocks).block_error),
+        coming if undecided else 0,
+    )
 
 
-def summary(values: tuple[float, ...]) -> tuple[float, float, tuple[float, float]]:
-    """Mean, sample standard deviation and t-interval of the mean; nan where there are too few values for it."""
-    n = len(values)
-    mean = float(np.mean(values)) if n else math.nan
-    if n < 2 or not math.isfinite(mean):
-        return mean, math.nan, (math.nan, math.nan)
-    from scipy import stats
-
-    std = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
-    return mean, std, (mean - half, mean + half)
+def summary(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and sample standard deviation; nan where there are too few values for it."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 and math.isfinite(mean) else math.nan
 
 
-def speedup(fast: tuple[list[int], list[float]], slow: tuple[list[int], list[float]]) -> float:
-    """How many times fewer steps the first curve `(steps, values)` needs than the second to reach the same value.
-
-    The common value is the worse of the two final ones, so that both curves reach it. Lower is better if the curves fall
-    and higher if they rise. Steps are interpolated linearly between logged points.
-    """
-    if not fast[0] or not slow[0] or not np.isfinite([*fast[1], *slow[1]]).all():
-        return math.nan
-    falls = slow[1][-1] <= slow[1][0]
-    target = (max if falls else min)(fast[1][-1], slow[1][-1])
-    return _first_reach(slow, target, falls) / _first_reach(fast, target, falls)
+def _value(claim: Claim, row: dict[str, Run]) -> float:
+    return math.nan if any(run.diverged for run in row.values()) else claim.quantity.of(row)
 
 
-def _quantity(claim: Claim, runs: Mapping[str, Run]) -> float:
-    if any(run.diverged for run in runs.values()):
-        return math.nan
-    if claim.measure == "speedup":
-        return speedup(runs[claim.arm].curve(claim.metric), runs[claim.than].curve(claim.metric))
-    value = runs[claim.arm].value(claim.metric)
-    return value - runs[claim.than].value(claim.metric) if claim.than else value
+def _blocks(claim: Claim, rows: list[dict[str, Run]]) -> np.ndarray | None:
+    """`[seed, block]`; None where a run has none, of before they were kept."""
+    found = [None if any(run.diverged for run in row.values()) else claim.quantity.blocks(row) for row in rows]
+    if not found or any(each is None for each in found) or len({each.shape for each in found}) > 1:
+        return None
+    return np.stack(found)
 
 
-def _word(claim: Claim, values: tuple[float, ...], interval: tuple[float, float], preset: str) -> tuple[str, str]:
+def _row(claim: Claim, runs: Mapping[str, Mapping[int, Run]], seed: int) -> dict[str, Run]:
+    """The claim's runs of one seed; empty if one is missing."""
+    return {arm: runs[arm][seed] for arm in claim.arms} if all(seed in runs[arm] for arm in claim.arms) else {}
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What a verdict rests on: the runs of each seed, the quantity of each, and on each block, up to one of the `looks`."""
+
+    rows: list[dict[str, Run]]
+    values: np.ndarray
+    blocks: np.ndarray | None
+    looks: tuple[int, ...]
+
+    @property
+    def at_look(self) -> bool:
+        return len(self.values) in self.looks and len(self.values) > 1
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        if not self.at_look or not np.isfinite(self.values).all():
+            return math.nan, math.nan
+        level = levels(self.looks)[self.looks.index(len(self.values))]
+        low, high = estimate(self.values, self.blocks).interval(level)
+        return float(low), float(high)
+
+
+def _word(claim: Claim, found: _Evidence, preset: str) -> tuple[str, str]:
+    """The word and the reason; 'inconclusive' without a reason where the numbers have not decided."""
+    values = found.values
     if preset == "smoke":
         return OUT_OF_REACH, "smoke only checks shapes and finite losses"
     if claim.needs and preset != "paper":
         return OUT_OF_REACH, claim.needs
-    if not all(math.isfinite(v) for v in values):
-        return INCONCLUSIVE, ""
-    if len(values) < 2:
-        return INCONCLUSIVE, f"rests on {len(values)} seed{'' if len(values) == 1 else 's'}"
-    low, high = interval
-    if claim.low < low and high < claim.high:
-        return REPRODUCED, ""
-    if high <= claim.low or claim.high <= low:
-        return NOT_REPRODUCED, ""
-    bound = claim.low if low <= claim.low <= high else claim.high
-    return INCONCLUSIVE, f"the interval contains {bound:g}"
+    if found.rows and claim.matched and (reason := _unmatched(claim, found.rows[0])):
+        return NOT_MATCHED, reason
+    if not np.isfinite(values).all():
+        return INCONCLUSIVE, _why_missing(claim, found.rows)
+    if len(values) >= SAME and np.ptp(values) == 0:
+        return CONSTRUCTED, f"all {len(values)} seeds gave exactly {values[0]:g}; that is a test, not a claim"
+    decided = int(decide(values, claim.low, claim.high, found.looks, found.blocks).word) if found.at_look else 0
+    return {1: REPRODUCED, -1: NOT_REPRODUCED, 0: INCONCLUSIVE}[decided], ""
 
 
-def _why_missing(claim: Claim, runs: Mapping[str, Mapping[int, Run]]) -> str:
+def _undecided(claim: Claim, found: _Evidence) -> str:
+    if not found.at_look:
+        return f"rests on {len(found.values)} seed{'' if len(found.values) == 1 else 's'}"
+    low, high = found.interval
+    holding = [bound for bound in (claim.low, claim.high) if low <= bound <= high]
+    if not holding:
+        return "beyond a bound, but not by enough for a claim that has two"
+    return f"the interval contains {holding[0]:g}"
+
+
+def _unmatched(claim: Claim, row: dict[str, Run]) -> str:
+    return matching.unmatched(claim.matched, matching.of_runs({arm: run for arm, run in row.items() if not run.diverged}))
+
+
+def _why_missing(claim: Claim, rows: list[dict[str, Run]]) -> str:
     for arm in claim.arms:
-        for seed, run in sorted(runs[arm].items()):
-            if run.diverged:
+        for seed, row in enumerate(rows):
+            if row[arm].diverged:
                 return f"'{arm}' diverged with seed {seed}"
-            found = run.curve(claim.metric)[1] if claim.measure == "speedup" else run.matching(claim.metric)
-            if not found:
-                return f"'{arm}' did not measure '{claim.metric}'{nearest(claim.metric, run.metrics)}"
-    return "a value is not finite"
-
-
-def _first_reach(curve: tuple[list[int], list[float]], target: float, falls: bool) -> float:
-    """The interpolated step at which a curve first reaches `target`."""
-    steps, values = np.asarray(curve[0], float), np.asarray(curve[1], float)
-    there = values <= target if falls else values >= target
-    i = int(np.argmax(there))
-    if i == 0:
-        return max(float(steps[0]), 1.0)
-    fraction = (values[i - 1] - target) / (values[i - 1] - values[i])
-    return float(steps[i - 1] + fraction * (steps[i] - steps[i - 1]))
+    return next((why for row in rows if (why := claim.quantity.lacking(row))), "a value is not finite")

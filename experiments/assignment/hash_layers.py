@@ -93,23 +93,67 @@ STUDY = Study(
         ),
     },
     claims=(
-        lower("eval/bits_per_byte", "hash", "switch", headline=True, text="a balanced hash beats a learnt router"),
-        lower("eval/bits_per_byte", "hash", "dense", text="and the dense model of the same compute"),
-        within("eval/bits_per_byte", "hash", "hash_random", 0.02, text="a random hash is about as good as a balanced one"),
-        lower("eval/stats/max_violation", "hash", "hash_random", text="the balanced hash balances"),
-        within("eval/bits_per_byte", "dispersed", "hash", 0.02, text="dispersed hashing is about as good as well"),
-        higher("eval/bits_per_byte", "clustered", "hash", text="similar tokens are better kept apart"),
-        higher("eval/bits_per_byte", "previous", "hash", text="the current token beats the previous one"),
-        higher("eval/bits_per_byte", "bigram", "hash", text="and bigrams"),
-        higher("eval/bits_per_byte", "position", "previous", text="position is the worst"),
-        higher("eval/bits_per_byte", "predicted", "hash", text="a predicted next token is no better than the current one"),
-        lower("eval/bits_per_byte", "oracle", "hash", by=0.5, text="the next token's hash gives an absurdly low loss"),
-        lower("eval/bits_per_byte", "hash_e32", "hash", text="more experts help"),
-        lower("eval/bits_per_byte", "multi_2", "hash_random", text="MultiHash adds a little"),
+        lower(
+            "eval/bits_per_byte",
+            "hash",
+            "switch",
+            headline=True,
+            text="a balanced hash beats a learnt router",
+            matched=("flops", "params"),
+        ),
+        lower("eval/bits_per_byte", "hash", "dense", text="and the dense model of the same compute", matched=("flops",)),
+        within(
+            "eval/bits_per_byte",
+            "hash",
+            "hash_random",
+            0.02,
+            text="a random hash is about as good as a balanced one",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/stats/max_violation", "hash", "hash_random", text="the balanced hash balances", matched=("flops", "params")
+        ),
+        within(
+            "eval/bits_per_byte",
+            "dispersed",
+            "hash",
+            0.02,
+            text="dispersed hashing is about as good as well",
+            matched=("flops", "params"),
+        ),
+        higher(
+            "eval/bits_per_byte", "clustered", "hash", text="similar tokens are better kept apart", matched=("flops", "params")
+        ),
+        higher(
+            "eval/bits_per_byte",
+            "previous",
+            "hash",
+            text="the current token beats the previous one",
+            matched=("flops", "params"),
+        ),
+        higher("eval/bits_per_byte", "bigram", "hash", text="and bigrams", matched=("flops", "params")),
+        higher("eval/bits_per_byte", "position", "previous", text="position is the worst", matched=("flops", "params")),
+        higher(
+            "eval/bits_per_byte",
+            "predicted",
+            "hash",
+            text="a predicted next token is no better than the current one",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "oracle",
+            "hash",
+            by=0.5,
+            text="the next token's hash gives an absurdly low loss",
+            matched=("flops", "params"),
+        ),
+        lower("eval/bits_per_byte", "hash_e32", "hash", text="more experts help", matched=("flops",)),
+        lower("eval/bits_per_byte", "multi_2", "hash_random", text="MultiHash adds a little", matched=("flops", "params")),
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         # 751M parameters: 64 experts at layer 7 of 8; a decoder.
         "paper": Preset(
             {

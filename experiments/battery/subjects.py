@@ -118,7 +118,7 @@ def build(config: Mapping[str, Any] | ConfigDict, context: Mapping[str, Any] | N
 def of_study(slug: str) -> Subject:
     """The headline arm of a study."""
     study = load(slug)
-    return Subject(slug, small(resolve(study, "smoke", study.headline.arm)), study)
+    return Subject(slug, small(resolve(study, "smoke", study.headline.arms[0])), study)
 
 
 def names() -> list[str]:

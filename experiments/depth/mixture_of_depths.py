@@ -62,16 +62,31 @@ STUDY = Study(
             "dense5",
             headline=True,
             text="at equal compute, mixture-of-depths beats the shallower model",
+            matched=("flops",),
         ),
-        lower("eval/bits_per_byte", "mod25", "random", text="learning which tokens to process beats choosing at random"),
+        lower(
+            "eval/bits_per_byte",
+            "mod25",
+            "random",
+            text="learning which tokens to process beats choosing at random",
+            matched=("flops", "params"),
+        ),
         within(
             "eval/bits_per_byte",
             "mod25",
             "dense8",
             0.03,
             text="mixture-of-depths comes close to the full model with fewer FLOPs",
+            matched=(),
         ),
-        within("eval/bits_per_byte", "mod25", "leaky", 0.03, text="the causal predictor loses about 1 % against top-k"),
+        within(
+            "eval/bits_per_byte",
+            "mod25",
+            "leaky",
+            0.03,
+            text="the causal predictor loses about 1 % against top-k",
+            matched=("flops", "params"),
+        ),
         below(
             "eval/stats/experts_per_token",
             "mod25",
@@ -81,7 +96,7 @@ STUDY = Study(
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         "paper": Preset(
             {
                 **PAPER_LM,

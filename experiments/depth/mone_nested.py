@@ -89,17 +89,29 @@ STUDY = Study(
         ),
     },
     claims=(
-        within("eval/accuracy", "mone", "dense", 0.02, headline=True, text="half of the width is as accurate as all of it"),
-        higher("eval/accuracy", "mone", "mod", text="a narrow expert is better than none, at equal FLOPs"),
-        higher("eval/accuracy", "mone", "half", text="choosing widths beats one width for all, at equal FLOPs"),
-        higher("eval/accuracy", "mone", "matformer", text="it beats the MatFormer at equal FLOPs"),
-        higher("eval/accuracy", "mone", "random", text="learned experts beat random ones"),
-        within("eval/accuracy", "adaptive_0.5", "mone", 0.02, text="one model serves several budgets"),
-        lower("eval/loss", "mone", "all_or_nothing", text="all-or-nothing capacities are worse"),
+        within(
+            "eval/accuracy",
+            "mone",
+            "dense",
+            0.02,
+            headline=True,
+            text="half of the width is as accurate as all of it",
+            matched=("flops", "params"),
+        ),
+        higher("eval/accuracy", "mone", "mod", text="a narrow expert is better than none, at equal FLOPs", matched=("flops",)),
+        higher(
+            "eval/accuracy", "mone", "half", text="choosing widths beats one width for all, at equal FLOPs", matched=("flops",)
+        ),
+        higher("eval/accuracy", "mone", "matformer", text="it beats the MatFormer at equal FLOPs", matched=("flops",)),
+        higher("eval/accuracy", "mone", "random", text="learned experts beat random ones", matched=("flops", "params")),
+        within(
+            "eval/accuracy", "adaptive_0.5", "mone", 0.02, text="one model serves several budgets", matched=("flops", "params")
+        ),
+        lower("eval/loss", "mone", "all_or_nothing", text="all-or-nothing capacities are worse", matched=("flops", "params")),
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         "paper": Preset(
             {
                 "model.image_size": 224,

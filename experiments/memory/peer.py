@@ -33,6 +33,13 @@ def coarse(num_experts: int, k: int, hidden: int) -> dict:
     }
 
 
+def large(**fields) -> dict:
+    """The paper's layer, 128 active units of a million, unless `fields` say otherwise."""
+    return peer(**{"num_keys": 1024, "heads": 8, "k": 16, "query_dim": 256, **fields})
+
+
+COARSE = coarse(128, 1, 4096) | {f"{MOE}.select.normalise": False}
+
 STUDY = Study(
     slug="peer",
     title="PEER: a million experts of one neuron",
@@ -77,18 +84,39 @@ STUDY = Study(
         ),
     },
     claims=(
-        lower("eval/bits_per_byte", "peer", "dense", headline=True, text="PEER beats the dense layer of equal active width"),
-        lower("eval/bits_per_byte", "peer", "moe", text="PEER beats a coarse mixture of equal active width"),
-        lower("eval/bits_per_byte", "peer", "pkm", text="experts beat memory values"),
+        lower(
+            "eval/bits_per_byte",
+            "peer",
+            "dense",
+            headline=True,
+            text="PEER beats the dense layer of equal active width",
+            matched=("active_params",),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "peer",
+            "moe",
+            text="PEER beats a coarse mixture of equal active width",
+            matched=("active_params",),
+        ),
+        lower("eval/bits_per_byte", "peer", "pkm", text="experts beat memory values", matched=("flops", "active_params")),
         above("eval/stats/usage", "peer", 0.95, text="nearly all experts are used"),
-        lower("eval/stats/unevenness", "peer", "no_norm", text="query batch norm evens out the usage"),
-        lower("eval/bits_per_byte", "peer", "no_norm", text="query batch norm lowers the loss"),
-        higher("eval/bits_per_byte", "n_256", "peer", text="more experts at fixed active width are better"),
-        lower("eval/bits_per_byte", "active_128", "peer", text="more active experts are better"),
+        lower(
+            "eval/stats/unevenness", "peer", "no_norm", text="query batch norm evens out the usage", matched=("flops", "params")
+        ),
+        lower("eval/bits_per_byte", "peer", "no_norm", text="query batch norm lowers the loss", matched=("flops", "params")),
+        higher(
+            "eval/bits_per_byte",
+            "n_256",
+            "peer",
+            text="more experts at fixed active width are better",
+            matched=("flops", "active_params"),
+        ),
+        lower("eval/bits_per_byte", "active_128", "peer", text="more active experts are better", matched=("params",)),
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         "paper": Preset(
             {
                 **PAPER_LM,
@@ -105,10 +133,27 @@ STUDY = Study(
             },
             arms={
                 "dense": dense(4096),
-                "moe": coarse(128, 1, 4096) | {f"{MOE}.select.normalise": False},
-                "pkm": peer(num_keys=1024, heads=8, k=32, query_dim=256, values_only=True),
-                "peer": peer(num_keys=1024, heads=8, k=16, query_dim=256),
-                "no_norm": peer(num_keys=1024, heads=8, k=16, query_dim=256, query_norm="none"),
+                "moe": COARSE,
+                "pkm": large(k=32, values_only=True),
+                "peer": large(),
+                "no_norm": large(query_norm="none"),
+                # Ratios to `peer` are those of the small scale.
+                "n_256": large(num_keys=256),
+                "n_1024": large(num_keys=512),
+                "n_16384": large(num_keys=2048),
+                "active_8": large(k=4),
+                "active_128": large(heads=16, k=32),
+                "heads_1": large(heads=1, k=128),
+                "heads_16": large(heads=16, k=8),
+                "layer_norm": large(query_norm="layer"),
+                "relu_score": large(score="relu"),
+                "sigmoid_score": large(score="sigmoid"),
+                "pkm_relu": large(k=32, values_only=True, score="relu"),
+                "own_keys": large(shared_keys=False),
+                "moe_k1": COARSE,
+                "moe_k8": coarse(512, 8, 512),
+                "dense_wide": dense(8 * 4096),
+                "one_layer": {**large(), "model.pattern": (*("dense",) * 5, "moe", *("dense",) * 6)},
             },
         ),
     },

@@ -111,24 +111,33 @@ STUDY = Study(
         ),
     },
     claims=(
-        lower(BOTH, "merged", "pretrained", headline=True, text="adding two task vectors makes one model better at both"),
-        lower(BOTH, "merged", "code", text="it is better at both than the model of one"),
-        lower(BOTH, "merged", "literature", text="and than that of the other"),
-        lower(CODE, "merged", "code", by=-0.1, text="it keeps most of what code taught"),
-        lower(LITERATURE, "merged", "literature", by=-0.1, text="and of what literature taught"),
-        lower(BOTH, "merged", "average", text="a scale of its own beats averaging"),
-        lower(BOTH, "merged", "joint", by=-0.1, text="it comes near training on both"),
-        lower(BOTH, "ties_0.5", "merged", text="less conflict, better models"),
-        within(BOTH, "dare_0.5", "merged", 0.02, text="half of the changes can be dropped"),
-        higher(BOTH, "dare_0.9_raw", "dare_0.9", text="if what stays is rescaled"),
-        higher(CODE, "forget_code_0.6", "pretrained", by=0.1, text="a negative scale forgets its task"),
-        lower(LITERATURE, "forget_code_0.3", "pretrained", by=-0.1, text="and little else"),
-        lower(BOTH, "three_merged", "three_average", text="of three tasks too"),
-        higher(BOTH, "strangers", "pretrained", by=0.5, text="models of different starts cannot be added up"),
+        lower(
+            BOTH,
+            "merged",
+            "pretrained",
+            headline=True,
+            text="adding two task vectors makes one model better at both",
+            matched=("params",),
+        ),
+        lower(BOTH, "merged", "code", text="it is better at both than the model of one", matched=("params",)),
+        lower(BOTH, "merged", "literature", text="and than that of the other", matched=("params",)),
+        lower(CODE, "merged", "code", by=-0.1, text="it keeps most of what code taught", matched=("params",)),
+        lower(LITERATURE, "merged", "literature", by=-0.1, text="and of what literature taught", matched=("params",)),
+        lower(BOTH, "merged", "average", text="a scale of its own beats averaging", matched=("params",)),
+        lower(BOTH, "merged", "joint", by=-0.1, text="it comes near training on both", matched=("params",)),
+        lower(BOTH, "ties_0.5", "merged", text="less conflict, better models", matched=("params",)),
+        within(BOTH, "dare_0.5", "merged", 0.02, text="half of the changes can be dropped", matched=("params",)),
+        higher(BOTH, "dare_0.9_raw", "dare_0.9", text="if what stays is rescaled", matched=("params",)),
+        higher(CODE, "forget_code_0.6", "pretrained", by=0.1, text="a negative scale forgets its task", matched=("params",)),
+        lower(LITERATURE, "forget_code_0.3", "pretrained", by=-0.1, text="and little else", matched=("params",)),
+        lower(BOTH, "three_merged", "three_average", text="of three tasks too", matched=("params",)),
+        higher(
+            BOTH, "strangers", "pretrained", by=0.5, text="models of different starts cannot be added up", matched=("params",)
+        ),
     ),
     presets={
         "smoke": dataclasses.replace(SMOKE, arms={name: {"train.steps": 4, "optimizer.warmup_steps": 1} for name in SHORT}),
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         # GPT-2 Large, trained on C4 and fine-tuned on the embedded text.
         "paper": Preset(
             {

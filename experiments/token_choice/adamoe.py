@@ -66,29 +66,63 @@ STUDY = Study(
             "top1",
             headline=True,
             text="fewer experts than top-2 cost less than top-1 does",
+            matched=(),
         ),
         lower(
-            "eval/stats/experts_per_token", "adamoe_lean", "top2", by=0.3, text="with at least 15 % less expert load than top-2"
+            "eval/stats/experts_per_token",
+            "adamoe_lean",
+            "top2",
+            by=0.3,
+            text="with at least 15 % less expert load than top-2",
+            matched=(),
         ),
         lower(
-            "eval/bits_per_byte", "adamoe", "top2", text="at equal load, choosing how many experts to take is better than top-2"
+            "eval/bits_per_byte",
+            "adamoe",
+            "top2",
+            text="at equal load, choosing how many experts to take is better than top-2",
+            matched=("flops",),
         ),
         lower(
             "eval/bits_per_byte",
             "adamoe_lean",
             "top2",
             text="less load and better than top-2, as the paper finds in fine-tuning",
+            matched=(),
         ),
-        within("eval/stats/experts_per_token", "adamoe", "top2", 0.2, text="the balance loss holds the load at k e / (e + m)"),
-        lower("eval/bits_per_byte", "adamoe", "each_null", text="balancing null experts one by one is worse"),
-        lower("eval/bits_per_byte", "adamoe", "normalise_selected", text="normalising over true experts only is better"),
+        within(
+            "eval/stats/experts_per_token",
+            "adamoe",
+            "top2",
+            0.2,
+            text="the balance loss holds the load at k e / (e + m)",
+            matched=(),
+        ),
         lower(
-            "eval/stats/experts_per_token", "no_balance", "adamoe", text="without the loss, load collapses towards null experts"
+            "eval/bits_per_byte",
+            "adamoe",
+            "each_null",
+            text="balancing null experts one by one is worse",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "adamoe",
+            "normalise_selected",
+            text="normalising over true experts only is better",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/stats/experts_per_token",
+            "no_balance",
+            "adamoe",
+            text="without the loss, load collapses towards null experts",
+            matched=("flops", "params"),
         ),
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         "paper": Preset(
             {
                 **PAPER_LM,

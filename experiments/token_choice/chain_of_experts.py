@@ -64,16 +64,51 @@ STUDY = Study(
         ),
     },
     claims=(
-        lower("eval/bits_per_byte", "coe", "moe", headline=True, text="at equal compute, the chain beats the mixture"),
-        lower("eval/bits_per_byte", "moe", "shared_gating", text="with shared gates the chain is worse than the mixture"),
-        lower("eval/bits_per_byte", "coe", "outer_residual", text="the inner residual beats the outer one"),
-        within("eval/bits_per_byte", "coe", "moe_k8", 0.03, text="the chain matches a mixture of twice its compute"),
-        within("eval/bits_per_byte", "coe_all", "moe_all", 0.03, text="where all experts are active the chain gains little"),
-        lower("eval/bits_per_byte", "coe_12", "moe", text="the chain needs fewer experts for the same loss"),
+        lower(
+            "eval/bits_per_byte",
+            "coe",
+            "moe",
+            headline=True,
+            text="at equal compute, the chain beats the mixture",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "moe",
+            "shared_gating",
+            text="with shared gates the chain is worse than the mixture",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "coe",
+            "outer_residual",
+            text="the inner residual beats the outer one",
+            matched=("flops", "params"),
+        ),
+        within(
+            "eval/bits_per_byte",
+            "coe",
+            "moe_k8",
+            0.03,
+            text="the chain matches a mixture of twice its compute",
+            matched=("params",),
+        ),
+        within(
+            "eval/bits_per_byte",
+            "coe_all",
+            "moe_all",
+            0.03,
+            text="where all experts are active the chain gains little",
+            matched=("params",),
+        ),
+        lower(
+            "eval/bits_per_byte", "coe_12", "moe", text="the chain needs fewer experts for the same loss", matched=("flops",)
+        ),
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         "paper": Preset(
             {
                 "model.d_model": 1024,

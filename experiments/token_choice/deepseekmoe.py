@@ -119,36 +119,76 @@ STUDY = Study(
         ),
     },
     claims=(
-        lower("eval/bits_per_byte", "deepseekmoe", "gshard", headline=True, text="better at equal parameters and compute"),
-        lower("eval/bits_per_byte", "fine", "gshard", text="finer experts help by themselves"),
-        lower("eval/bits_per_byte", "deepseekmoe", "fine", text="and so does isolating a shared expert"),
-        within("eval/bits_per_byte", "deepseekmoe", "gshard_1.5", 0.02, text="equals GShard with half more expert parameters"),
-        lower("eval/bits_per_byte", "deepseekmoe", "dense", text="better than the dense model of the same active width"),
-        lower("eval/bits_per_byte", "fine", "m2_fine", text="16 narrow experts beat 8"),
+        lower(
+            "eval/bits_per_byte",
+            "deepseekmoe",
+            "gshard",
+            headline=True,
+            text="better at equal parameters and compute",
+            matched=("flops", "params"),
+        ),
+        lower("eval/bits_per_byte", "fine", "gshard", text="finer experts help by themselves", matched=("flops", "params")),
+        lower(
+            "eval/bits_per_byte",
+            "deepseekmoe",
+            "fine",
+            text="and so does isolating a shared expert",
+            matched=("flops", "params"),
+        ),
+        within(
+            "eval/bits_per_byte",
+            "deepseekmoe",
+            "gshard_1.5",
+            0.02,
+            text="equals GShard with half more expert parameters",
+            matched=(),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "deepseekmoe",
+            "dense",
+            text="better than the dense model of the same active width",
+            matched=("flops", "active_params"),
+        ),
+        lower("eval/bits_per_byte", "fine", "m2_fine", text="16 narrow experts beat 8", matched=("flops", "params")),
         within(
             "eval/bits_per_byte",
             "shared_2",
             "deepseekmoe",
             0.02,
             text="how many of the active experts are shared hardly matters",
+            matched=("flops", "params"),
         ),
         higher(
             "eval/bits_per_byte",
             "masked",
             "gshard_1.5_masked",
             text="less redundant: losing the best quarter of routed experts hurts more",
+            matched=(),
         ),
         higher(
-            "eval/bits_per_byte", "shared_removed", "deepseekmoe", by=0.05, text="no routed expert stands in for the shared one"
+            "eval/bits_per_byte",
+            "shared_removed",
+            "deepseekmoe",
+            by=0.05,
+            text="no routed expert stands in for the shared one",
+            matched=("flops", "params"),
         ),
         within(
-            "eval/bits_per_byte", "active_4", "gshard", 0.02, text="4 routed experts at inference are enough to match GShard"
+            "eval/bits_per_byte",
+            "active_4",
+            "gshard",
+            0.02,
+            text="4 routed experts at inference are enough to match GShard",
+            matched=("flops", "params"),
         ),
-        lower("eval/bits_per_byte", "half", "gshard", text="half the active experts, trained so, still beat GShard"),
+        lower(
+            "eval/bits_per_byte", "half", "gshard", text="half the active experts, trained so, still beat GShard", matched=()
+        ),
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         # The paper's 2B models: 9 layers, every one a mixture; standard width 5120, experts a quarter of it.
         "paper": Preset(
             {

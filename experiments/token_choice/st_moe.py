@@ -113,21 +113,60 @@ STUDY = Study(
         "load": (Arm("unbalanced", {f"{MOE}.losses.balance": None}, note="no balance loss"),),
     },
     claims=(
-        lower("eval/stats/max_logit", "st_moe", "no_z", headline=True, text="the z-loss keeps router logits small"),
-        within("eval/bits_per_byte", "st_moe", "no_z", 0.02, text="at no loss of quality"),
-        lower("eval/stats/max_logit", "z_1e-2", "st_moe", text="a larger coefficient keeps them smaller"),
-        higher("eval/stats/entropy", "z_1e-2", "no_z", text="and routing closer to uniform"),
-        lower("eval/bits_per_byte", "st_moe", "dense", text="the sparse layer beats a dense one of its active width"),
-        lower("eval/bits_per_byte", "hot", "hot_no_z", text="at a high learning rate, training is better with the z-loss"),
-        lower("eval/bits_per_byte", "no_z", "dropout", text="dropout steadies at the price of quality"),
-        lower("eval/bits_per_byte", "no_z", "clip", text="clipping steadies at the price of quality"),
-        lower("eval/bits_per_byte", "st_moe", "relu", text="multiplicative interactions pay"),
-        lower("eval/bits_per_byte", "top2", "top1", text="two experts beat one"),
-        lower("eval/bits_per_byte", "tight_by_score", "tight", text="at low capacity, serving by probability pays"),
+        lower(
+            "eval/stats/max_logit",
+            "st_moe",
+            "no_z",
+            headline=True,
+            text="the z-loss keeps router logits small",
+            matched=("flops", "params"),
+        ),
+        within("eval/bits_per_byte", "st_moe", "no_z", 0.02, text="at no loss of quality", matched=("flops", "params")),
+        lower(
+            "eval/stats/max_logit",
+            "z_1e-2",
+            "st_moe",
+            text="a larger coefficient keeps them smaller",
+            matched=("flops", "params"),
+        ),
+        higher("eval/stats/entropy", "z_1e-2", "no_z", text="and routing closer to uniform", matched=("flops", "params")),
+        lower(
+            "eval/bits_per_byte",
+            "st_moe",
+            "dense",
+            text="the sparse layer beats a dense one of its active width",
+            matched=("active_params",),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "hot",
+            "hot_no_z",
+            text="at a high learning rate, training is better with the z-loss",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "no_z",
+            "dropout",
+            text="dropout steadies at the price of quality",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte", "no_z", "clip", text="clipping steadies at the price of quality", matched=("flops", "params")
+        ),
+        lower("eval/bits_per_byte", "st_moe", "relu", text="multiplicative interactions pay", matched=("flops", "params")),
+        lower("eval/bits_per_byte", "top2", "top1", text="two experts beat one", matched=("params",)),
+        lower(
+            "eval/bits_per_byte",
+            "tight_by_score",
+            "tight",
+            text="at low capacity, serving by probability pays",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(seeds=3),
+        "cpu": Preset(),
         # ST-MoE-L as a decoder: 32 experts, the compute of T5-Large, a sparse layer after every fourth block.
         "paper": Preset(
             {

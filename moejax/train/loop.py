@@ -33,6 +33,7 @@ from moejax.core.fields import Seed, check_value
 from moejax.core.files import locked, set_aside, write_json
 from moejax.core.text import tell
 from moejax.parallel import Exchange, batches, hosts, make_parallel
+from moejax.train.blocks import block_values
 from moejax.train.checkpoints import Checkpoints, load
 from moejax.train.fits import check_fits, held, needed
 from moejax.train.identity import check_equal
@@ -275,7 +276,7 @@ class _Run:
                 line |= self._train_line(metrics, tokens)
             if last or self._due(self.evaluation.every):
                 self._check_finite(recent)
-                line |= self._evaluate()
+                line |= self._evaluate(last)
             if line:
                 self.log.write(self.step, numbers(line))
             if last or stop or self._due(self.saving.every):
@@ -284,7 +285,7 @@ class _Run:
             if stop and not last:
                 self._leave(stop)
         if not settings.steps and self.checkpoints.newest is None:
-            self.log.write(0, numbers(self._evaluate()))
+            self.log.write(0, numbers(self._evaluate(last=True)))
             self._save()
         result = self._result(first_step_seconds or time.perf_counter() - self.started)
         if signals.received:
@@ -377,16 +378,19 @@ class _Run:
         self._report("train", tokens * rate, (self.training.steps - self.step) / rate if rate else None)
         return {**expand(metrics), **scores}
 
-    def _evaluate(self) -> Line:
-        """Means over the evaluation batches, which are the same for every seed and step."""
+    def _evaluate(self, last: bool) -> Line:
+        """Means over the evaluation batches, which are the same for every seed and step; the last time also in blocks of batches."""
         self._report("eval")
         self._speed = self._speed or Speed(self.step, time.perf_counter())
         self._speed.update(self.step, time.perf_counter())
         evaluate = self.program.evaluate
         totals: dict[str, Any] = defaultdict(float)
         stat_totals: dict[str, Any] = defaultdict(float)
+        each: list[dict[str, Any]] = []
         for batch in self._eval_batches():
             sums, stats = jax.device_get(evaluate(self.state, self._place(batch)))
+            if last:
+                each.append(sums)
             # In float64: a float32 sum of a large split would depend on how it is cut into batches.
             for name, value in sums.items():
                 totals[name] += np.asarray(value, np.float64)
@@ -395,7 +399,9 @@ class _Run:
         if not totals.get("count"):
             raise ConfigError(f"eval.split='{self.evaluation.split}' has no batch with a valid target; take another split")
         stats = expand({name: value / totals["count"] for name, value in stat_totals.items()})
-        line = {**self.program.task.metrics(totals), **stats}
+        scores = self.program.task.metrics
+        blocks = {f"{name}/blocks": values for name, values in block_values(scores, each).items()}
+        line = {**scores(totals), **stats, **blocks}
         self._speed.skip(time.perf_counter())
         return {f"eval/{name}": value for name, value in line.items()}
 
@@ -456,6 +462,8 @@ class _Run:
             active_params=self.program.active_params,
             trainable_params=self.program.trainable_params,
             flops_per_step=self.program.flops,
+            tokens_per_step=self.program.task.size(self.program.batch),
+            state_bytes=self.program.state_bytes,
             variables=self.state.variables,
         )
         if hosts.is_first():

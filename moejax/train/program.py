@@ -216,6 +216,11 @@ class Program:
         return sum(leaf.size for leaf in jax.tree.leaves(self.learning.split(self.state.params)[0]))
 
     @functools.cached_property
+    def state_bytes(self) -> int:
+        """Bytes of the state, on all devices together: parameters, optimizer state, and models that nobody trains."""
+        return sum(leaf.size * getattr(leaf.dtype, "itemsize", 16) for leaf in jax.tree.leaves(self.state))
+
+    @functools.cached_property
     def active_params(self) -> int:
         """Parameters that one token uses; all of them for a model that is not made of a pattern of blocks."""
         if not hasattr(self.model, "pattern"):

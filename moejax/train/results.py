@@ -51,6 +51,8 @@ class RunResult:
       active_params: number of parameters one token uses.
       trainable_params: number of parameters that learn, in some steps at least.
       flops_per_step: floating point operations of the matrix products of one train step.
+      tokens_per_step: tokens (or examples) of one train step, padding included; 0 in results of before it was kept, as is the next.
+      state_bytes: of parameters and optimizer state, on all devices together.
       variables: the final variables (`{'params': ..., 'router_state': ...}`); with a mesh, split over its devices.
     """
 
@@ -64,6 +66,8 @@ class RunResult:
     trainable_params: int
     flops_per_step: float
     variables: dict[str, Any] = dataclasses.field(repr=False)
+    tokens_per_step: int = 0
+    state_bytes: int = 0
 
     def write(self, workdir: Path) -> None:
         """Writes result.json: everything but the history and the variables, which lie beside it, and checksums of what was logged."""

@@ -11,7 +11,7 @@ import pytest
 from toy_studies import SOURCE, FakeFit, make_study
 
 from experiments import execute as executing
-from experiments import overrides, record, report, study
+from experiments import overrides, record, report, study, tables
 from experiments.run import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -99,21 +99,50 @@ def test_a_study_prints_tables_and_verdicts_and_writes_what_it_says(toy, capsys,
     monkeypatch.chdir(tmp_path)
     assert main(["--study=toy"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"dense\s+3\s+2\.0083 ± 0\.0017", out)
+    assert re.search(r"dense\s+4\s+2\.00", out)
     assert re.search(r"★ Switch beats dense at equal compute .*reproduced", out)
     assert "not judged: drops cost quality (needs roomy)" in out
     assert "tensorboard --logdir=runs/reports/toy/cpu/tensorboard" in out
     for name in ("curves.png", "load.png", "results.json", "report.html"):
         assert f"runs/reports/toy/cpu/{name}" in out
         assert (tmp_path / "runs" / "reports" / "toy" / "cpu" / name).stat().st_size > 500
-    assert "ledger/toy.json" in out
-    assert json.loads((tmp_path / "ledger" / "toy.json").read_text())["slug"] == "toy"
+    assert "runs/ledger/toy.json" in out
+    assert json.loads((tmp_path / "runs" / "ledger" / "toy.json").read_text())["slug"] == "toy"
+    assert "| toy | Switch beats dense at equal compute |" in (tmp_path / "runs" / "ledger" / "verdicts.md").read_text()
+    assert not (tmp_path / "ledger").exists(), "the repository's ledger is written with --record only"
     assert (tmp_path / "runs/reports/toy/cpu/tensorboard/dense-seed2/metrics.jsonl").exists()
-    assert len(toy.calls) == 9
+    assert len(toy.calls) == 12
 
     assert main(["--study=toy"]) == 0
-    assert re.search(r"dense\s+3 \(3 cached\)", capsys.readouterr().out)
-    assert len(toy.calls) == 9
+    assert re.search(r"dense\s+4 \(4 cached\)", capsys.readouterr().out)
+    assert len(toy.calls) == 12
+
+
+def test_recorded_results_go_into_the_repositorys_ledger(toy, capsys, tmp_path):
+    assert main(["--study=toy", "--record"]) == 0
+    assert json.loads((tmp_path / "ledger" / "toy.json").read_text())["slug"] == "toy"
+    assert not (tmp_path / "runs" / "ledger").exists()
+
+
+def test_a_run_leaves_the_checkout_as_it_was(toy, tmp_path, monkeypatch):
+    """With the real ledger, docs and canary: every file of them before and after."""
+    monkeypatch.undo()
+    monkeypatch.setenv("MOEJAX_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(executing, "_prepared_fit", lambda *args: toy)
+    monkeypatch.setattr(executing, "_warn_of_unmatched", lambda *args: None)
+    monkeypatch.setattr("experiments.canary._losses", lambda *args: [1.0] * 5)
+    monkeypatch.setattr("experiments.canary.platform_key", lambda: "a machine that nobody has seen")
+    kept = [p for folder in ("docs", "experiments/ledger") for p in (REPOSITORY / folder).glob("*")] + [
+        REPOSITORY / "README.md"
+    ]
+    before = {path: path.read_bytes() for path in kept if path.is_file()}
+    assert main(["--study=first_mixture"]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(p.name for p in (REPOSITORY / "experiments/ledger").glob("*")) == sorted(
+        p.name for p in kept if p.parent.name == "ledger"
+    )
+    written = sorted(p.name for p in (tmp_path / "runs" / "ledger").iterdir())
+    assert written == ["canary.json", "first_mixture.json", "verdicts.md"]
 
 
 def test_a_smoke_run_leaves_the_ledger_alone(toy, capsys, tmp_path):
@@ -160,7 +189,7 @@ def test_an_interruption_is_said_and_finished_arms_stay(toy, capsys, monkeypatch
     monkeypatch.setattr(executing, "_prepared_fit", lambda *args: toy)
     main(["--study=toy"])
     assert ("dense seed 0", 0) not in toy.calls
-    assert len(toy.calls) == 8
+    assert len(toy.calls) == 11
 
 
 def test_report_rebuilds_from_finished_runs_without_training_or_touching_the_ledger(toy, capsys, tmp_path):
@@ -169,13 +198,14 @@ def test_report_rebuilds_from_finished_runs_without_training_or_touching_the_led
     main(["--study=toy", "--ablation=capacity"])
     trained = len(toy.calls)
     (tmp_path / "runs" / "reports" / "toy" / "cpu-capacity" / "report.html").unlink()
-    before = (tmp_path / "ledger" / "toy.capacity.json").read_text()
+    before = (tmp_path / "runs" / "ledger" / "toy.capacity.json").read_text()
     assert main(["--report"]) == 0
     assert len(toy.calls) == trained
     assert (tmp_path / "runs" / "reports" / "toy" / "cpu" / "report.html").exists()
     assert (tmp_path / "runs" / "reports" / "toy" / "cpu-capacity" / "report.html").exists()
-    assert [p.name for p in (tmp_path / "ledger").iterdir()] == ["toy.capacity.json"]
-    assert (tmp_path / "ledger" / "toy.capacity.json").read_text() == before
+    assert sorted(p.name for p in (tmp_path / "runs" / "ledger").iterdir()) == ["toy.capacity.json", "verdicts.md"]
+    assert not (tmp_path / "ledger").exists()
+    assert (tmp_path / "runs" / "ledger" / "toy.capacity.json").read_text() == before
     index = (tmp_path / "runs" / "reports" / "index.html").read_text()
     assert 'href="toy/cpu-capacity/report.html"' in index
     assert "Reports without a ledger entry" in index
@@ -189,7 +219,7 @@ def test_the_report_holds_all_that_a_reader_needs_and_nothing_from_elsewhere(toy
     text = report.write(outcome, runs).html.read_text()
     assert "A &lt;toy&gt; &amp; more" in text
     assert "https://arxiv.org/abs/2101.03961" in text
-    assert "2.0083 ± 0.0017" in text
+    assert tables.spread(tuple(run.value("eval/bits_per_byte") for run in outcome.runs["dense"].values())) in text
     assert "Switch beats dense at equal compute" in text
     assert '<span class="green">reproduced</span>' in text
     assert text.count("data:image/png;base64,") == 2
@@ -213,7 +243,7 @@ def test_one_study_is_shown_in_detail(toy, capsys):
     assert main(["--list", "--study=toy"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"roomy\s+capacity", out)
-    assert re.search(r"cpu\s+3\s+100", out)
+    assert re.search(r"cpu\s+4, 6 \(headline 4, 6, 9, 13\)\s+100", out)
     assert "★ Switch beats dense" in out
 
 

@@ -55,7 +55,7 @@ def test_every_table_and_the_index_are_made_with_it(diverged, monkeypatch):
     assert "| Switch beats dense at equal compute | - | - | inconclusive |" in rows
     monkeypatch.setattr(docs, "DEMO", "another study")
     assert "| Switch beats dense at equal compute | - | - | inconclusive |" in docs.verdict_table(ledger)
-    assert "inconclusive" in report.write_index(ledger, diverged / "runs").read_text()
+    assert "inconclusive" in report.write_index([ledger], diverged / "runs").read_text()
 
 
 def test_a_diverged_config_has_a_summary(tmp_path):

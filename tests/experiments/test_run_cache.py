@@ -11,7 +11,7 @@ import pytest
 from toy_studies import FakeFit, final_bits, make_study
 
 from configs import base_lm
-from experiments import cache, canary, plots, record
+from experiments import cache, canary, matching, plots, record
 from experiments.cache import Cache, key
 from experiments.execute import execute, execute_config, finish
 from experiments.study import Arm
@@ -22,19 +22,19 @@ from moejax.core.errors import ConfigError
 def test_a_second_execution_trains_nothing(tmp_path):
     fit = FakeFit()
     first = execute(make_study(), "cpu", runs=tmp_path, fit=fit)
-    assert len(fit.calls) == 9
+    assert len(fit.calls) == 12
     second = execute(make_study(), "cpu", runs=tmp_path, fit=fit)
-    assert len(fit.calls) == 9
+    assert len(fit.calls) == 12
     assert not first.runs["switch"][0].cached
     assert second.runs["switch"][0].cached
-    assert second.runs["switch"][2].metrics == first.runs["switch"][2].metrics
+    assert second.runs["switch"][3].metrics == first.runs["switch"][3].metrics
 
 
 def test_another_study_with_the_same_arm_uses_its_run(tmp_path):
     fit = FakeFit()
     execute(make_study(), "cpu", runs=tmp_path, arms=["switch"], fit=fit)
     other = execute(make_study("other"), "cpu", runs=tmp_path, fit=fit)
-    assert [call for call in fit.calls if call[0].startswith("switch")] == [(f"switch seed {s}", s) for s in range(3)]
+    assert [call for call in fit.calls if call[0].startswith("switch")] == [(f"switch seed {s}", s) for s in range(4)]
     assert other.runs["switch"][1].cached
 
 
@@ -101,7 +101,7 @@ def test_an_interrupted_training_is_not_taken_for_a_finished_one(tmp_path):
         execute(make_study(), "cpu", runs=tmp_path, arms=["dense"], fit=Killed())
     fit = FakeFit()
     execute(make_study(), "cpu", runs=tmp_path, arms=["dense"], fit=fit)
-    assert [seed for _, seed in fit.calls] == [0, 1, 2]
+    assert [seed for _, seed in fit.calls] == [0, 1, 2, 3]
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
@@ -152,7 +152,7 @@ LEDGER_CASES = {
     "smoke": {"preset": "smoke"},
     "one arm left out": {"arms": ["dense", "switch"]},
     "fewer seeds": {"seeds": 2},
-    "more seeds": {"seeds": 4},
+    "as many seeds, but fixed": {"seeds": 4},
     "an override": {"overrides": {"train.steps": 50}},
 }
 
@@ -174,14 +174,14 @@ def test_a_complete_run_writes_a_small_entry_that_depends_on_the_runs_alone(tmp_
     assert path.name == "toy.json"
     assert len(text) < 10_000
     entry = json.loads(text)
-    assert (entry["slug"], entry["preset"], entry["seeds"]) == ("toy", "cpu", 3)
+    assert (entry["slug"], entry["preset"], entry["seeds"]) == ("toy", "cpu", 4)
     assert entry["steps"] == {"dense": 100, "switch": 100, "top2": 100}
     assert entry["skipped_arms"] == ["roomy"]
     assert {"commit", "device", "jax", "date"} <= set(entry)
     bits = entry["arms"]["dense"]["eval/bits_per_byte"]
     config = outcome.configs["dense"]
-    assert bits["values"] == pytest.approx([final_bits(config, seed) for seed in range(3)])
-    assert bits["mean"] == pytest.approx(sum(bits["values"]) / 3)
+    assert bits["values"] == pytest.approx([final_bits(config, seed) for seed in range(4)])
+    assert bits["mean"] == pytest.approx(sum(bits["values"]) / 4)
     assert [claim["verdict"] for claim in entry["claims"]] == ["reproduced", "not reproduced"]
     again = execute(make_study(), "cpu", runs=tmp_path / "runs", fit=FakeFit())
     assert record.write_entry(again, tmp_path / "ledger").read_text() == text
@@ -203,7 +203,7 @@ def test_the_ranking_of_many_arms_stands_beside_their_entry(tmp_path):
         outcome = execute(study, "cpu", runs=tmp_path / "runs", ablation=ablation, fit=FakeFit())
         finish(outcome, tmp_path / "runs", tmp_path / "ledger", make_console(quiet=True))
     written = sorted(path.name for path in (tmp_path / "ledger").iterdir())
-    assert written == ["toy.capacity.json", "toy.json", "toy.png"]
+    assert written == ["toy.capacity.json", "toy.json", "toy.png", "verdicts.md"]
 
 
 def test_a_ranking_shows_distances_within_a_seed(tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_ranking_shows_distances_within_a_seed(tmp_path, monkeypatch):
     outcome = execute(make_study(arms=(*make_study().arms, *many)), "cpu", runs=tmp_path / "runs", fit=fit)
     plots.ranking(outcome, tmp_path / "ranking.png")
     left, right = ([line.get_xdata() for line in axes.lines[::2]] for axes in drawn[0].axes)
-    assert [len(dots) for dots in left] == [3] * len(outcome.runs)
+    assert [len(dots) for dots in left] == [4] * len(outcome.runs)
     assert all(np.ptp(dots) > 1.9 for dots in left)
     assert all(np.ptp(dots) < 1e-9 for dots in right)
     np.testing.assert_allclose(np.diff([dots[0] for dots in right]), np.diff([dots[0] for dots in left]), atol=1e-9)
@@ -243,6 +243,17 @@ class TestCanary:
         self.check(tmp_path)
         self.sources_changed(monkeypatch, "new")
         assert self.check(tmp_path, end=2.0 * (1 + 1e-7)) == 1
+
+    def test_numbers_that_came_with_the_repository_count_until_there_are_own_ones(self, tmp_path):
+        shipped = tmp_path / "shipped.json"
+        self.check(tmp_path / "a", end=2.0)
+        shipped.write_text((tmp_path / "a" / "ledger" / "canary.json").read_text())
+        with pytest.raises(ConfigError, match="numbers changed"):
+            self.check(tmp_path / "b", end=2.1, shipped=shipped)
+        assert not (tmp_path / "b" / "ledger").exists()
+        self.check(tmp_path / "b", end=2.1, shipped=shipped, accept=True)
+        self.check(tmp_path / "b", end=2.1, shipped=shipped)
+        assert json.loads(shipped.read_text()) == json.loads((tmp_path / "a" / "ledger" / "canary.json").read_text())
 
     def test_changed_numbers_stop_until_the_version_is_bumped(self, tmp_path, monkeypatch):
         self.check(tmp_path)
@@ -288,6 +299,8 @@ def test_the_real_trainer_gives_what_cache_canary_and_plots_read(tmp_path, monke
     assert 0 < run.value("eval/bits_per_byte") < 9
     assert run.curve("train/loss")[0] == [1, 2, 3, 4, 5]
     assert all(run.matching(name) for name in (*cache.RESULT_FIELDS, "tokens_per_second", "stats/drop_rate"))
+    measured, found = matching.of_config(config), matching.of_runs({"tiny": run})["tiny"]
+    assert measured == found, "what a trace says before a run is what the run says"
     loads = plots.load_map([run])
     assert [load.shape for load in loads.values()] == [(4,)]
     assert all(load.mean() == pytest.approx(1) for load in loads.values())

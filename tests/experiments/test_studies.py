@@ -1,10 +1,16 @@
-"""Every study in the tree: its arms build. That its paper preset traces is a property of the battery."""
+"""Every study in the tree: its arms build, at the paper's size they trace, and its ablations are claimed."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import catalog
+from experiments.battery.properties import paper_size
 from experiments.study import load, resolve, study_files
 from moejax import models
+from moejax.train.settings import plain
 
 SLUGS = sorted(study_files())
 
@@ -21,3 +27,41 @@ def test_catalogue_names_every_study() -> None:
     for slug, path in study_files().items():
         if slug in rows:
             assert rows[slug].study == f"experiments/{path.parent.name}/{path.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_arm_of_the_paper_preset_traces(slug: str) -> None:
+    """Arms that differ in the values of their floats alone are traced once."""
+    study, seen = load(slug), set()
+    for arm in study.every_arm:
+        config = plain(resolve(study, "paper", arm))
+        form = json.dumps(
+            _form({name: config.get(name) for name in ("model", "task", "adapters")}), sort_keys=True, default=str
+        )
+        if form not in seen:
+            seen.add(form)
+            assert paper_size(config) > 0, arm
+
+
+def test_every_ablation_is_named_by_a_claim() -> None:
+    listed = (Path(__file__).parent / "unclaimed.txt").read_text().splitlines()[1:]
+    found = []
+    for slug in SLUGS:
+        study = load(slug)
+        named = {arm for claim in study.claims for arm in claim.arms}
+        found += [f"{slug}.{name}" for name, arms in study.ablations.items() if not named & {arm.name for arm in arms}]
+    assert sorted(set(found) - set(listed)) == [], "give each a claim, or drop it"
+    assert sorted(set(listed) - set(found)) == [], "these have a claim now: take them off the list"
+
+
+def _form(value: Any) -> Any:
+    """A config without the sizes of its floats: what they are worth changes no trace, but whether they are 0 may."""
+    match value:
+        case dict():
+            return {name: _form(part) for name, part in value.items()}
+        case list() | tuple():
+            return [_form(part) for part in value]
+        case float():
+            return "zero" if value == 0 else "negative" if value < 0 else "positive"
+    return value

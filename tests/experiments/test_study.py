@@ -6,10 +6,31 @@ from toy_studies import SOURCE, make_study
 
 from configs import base_lm, base_vit
 from experiments import overrides, study
-from experiments.study import Arm, Claim, Preset, above, below, faster, higher, lower, resolve, within
+from experiments.quantities import Speedup, lowest, mean
+from experiments.study import (
+    Arm,
+    Claim,
+    Preset,
+    above,
+    below,
+    changes_less,
+    faster,
+    gains,
+    higher,
+    lower,
+    optimum,
+    resolve,
+    sooner,
+    trend,
+    within,
+)
 from moejax.core.errors import ConfigError
 
-CLAIM = (lower("m", "switch", "dense", headline=True),)
+ARMS = (Arm("dense"), Arm("switch"))
+SELECT = "model.blocks.moe.ffn.select"
+LATE = {"kind": "top_k", "k": 1, "capacity_factor": 1.0, "eval_capacity_factor": None}  # drops in training only
+CHOICE = {"kind": "expert_choice", "capacity_factor": 1.0}
+CLAIM = (lower("m", "switch", "dense", headline=True, matched=()),)
 
 
 def test_an_arm_is_base_then_preset_then_arm_then_preset_for_the_arm_then_command_line():
@@ -106,10 +127,34 @@ def test_text_of_the_wrong_type_is_refused(key, text, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"claims": (lower("m", "swich", "dense", headline=True),)}, r"claims\[0\] .*'swich'; did you mean 'switch'"),
-        ({"claims": (lower("m", "switch", "dense"),)}, "0 headline claims; exactly one"),
+        (
+            {"claims": (lower("m", "swich", "dense", headline=True, matched=()),)},
+            r"claims\[0\] .*'swich'; did you mean 'switch'",
+        ),
+        ({"claims": (lower("m", "switch", "dense", matched=()),)}, "0 headline claims; exactly one"),
         ({"claims": CLAIM * 2}, "2 headline claims; exactly one"),
-        ({"claims": (lower("m", "roomy", "dense", headline=True),)}, "headline claim .* names an ablation's arm"),
+        ({"claims": (lower("m", "roomy", "dense", headline=True, matched=()),)}, "headline claim .* names an ablation's arm"),
+        (
+            {
+                "claims": (below("stats/drop_rate", "free", 0.1, headline=True),),
+                "arms": (Arm("free", {SELECT: {"kind": "top_k", "k": 1}}), *ARMS),
+            },
+            "nothing is dropped where no capacity is set",
+        ),
+        (
+            {
+                "claims": (below("eval/stats/drop_rate", "late", 0.1, headline=True),),
+                "arms": (Arm("late", {SELECT: LATE}), *ARMS),
+            },
+            "nothing is dropped where no capacity is set",
+        ),
+        (
+            {
+                "claims": (within("eval/stats/max_violation", "chosen", "other", 0.1, headline=True, matched=()),),
+                "arms": (Arm("chosen", {SELECT: CHOICE}), Arm("other", {SELECT: CHOICE}), *ARMS),
+            },
+            "all take equally many",
+        ),
         ({"arms": (Arm("dense"), Arm("switch"), Arm("dense")), "claims": CLAIM}, "2 arms called 'dense'"),
         ({"arms": (Arm("dense"), Arm("switch"), Arm("roomy")), "claims": CLAIM}, "2 arms called 'roomy'"),
         ({"arms": (Arm("a,b"),)}, "name 'a,b' .* may only have letters"),
@@ -118,8 +163,15 @@ def test_text_of_the_wrong_type_is_refused(key, text, words):
             {"arms": (Arm("dense"), Arm("switch", {"model.d_modle": 3})), "claims": CLAIM},
             "arm 'switch'.*did you mean 'd_model'",
         ),
-        ({"presets": {"cpu": Preset(seeds=3)}}, "has no 'smoke' preset"),
-        ({"presets": {"smoke": Preset(), "cpu": Preset(seeds=2)}}, r"seeds=2 in preset 'cpu' .* at least 3"),
+        ({"presets": {"cpu": Preset()}}, "has no 'smoke' preset"),
+        (
+            {"presets": {"smoke": Preset(), "cpu": Preset(looks=(1,))}},
+            "a look at one seed in preset 'cpu' of study 'toy' decides nothing",
+        ),
+        (
+            {"claims": (lower("m", "switch", "dense", headline=True),)},
+            r"claims\[0\] .* does not say what they must have equally; give matched=",
+        ),
         ({"presets": {"smoke": Preset(), "large": Preset()}}, "unknown preset 'large'"),
         ({"presets": {"smoke": Preset({"train.step": 1})}}, "preset 'smoke' of study 'toy'.*did you mean 'steps'"),
         ({"presets": {"smoke": Preset(arms={"swich": {}})}}, "unknown arm 'swich' .*did you mean 'switch'"),
@@ -134,10 +186,16 @@ def test_a_study_that_does_not_fit_is_refused_when_it_is_made(changes, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Claim("m", "a", "b", measure="ratio"), "claim measure 'ratio'"),
-        (lambda: Claim("m", "a", "b", measure="value"), "do not fit"),
-        (lambda: Claim("m", "a"), "do not fit"),
-        (lambda: within("m", "a", "b", 0.0), "no number lies between"),
+        (lambda: within("m", "a", "b", 0.0), "says nothing, or cannot be"),
+        (lambda: Claim(Speedup("m", "a", "b")), "says nothing, or cannot be"),
+        (lambda: lower("m", "a", "b", matched=("flop",)), "matched='flop'; did you mean 'flops'"),
+        (lambda: lower("m", "a", "a"), "it compares a with itself; what holds by construction is a test"),
+        (lambda: lower("m", mean("a", "a"), "b"), "name one or more arms, each once"),
+        (lambda: trend("m", {0: "a", 1: "b"}, log=True, high=0), "in the logarithm of 0"),
+        (lambda: trend("m", {1: "a"}, high=0), "needs 2 or more arms"),
+        (lambda: optimum("m", {1: "a", 2: "b"}, high=2), "needs 3 or more arms"),
+        (lambda: Preset(looks=(4, 4)), r"looks=\(4, 4\) of a preset: rising numbers of seeds"),
+        (lambda: Preset(headline_looks=(1, 4)), "headline_looks="),
     ],
 )
 def test_claims_that_say_nothing_are_refused(make, words):
@@ -152,6 +210,11 @@ def test_claims_read_as_sentences():
     assert above("m", "a", 3).sentence == "m of a > 3"
     assert below("m", "a", 3, text="small").sentence == "small"
     assert faster("m", "a", "b", by=2).sentence == "steps of b / steps of a to equal m > 2"
+    assert lower("m", lowest("a", "b"), mean("c", "d")).sentence == "m of the lowest of a, b - the mean of c, d < 0"
+    assert changes_less("m", ("a", "b"), ("c", "d")).sentence == "(m of b - a) - (m of d - c) < 0"
+    assert trend("m", {2: "a", 4: "b"}, high=0, log=True).sentence == "slope of m per doubling along a (2), b (4) < 0"
+    assert sooner("m", "a", "b", 0.5, by=2).sentence == "steps of b until m is 0.5 / steps of a until m is 0.5 > 2"
+    assert gains("m", "a", 3.0, {1: "b", 2: "c"}).sentence == "cost of b, c for m of a / its cost 3 > 1"
 
 
 def test_studies_are_found_by_file_name_and_only_the_wanted_one_is_imported(tmp_path, monkeypatch):
@@ -180,3 +243,13 @@ def test_base_configs_build_their_models(module):
     assert models.build(config.model).num_layers == config.model.num_layers
     config.model.blocks.dense.mixer.num_heads = 1
     assert config.model.blocks.moe.mixer.num_heads == 4
+
+
+def test_statistics_that_may_come_out_either_way_are_claimed():
+    arms = (Arm("chosen", {SELECT: CHOICE}), *ARMS)
+    claims = (
+        lower("eval/stats/max_violation", "chosen", "switch", headline=True, matched=()),
+        below("stats/drop_rate", "switch", 0.1),
+        below("stats/drop_rate", "late", 0.1),
+    )
+    assert len(make_study(arms=(*arms, Arm("late", {SELECT: LATE})), claims=claims, ablations={}).claims) == 3

@@ -56,6 +56,11 @@ def test_result_and_files(finished):
     assert result.steps == 8
     assert [line["step"] for line in result.history] == [2, 4, 6, 8]
     assert [line["step"] for line in result.history if "eval/loss" in line] == [4, 8]
+    # The last evaluation also in blocks, whose mean is the metric but for the jackknife's correction: batches are unequal.
+    assert [line["step"] for line in result.history if "eval/loss/blocks" in line] == [8]
+    assert np.mean(result.history[-1]["eval/loss/blocks"]) == pytest.approx(result.metrics["eval/loss"], rel=0.02)
+    assert result.state_bytes > 4 * result.params
+    assert result.tokens_per_step > 0
     assert result.params == result.active_params == sum(x.size for x in jax.tree.leaves(result.variables["params"]))
     # Forward and backward of the head alone, for 24 tokens.
     assert result.flops_per_step > 3 * 2 * 24 * 8 * 11
