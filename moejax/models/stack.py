@@ -27,7 +27,9 @@ from moejax.layers.registry import blocks
 from moejax.models.over_depth import at_layer, varies
 from moejax.models.parts import NamedBlock, walk
 from moejax.parallel import constrain
+from pallas_kernels.implementations import current_chip
 
+SHALLOW = 8  # layers
 SCANNED = "repeats"
 UNROLLED = "repeat_"
 
@@ -111,10 +113,22 @@ class Stack(nn.Module):
                 carry, _ = Repeat(parts, self.remat, prevent_cse=True, name=f"{UNROLLED}{i}")(carry, first[i], ctx)
             return carry[0]
         # True: whatever collection a block uses, known to this file or not, gets a layers axis; none is lost.
-        scanned = nn.scan(Repeat, variable_axes={True: 0}, split_rngs={True: True}, in_axes=(0, nn.broadcast), length=repeats)
+        scanned = nn.scan(
+            Repeat,
+            variable_axes={True: 0},
+            split_rngs={True: True},
+            in_axes=(0, nn.broadcast),
+            length=repeats,
+            unroll=repeats if self._shallow() else 1,
+        )
         # Inside a scan the compiler cannot merge recomputation with the forward pass, and the guard only costs.
         (x, _), _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(carry, first, ctx)
         return x
+
+    def _shallow(self) -> bool:
+        """Whether the scan is written out for the compiler. On a CPU, slicing parameters and stacking gradients costs a small model a
+        third of its step; with recomputation the loop stays, see above."""
+        return current_chip().platform == "cpu" and self.num_layers <= SHALLOW and self.remat == "none"
 
 
 # The residual stream `[b, s, d]`, and what the layers so far have left for later ones.

@@ -3,6 +3,7 @@
 Letters: b batch, s tokens (queries), t keys, h query heads, j key-value heads, c channels of a head, d model width.
 """
 
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -21,6 +22,9 @@ from moejax.layers.registry import mixers
 from moejax.parallel import constrain, current
 from pallas_kernels.implementations import current_chip
 
+HIDDEN = -0.7 * float(
+    jnp.finfo(jnp.float32).max
+)  # the score of a key that is not shown; finite, so that padding has a mean and no NaN
 CHUNK = 512  # queries of a long sequence whose scores are in memory at a time
 INITS = {"init_qkv": initializers, "init_out": initializers}
 
@@ -203,15 +207,35 @@ def attend(
         )
     b, s = q.shape[:2]
     if s <= CHUNK or s % CHUNK:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        return _attend(q, k, v, mask)
 
     def chunk(_: None, rows: tuple[Array, Array]) -> tuple[None, Array]:
         queries, shown = rows
-        return None, jax.nn.dot_product_attention(queries, k, v, mask=shown[:, None])
+        return None, _attend(queries, k, v, shown)
 
     rows = tuple(x.reshape(b, s // CHUNK, CHUNK, *x.shape[2:]).swapaxes(0, 1) for x in (q, mask))
     _, y = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, rows)
     return y.swapaxes(0, 1).reshape(q.shape)
+
+
+def _attend(
+    q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j c"], mask: Bool[Array, "b s t"]
+) -> Float[Array, "b s h c"]:
+    """Softmax attention of all queries at once.
+
+    The queries that share a key-value head are rows of one matrix, so that scores are made, normalised and multiplied as they lie in
+    memory: on a CPU transposing them cost as much as the products.
+    """
+    b, s, h, c = q.shape
+    t, j = k.shape[1:3]
+    together = ((0, 1), (0, 1))
+    q = q.reshape(b, s, j, h // j, c).transpose(0, 2, 3, 1, 4).reshape(b, j, -1, c)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    scores = jax.lax.dot_general(q, k, (((3,), (3,)), together), preferred_element_type=jnp.float32) / math.sqrt(c)
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, j, -1, s, t), HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, j, -1, t)
+    y = jax.lax.dot_general(weights, v, (((3,), (2,)), together))
+    return y.reshape(b, j, -1, s, c).transpose(0, 3, 1, 2, 4).reshape(b, s, h, c)
 
 
 def visible(
