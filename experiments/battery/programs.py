@@ -1,5 +1,6 @@
 """What is compiled for a subject: few programs, each of which serves several properties.
 
+    traced     shapes alone: a training pass in bfloat16, scanned and rematerialised
     oracle     a training step's objective and gradients: layer by layer, float32, `reference`, one device
     evaluate   a forward pass in evaluation
     layer      the subject's blocks alone, in evaluation, with gradients
@@ -43,8 +44,8 @@ from moejax.train.readers import frozen_specs
 from moejax.train.settings import plain
 from moejax.train.step import STATE, begin_state
 
-# One row a device.
-ROWS, LENGTH, DEVICES = 8, 8, 8
+# Of two microbatches each has one row a device. All batches are of one size, so that one oracle is compiled for all properties.
+ROWS, LENGTH, DEVICES = 16, 8, 8
 # Large, so that what is subtracted from parameters is all gradient; a power of two, so that it is exactly that.
 RATE = 1024.0
 STEP = 3
@@ -65,6 +66,9 @@ class Programs:
 
     subject: Subject
     home: str
+    # What the oracle sees while it is traced.
+    _looks: bool = False
+    _drawn: set[str] = dataclasses.field(default_factory=set)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -82,9 +86,21 @@ class Programs:
         return build(self.config, {"backend": "reference"}, **self._fields(scan=False, remat="none"))
 
     @functools.cached_property
+    def traced(self) -> tuple[Tree, Tree]:
+        """Shapes of outputs and sown collections of a training pass under bfloat16, scan and rematerialisation."""
+        own = {"scan": True, "remat": "full", "dtype": "bfloat16"}
+        model = build(self.config, **{name: value for name, value in own.items() if name in self.config["model"]})
+        return trace(model, *example(self.config))
+
+    @functools.cached_property
     def variables(self) -> dict[str, Tree]:
         """Drawn parameters, and state as the model starts it."""
-        return draw(functools.partial(self._init, self.model))
+        _, sown = self.traced
+        if any(name in sown for name in STATE):
+            return draw(functools.partial(self._init, self.model))
+        # A pass has been traced already, if scanned: what parameters there are is known.
+        empty = jax.tree.map(lambda like: np.empty(like.shape, like.dtype), sown["params"])
+        return {"params": drawn(to_unrolled(empty))}
 
     @functools.cached_property
     def frozen(self) -> dict[str, tuple[nn.Module, dict[str, Tree]]]:
@@ -115,36 +131,25 @@ class Programs:
 
     def step_of(self, count: int) -> tuple[Batch, list[Batch]]:
         """The batch of a step of `count` microbatches, and the batches whose mean the step is: its microbatches, in which layers draw
-        alike; or itself, where a loss looks at the whole batch.
+        alike; or itself, where a layer neither draws nor lets tokens of several rows compete.
 
-        Where a layer draws besides, or tokens of several rows compete, all microbatches are the same: a whole batch would draw, and
-        admit, otherwise.
+        Where a loss looks at the whole batch besides, all microbatches are the same: a whole batch would draw, and admit, otherwise.
         """
-        sums, draws = self._looks_and_draws if count > 1 else (False, False)
+        whole = self.batch()
         compete = any(getattr(part, "group_by", "sequence") != "sequence" for part in inside(self.model))
-        if sums and (draws or compete):
-            one = self.batch()
+        sums, draws = self._looks_and_draws if count > 1 else (False, False)
+        if count == 1 or not (draws or compete):
+            return whole, [whole]
+        if sums:
+            one = self.batch(rows=ROWS // count)
             return {name: np.repeat(x, count, axis=0) for name, x in one.items()}, [one]
-        whole = self.batch(rows=count * ROWS)
-        return whole, [whole] if sums else [{name: x[i::count] for name, x in whole.items()} for i in range(count)]
+        return whole, [{name: x[i::count] for name, x in whole.items()} for i in range(count)]
 
     @functools.cached_property
     def _looks_and_draws(self) -> tuple[bool, bool]:
         """Whether a loss looks at the whole batch, and not at one token after the other; whether a layer draws."""
-        drawn: set[str] = set()
-
-        def parts(variables: Tree, frozen: Tree, batch: Batch) -> list[Tree]:
-            models = {name: FrozenModel(model, frozen[name]) for name, (model, _) in self.frozen.items()}
-            state = without(variables, "params")
-            run = LearningModel(self.model, variables["params"], state, jax.random.key(0), models, gather=True)
-            self.task.objective(run, batch, jnp.int32(STEP))
-            return [sown.get(PARTS, {}) for sown in run.sown]
-
-        frozen = {name: variables for name, (_, variables) in self.frozen.items()}
-        with fixed_draws(drawn):
-            found = jax.eval_shape(parts, self.variables, frozen, self.batch())
-        entries = [sums for sown in found for calls in flax.traverse_util.flatten_dict(sown).values() for sums in calls]
-        return any(len(sums) > 1 for sums in entries), bool(drawn)  # the first counts tokens
+        self.oracle(self.batch())
+        return self._looks, bool(self._drawn)
 
     def evaluate(self, batch: Batch, variables: dict[str, Tree] | None = None) -> np.ndarray:
         """The outputs for a batch in evaluation."""
@@ -223,8 +228,11 @@ class Programs:
     def _oracle(self) -> Callable[..., Tree]:
         def objective(params: Tree, state: Tree, frozen: Tree, batch: Batch) -> tuple[Any, Tree]:
             models = {name: FrozenModel(model, frozen[name]) for name, (model, _) in self.frozen.items()}
-            run = _Watched(self.model, params, state, jax.random.key(0), models)
+            # It gathers what losses sum over the batch: with each its number of tokens, and more if it looks at the batch as one.
+            run = _Watched(self.model, params, state, jax.random.key(0), models, gather=True)
             loss, _ = self.task.objective(run, batch, jnp.int32(STEP))
+            entries = [flax.traverse_util.flatten_dict(sown.get(PARTS, {})) for sown in run.sown]
+            self._looks = any(len(sums) > 1 for calls in entries for entry in calls.values() for sums in entry)
             losses = run.summed(lambda changed: flatten(changed.get("losses", {}), "losses", total=True))
             total = loss + sum(losses.values())
             return total, {"objective": total, "losses": losses, "outputs": run.outputs}
@@ -233,7 +241,7 @@ class Programs:
             gradients, out = jax.grad(objective, has_aux=True)(*args)
             return {**out, "gradients": gradients}
 
-        return _drawing(jax.jit(step))
+        return _drawing(jax.jit(step), self._drawn)
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., Any]:
@@ -309,9 +317,9 @@ def fixed_draws(drawn: set[str] | None = None) -> Iterator[None]:
         yield
 
 
-def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
+def _drawing(function: Callable[..., Any], drawn: set[str] | None = None) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        with fixed_draws():
+        with fixed_draws(drawn):
             return function(*args)
 
     return call
@@ -321,22 +329,48 @@ def draw(init: Callable[[Mapping[str, Any]], Tree]) -> dict[str, Tree]:
     """Variables like those that `init(keys)` gives: drawn parameters, none of them zero; state as it is there."""
 
     def made() -> Tree:
-        return init({name: jax.random.key(i) for i, name in enumerate(("params", *STREAMS))})
+        return init(_keys())
 
-    traced = jax.jit(made).trace()
-    rng = np.random.default_rng(0)
-
-    def leaf(path: Any, like: Any) -> Any:
-        fan_in = like.shape[-2] if len(like.shape) > 1 else 4
-        value = rng.normal(size=like.shape) / np.sqrt(fan_in)
-        return value.astype(like.dtype)
-
-    out = dict(traced.out_info)
-    params = jax.tree_util.tree_map_with_path(leaf, out.pop("params", {}))
+    out = dict(jax.jit(made).trace().out_info)
+    params = drawn(out.pop("params", {}))
     # Of the initialisation only the state is compiled; most models have none.
     state = jax.jit(lambda: without(made(), "params"))() if any(name in out for name in STATE) else {}
     # NumPy's: a step that is given its state for good must not take it from the next one.
     return {"params": params, **host({name: tree for name, tree in state.items() if name in STATE})}
+
+
+def drawn(like: Tree) -> Tree:
+    """Parameters of these shapes, none of them zero."""
+    rng = np.random.default_rng(0)
+
+    def leaf(like: Any) -> Any:
+        fan_in = like.shape[-2] if len(like.shape) > 1 else 4
+        value = rng.normal(size=like.shape) / np.sqrt(fan_in)
+        return value.astype(like.dtype)
+
+    return jax.tree.map(leaf, like)
+
+
+def trace(model: nn.Module, inputs: jax.ShapeDtypeStruct, ctx: Context) -> tuple[Tree, Tree]:
+    """Shapes of outputs and of variables and sown collections of a training pass that makes its own variables."""
+    ctx = ctx.replace(train=True)
+    mutable = ["params", "router_state", "losses", "stats", "measured", "routing"]
+    return jax.eval_shape(lambda x: model.init_with_output(_keys(), x, ctx, mutable=mutable), inputs)
+
+
+def example(config: Mapping[str, Any], rows: int = ROWS) -> tuple[jax.ShapeDtypeStruct, Context]:
+    """Shape of a model's input, and a context in evaluation."""
+    model = config["model"]
+    if "image_size" in model:
+        side = model["image_size"]
+        return jax.ShapeDtypeStruct((rows, side, side, model["channels"]), jnp.float32), Context(step=jnp.int32(STEP))
+    shape = (rows, config["data"]["seq_len"])
+    ctx = Context(domain=jnp.zeros(shape, jnp.int32), step=jnp.int32(STEP))
+    return jax.ShapeDtypeStruct(shape, jnp.int32), ctx
+
+
+def _keys() -> dict[str, Any]:
+    return {name: jax.random.key(i) for i, name in enumerate(("params", *STREAMS))}
 
 
 def _value_and_gradients(layers: nn.Module, variables: Mapping[str, Tree], x: Any, valid: Any) -> Tree:

@@ -17,15 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.battery.kinds import inside
-from experiments.battery.programs import GROUPS, KEPT, LENGTH, ROWS, STEP, Batch, programs
+from experiments.battery.programs import GROUPS, LENGTH, ROWS, Batch, example, programs, trace
 from experiments.battery.subjects import WIDTH, Subject, build
 from experiments.study import resolve
-from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.models.registry import network
 from moejax.optim.base import optimizers
 from moejax.serve import generate
-from moejax.tasks.models import STREAMS
 from moejax.train.checkpoints import Checkpoints, load
 from moejax.train.settings import plain
 from moejax.train.step import begin_state
@@ -42,13 +40,13 @@ Tree = Any
 
 def lm(subject: Subject) -> str:
     """A decoder of it can be trained: a pass traces in bfloat16, scanned and rematerialised."""
-    _traced(subject, "LM")
+    _ = programs(subject, "LM").traced
     return "yes"
 
 
 def vit(subject: Subject) -> str:
     """The same of a model of images."""
-    _traced(subject, "ViT")
+    _ = programs(subject, "ViT").traced
     return "yes"
 
 
@@ -135,7 +133,7 @@ def devices(subject: Subject) -> str:
 
 def bfloat16(subject: Subject) -> str:
     """In a bfloat16 model routing, losses, parameters and outputs are float32."""
-    outputs, sown = _traced(subject, subject.home)
+    outputs, sown = programs(subject).traced
     for what, tree in {"outputs": outputs, "parameters": sown["params"], "losses": sown.get("losses", {})}.items():
         wrong = {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} - {"float32"}
         assert not wrong, f"{what} of a bfloat16 model are {wrong}"
@@ -182,7 +180,7 @@ def saved(subject: Subject) -> str:
         restored = with_files.restore(1, state).state
         with_files.close()
         alone = load(folder)
-    identical = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), _no_keys(restored), _no_keys(state))
+    identical = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), _arrays(restored), _arrays(state))
     assert all(jax.tree.leaves(identical)), "a state that was saved comes back changed"
     assert alone.config == config
     assert jax.tree.structure(dict(alone.variables)) == jax.tree.structure(dict(state.variables))
@@ -224,7 +222,7 @@ REFUSABLE = frozenset({"LM", "ViT", "causal", "decode"})
 
 def paper_size(config: Mapping[str, Any]) -> int:
     """Number of parameters of a config whose training forward pass traces on two examples."""
-    _, sown = _pass(network(config), *_example(config, rows=2))
+    _, sown = trace(network(config), *example(config, rows=2))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(sown.get("losses", {})))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(sown["params"]))
 
@@ -318,39 +316,8 @@ def _decoder(subject: Subject) -> Any:
     return programs(subject) if subject.home == "LM" else programs(subject, "LM")
 
 
-@functools.lru_cache(maxsize=2 * KEPT)
-def _traced(subject: Subject, home: str) -> tuple[Tree, Tree]:
-    """Shapes of outputs and sown collections of a training pass under bfloat16, scan and rematerialisation."""
-    config = plain(subject.place(home))
-    own = {"scan": True, "remat": "full", "dtype": "bfloat16"}
-    model = build(config, **{name: value for name, value in own.items() if name in config["model"]})
-    return _pass(model, *_example(config))
-
-
-def _pass(model: Any, inputs: jax.ShapeDtypeStruct, ctx: Context) -> tuple[Tree, Tree]:
-    """Shapes of outputs and of variables and sown collections of a training pass that makes its own variables."""
-    ctx = ctx.replace(train=True)
-    mutable = ["params", "router_state", "losses", "stats", "measured", "routing"]
-    return jax.eval_shape(lambda x: model.init_with_output(_keys(), x, ctx, mutable=mutable), inputs)
-
-
-def _example(config: Mapping[str, Any], rows: int = ROWS) -> tuple[jax.ShapeDtypeStruct, Context]:
-    """Shape of a model's input, and a context in evaluation."""
-    model = config["model"]
-    if "image_size" in model:
-        side = model["image_size"]
-        return jax.ShapeDtypeStruct((rows, side, side, model["channels"]), jnp.float32), Context(step=jnp.int32(STEP))
-    shape = (rows, config["data"]["seq_len"])
-    ctx = Context(domain=jnp.zeros(shape, jnp.int32), step=jnp.int32(STEP))
-    return jax.ShapeDtypeStruct(shape, jnp.int32), ctx
-
-
-def _keys() -> dict[str, Any]:
-    return {name: jax.random.key(i) for i, name in enumerate(("params", *STREAMS))}
-
-
-def _no_keys(state: Any) -> Any:
-    """A state with random keys as numbers, which can be compared."""
+def _arrays(state: Any) -> Any:
+    """A state as NumPy arrays, which are compared without a compilation; random keys as numbers."""
     return jax.tree.map(
-        lambda x: jax.random.key_data(x) if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key) else jnp.asarray(x), state
+        lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key) else x), state
     )

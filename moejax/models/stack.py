@@ -112,14 +112,15 @@ class Stack(nn.Module):
             for i in range(repeats):
                 carry, _ = Repeat(parts, self.remat, prevent_cse=True, name=f"{UNROLLED}{i}")(carry, first[i], ctx)
             return carry[0]
-        # True: whatever collection a block uses, known to this file or not, gets a layers axis; none is lost.
+        # True: whatever collection a block uses, known to this file or not, gets a layers axis; none is lost. So no variable is the same
+        # in all repeats, and the pass that would look for those, which traces every block a second time, is left out.
         scanned = nn.scan(
             Repeat,
             variable_axes={True: 0},
             split_rngs={True: True},
             in_axes=(0, nn.broadcast),
             length=repeats,
-            unroll=repeats if self._shallow() else 1,
+            check_constancy_invariants=False,
         )
         # Inside a scan the compiler cannot merge recomputation with the forward pass, and the guard only costs.
         (x, _), _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(carry, first, ctx)
