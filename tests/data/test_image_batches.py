@@ -9,7 +9,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from moejax.data import info, make_iterator
-from moejax.data.images import Augment, resize
+from moejax.data.images import Augment
+from moejax.data.pixels import resize
 
 
 def rows_of(config, split, **arguments):
