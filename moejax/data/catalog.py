@@ -5,7 +5,7 @@ Names with `own` are for data of one's own, which lie at `data.path`; see `moeja
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from moejax.data.builders.sources import TEXT_DOMAINS
 
@@ -85,3 +85,13 @@ DATASETS: Mapping[str, TextDataset | ImageDataset] = {
     "mnist": ImageDataset(),
     "svhn_cropped": ImageDataset(),
 }
+
+
+def base_of(name: str) -> str:
+    """A data set's name without TFDS config and version: `c4` of `c4/en:3.0.1`."""
+    return name.replace(":", "/").split("/")[0]
+
+
+def is_own(name: Any) -> bool:
+    """Whether a data set is one's own, at a path."""
+    return isinstance(name, str) and base_of(name) in DATASETS and bool(DATASETS[base_of(name)].own)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.fields import Count, In, Positive, Whole, check, checked, fits, short
-from moejax.data.catalog import DATASETS, ImageDataset, TextDataset
+from moejax.data.catalog import DATASETS, ImageDataset, TextDataset, base_of
 
 MOST = 2**24  # rows of a batch, or tokens of a row: a thousand times what anybody trains with
 
@@ -38,7 +38,7 @@ class DataConfig:
     @property
     def base(self) -> str:
         """The name without TFDS config and version."""
-        return self.name.replace(":", "/").split("/")[0]
+        return base_of(self.name)
 
 
 @checked
@@ -100,7 +100,7 @@ def parse(config: Any) -> TextConfig | ImageConfig:
     if "name" not in given:
         raise ConfigError(f"data.name is missing; valid names: {', '.join(sorted(DATASETS))}")
     name = str(given["name"])
-    base = name.replace(":", "/").split("/")[0]
+    base = base_of(name)
     if base not in DATASETS:
         raise ConfigError(f"unknown data set '{name}' in data.name{nearest(base, DATASETS)}")
     dataset = DATASETS[base]
