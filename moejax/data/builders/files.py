@@ -11,6 +11,7 @@ Equal documents are kept once, in the test split before validation before train.
 or than 1 MiB, is cut into several at the ends of lines: one file may be the whole corpus.
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -113,8 +114,13 @@ def documents(found: Found, column: str) -> Iterator[tuple[Path, bytes]]:
     """
     limit = min(max(sum(file.stat().st_size for file in found.files) // 20, _SHORTEST), _LONGEST)
     for file in found.files:
-        for text in _READERS.get(file.suffix.lower(), _whole)(file, column):
-            yield from ((file, piece) for piece in _cut(text, limit) if piece.strip())
+        try:
+            for text in _READERS.get(file.suffix.lower(), _whole)(file, column):
+                yield from ((file, piece) for piece in _cut(text, limit) if piece.strip())
+        except OSError as error:
+            raise ConfigError(
+                f"{file} cannot be read ({error.strerror or error}); mend it, or leave it out of data.path"
+            ) from None
 
 
 def text_splits(found: Found, column: str) -> dict[str, str]:
@@ -216,10 +222,7 @@ def pixels(file: Path, channels: int) -> UInt8[np.ndarray, "h w c"]:
     from PIL import ImageOps
 
     with _opened(file) as image:
-        try:
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _no_image(file, error) from None
+        upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     return np.asarray(upright, np.uint8).reshape(*upright.size[::-1], channels)
 
 
@@ -349,14 +352,15 @@ def _text_in(record: dict[str, Any], column: str, place: str) -> bytes:
     return record[column].encode(errors="replace")
 
 
-def _opened(file: Path) -> Any:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """An image of Pillow's; whatever is wrong with it, its file is named."""
     from PIL import Image
 
     try:
-        return Image.open(file)
+        with Image.open(file) as image:
+            yield image
     except (OSError, ValueError, SyntaxError) as error:
-        raise _no_image(file, error) from None
-
-
-def _no_image(file: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{file} cannot be read as an image ({error}); mend it, or leave it out of data.path")
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file} cannot be read as an image ({error}); mend it, or leave it out of data.path") from None
