@@ -25,11 +25,11 @@ MEANINGS = {
     "bits_per_byte": "cross entropy, bits for a byte of text",
     "perplexity": "exponential of the cross entropy in nats a token",
     "accuracy": "share of right answers, 0 to 1",
-    "params": "parameters",
+    "params": "parameters in all",
     "active": "parameters that a token uses",
     "learning": "parameters that are trained",
     "tokens/s": "tokens (or images) trained on in a second",
-    "drop_rate": "share of the wanted pairs of token and expert that were refused for lack of capacity",
+    "drop_rate": "share of the wanted pairs of token and expert that were refused for lack of capacity (eval/: in the last evaluation, else in the last logged step of training)",
     "backend": "how plans were executed, see `moejax.dispatch`",
     "max_violation": "load of the most loaded expert over an even share, less 1",
     "load_entropy": "entropy of the load over experts, nats",
@@ -84,8 +84,13 @@ def arms(outcome: Outcome) -> Table:
 
 
 def legend(columns: Sequence[str]) -> tuple[str, ...]:
-    """A line for each column that `MEANINGS` knows, by its own name or the last part of a metric's."""
-    return tuple(f"{column}: {MEANINGS[name]}" for column in columns if (name := _known(column)))
+    """A line for each meaning in `MEANINGS`, with the columns that have it: by their own name, or the last part of a metric's."""
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        name = next((name for name in (column, column.rpartition("/")[2]) if name in MEANINGS), "")
+        if name:
+            found.setdefault(MEANINGS[name], []).append(column)
+    return tuple(f"{', '.join(names)}: {meaning}" for meaning, names in found.items())
 
 
 def backend_of(run: Run) -> str:
@@ -95,10 +100,6 @@ def backend_of(run: Run) -> str:
 
     found = [value for name in (f"eval/{BACKENDS}", BACKENDS) for value in run.matching(name)]
     return ", ".join(dict.fromkeys(backend_name(value) for value in found if value in range(len(NAMES))))
-
-
-def _known(column: str) -> str:
-    return next((name for name in (column, column.rpartition("/")[2]) if name in MEANINGS), "")
 
 
 def claims(outcome: Outcome) -> Table:

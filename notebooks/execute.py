@@ -21,9 +21,10 @@ def execute(path: Path) -> nbformat.NotebookNode:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        nbclient.NotebookClient(
-            notebook, timeout=1800, kernel_name="python3", resources=resources, record_timing=False
-        ).execute()
+        client = nbclient.NotebookClient(
+            notebook, timeout=1800, startup_timeout=300, kernel_name="python3", resources=resources, record_timing=False
+        )
+        client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [clean(output) for output in cell.outputs if output.get("name") != "stderr"]
