@@ -24,7 +24,7 @@ STYLE = """
 body { margin: 2.5rem auto; max-width: 84rem; padding: 0 1.5rem; background: var(--paper); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem }
-p.facts { color: var(--soft); margin: .2rem 0 } a { color: #0b6bcb }
+p.facts, p.note { color: var(--soft); margin: .2rem 0 } p.note { font-size: .8rem; margin: 0 } a { color: #0b6bcb }
 .scroll { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: break-word }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom } td.short { white-space: nowrap } td.long { min-width: 11rem }
@@ -191,7 +191,7 @@ def _other_reports(folder: Path, linked: set[str]) -> str:
 
 
 def _table(table: Table, links: Sequence[str] = (), verdict_column: int = -1) -> str:
-    head = "".join(f"<th>{_breakable(c)}</th>" for c in table.columns)
+    head = "".join(f"<th>{_breakable(column, most=8)}</th>" for column in table.columns)
     body = []
     for i, row in enumerate(table.rows):
         cells = [_breakable(cell) for cell in row]
@@ -202,7 +202,7 @@ def _table(table: Table, links: Sequence[str] = (), verdict_column: int = -1) ->
         body.append(
             "<tr>" + "".join(f'<td class="{_kind(text)}">{cell}</td>' for cell, text in zip(cells, row, strict=True)) + "</tr>"
         )
-    notes = "".join(f'<p class="facts">{_e(note)}</p>' for note in table.notes)
+    notes = "".join(f'<p class="note">{_e(note)}</p>' for note in table.notes)
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>{notes}'
 
 
@@ -211,9 +211,9 @@ def _kind(text: str) -> str:
     return "short" if len(text) <= SHORT else "long" if len(text) > 3 * SHORT else ""
 
 
-def _breakable(text: str) -> str:
-    """Long names may be broken after the marks that divide them, and nowhere else."""
-    return re.sub(r"([/_.,])(?=\w)", r"\1<wbr>", _e(text)) if len(text) > SHORT else _e(text)
+def _breakable(text: str, most: int = SHORT) -> str:
+    """A long name may be broken after the marks that divide it; of a sentence only the spaces are."""
+    return re.sub(r"([/_.,])(?=[^\W\d])", r"\1<wbr>", _e(text)) if len(text) > most and " " not in text else _e(text)
 
 
 def _section(title: str, body: str) -> str:

@@ -29,7 +29,7 @@ MEANINGS = {
     "active": "parameters that a token uses",
     "learning": "parameters that are trained",
     "tokens/s": "tokens (or images) trained on in a second",
-    "drop_rate": "share of the wanted pairs of token and expert that were refused for lack of capacity (eval/: in the last evaluation, else in the last logged step of training)",
+    "drop_rate": "share of the wanted pairs of token and expert that were refused for lack of capacity, 0 to 1 (eval/: in the last evaluation, else in the last logged step of training)",
     "backend": "how plans were executed, see `moejax.dispatch`",
     "max_violation": "load of the most loaded expert over an even share, less 1",
     "load_entropy": "entropy of the load over experts, nats",
@@ -74,7 +74,7 @@ def arms(outcome: Outcome) -> Table:
                 f"{len(seeds)}" + (f" ({cached} cached)" if cached else ""),
                 *(spread(_values(seeds, metric)) for metric in metrics),
                 *(quantity(_mean(seeds, metric)) for _, metric in sizes),
-                *([percent(_mean(seeds, DROPS))] if drops else []),
+                *([spread(_values(seeds, DROPS))] if drops else []),
                 *([", ".join(dict.fromkeys(filter(None, map(backend_of, seeds.values())))) or "-"] if backends else []),
             )
         )
@@ -129,7 +129,7 @@ def summary_of(name: str, runs: Mapping[int, Run]) -> Table:
     scores = [m for m in first.metrics if m == "train/loss" or (m.startswith("eval/") and "stats/" not in m)]
     rows = [(metric, spread(_values(runs, metric))) for metric in scores]
     rows += [(title, quantity(_mean(runs, metric))) for title, metric in SIZES]
-    rows += [("drop_rate", percent(_mean(runs, DROPS)))] if first.matching(DROPS) else []
+    rows += [("drop_rate", spread(_values(runs, DROPS)))] if first.matching(DROPS) else []
     rows += [("backend", backend_of(first))] if backend_of(first) else []
     rows += [("time", duration(_mean(runs, "seconds"))), ("time to first step", duration(_mean(runs, "first_step_seconds")))]
     return Table(
@@ -251,11 +251,6 @@ def quantity(value: float) -> str:
         if abs(value) >= size * 10 or (abs(value) >= size and size > 1e3):
             return f"{value / size:.3g}{letter}"
     return f"{value:.0f}"
-
-
-def percent(value: float) -> str:
-    """0.0123 -> '1.2 %'."""
-    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,8 @@ from moejax.core.errors import ConfigError
 def backward_only(tree: Any, reason: str) -> Any:
     """The same values and gradients; in forward mode (`jax.jvp`, `jax.linearize`, Hessian-vector products) a `ConfigError` with this reason.
 
+    `jax.jacfwd` of a compiled function is the exception: its `vmap` meets JAX's own refusal first.
+
     A tangent passes through a linear operation that can be transposed, as reverse mode does, and cannot be computed. Each array has its own,
     so that what has no tangent gets none.
     """
@@ -30,7 +32,8 @@ def _marked(x: Array, reason: str) -> Array:
 
 @_marked.defjvp
 def _(reason: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return primals[0], _tangent.bind(tangents[0], reason=reason)
+    # Marked again: in a derivative of a derivative the next one goes through here too.
+    return _marked(primals[0], reason), _tangent.bind(tangents[0], reason=reason)
 
 
 _tangent = Primitive("backward_only")

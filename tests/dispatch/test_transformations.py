@@ -35,7 +35,6 @@ WRONG_WAYS = {
     "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
     "linearize": lambda f, x: jax.linearize(f, x)[1](x),
     "hessian": lambda f, x: jax.jvp(jax.grad(f), (x,), (x,)),
-    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
 }
 
 
