@@ -253,6 +253,11 @@ def quantity(value: float) -> str:
     return f"{value:.0f}"
 
 
+def percent(value: float) -> str:
+    """0.0123 -> '1.2 %'."""
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
 def duration(seconds: float) -> str:
     """45 -> '45 s', 125 -> '2 min 05 s', 7500 -> '2 h 05 min'; '-' if it was not measured."""
     if not math.isfinite(seconds):
