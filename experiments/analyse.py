@@ -123,8 +123,21 @@ def table(found: Mapping[str, Seen]) -> Table:
             last = seen.changes.get(name, [(0, math.nan)])[-1][1]
             per_token = float(layer.counts.sum() / max(layer.tokens.sum(), 1))
             values = (layer.balance, per_token, layer.entropy, layer.specialisation, layer.alikeness, seen.noise[name], last)
-            rows.append((arm, plots.layer_name(name), *("-" if math.isnan(v) else number(v) for v in values)))
-    columns = ("arm", "layer", "balance", "experts/token", "entropy, bits", "specialisation", "alike", "under noise", "changed")
+            rows.append(
+                (arm, plots.layer_name(name), *("-" if math.isnan(v) else number(v) for v in values), layer.backend or "-")
+            )
+    columns = (
+        "arm",
+        "layer",
+        "balance",
+        "experts/token",
+        "entropy, bits",
+        "specialisation",
+        "alike",
+        "under noise",
+        "changed",
+        "backend",
+    )
     return Table("What the routers learnt", columns, tuple(rows), notes=legend(columns))
 
 
@@ -138,6 +151,7 @@ def to_json(seen: Seen) -> dict[str, Any]:
             "tokens": each.tokens.tolist(),
             "entropy_bits": each.uncertainty.tolist(),
             "balance": each.balance,
+            "backend": each.backend,
             "specialisation": None if math.isnan(each.specialisation) else each.specialisation,
             "similarity": None if each.similarity is None else each.similarity.tolist(),
             "favourite_tokens": words,
