@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv with what pyproject.toml names. Needs Python 3.11 to 3.13.
 #
 #   make demo                        the first study: train, judge, report
-#   make demo ARGS=--preset=smoke    the same in seconds
+#   make demo ARGS=--preset=smoke    a few steps of the same
 #   make test PYTHON=python3.13 VENV=.venv-3.13      with another interpreter, in an environment of its own
 
 PYTHON  ?= python3

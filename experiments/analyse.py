@@ -21,7 +21,7 @@ from rich.console import Console
 from experiments import plots
 from experiments.cache import Run
 from experiments.record import Outcome
-from experiments.tables import Table, number
+from experiments.tables import Table, legend, number
 from experiments.terminal import say, short, show
 from moejax.analysis import ObservedLayer, changed, favourites, observe, preferences, with_noise
 from moejax.core.errors import ConfigError
@@ -123,9 +123,22 @@ def table(found: Mapping[str, Seen]) -> Table:
             last = seen.changes.get(name, [(0, math.nan)])[-1][1]
             per_token = float(layer.counts.sum() / max(layer.tokens.sum(), 1))
             values = (layer.balance, per_token, layer.entropy, layer.specialisation, layer.alikeness, seen.noise[name], last)
-            rows.append((arm, name, *("-" if math.isnan(v) else number(v) for v in values)))
-    columns = ("arm", "layer", "balance", "experts/token", "entropy, bits", "specialisation", "alike", "under noise", "changed")
-    return Table("What the routers learnt", columns, tuple(rows))
+            rows.append(
+                (arm, plots.layer_name(name), *("-" if math.isnan(v) else number(v) for v in values), layer.backend or "-")
+            )
+    columns = (
+        "arm",
+        "layer",
+        "balance",
+        "experts/token",
+        "entropy, bits",
+        "specialisation",
+        "alike",
+        "under noise",
+        "changed",
+        "backend",
+    )
+    return Table("What the routers learnt", columns, tuple(rows), notes=legend(columns))
 
 
 def to_json(seen: Seen) -> dict[str, Any]:
@@ -138,6 +151,7 @@ def to_json(seen: Seen) -> dict[str, Any]:
             "tokens": each.tokens.tolist(),
             "entropy_bits": each.uncertainty.tolist(),
             "balance": each.balance,
+            "backend": each.backend,
             "specialisation": None if math.isnan(each.specialisation) else each.specialisation,
             "similarity": None if each.similarity is None else each.similarity.tolist(),
             "favourite_tokens": words,
@@ -169,7 +183,7 @@ def experts(found: Mapping[str, Seen], path: Path) -> Path | None:
                 image = axes.imshow(
                     likes[:, order], aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1, 0, 3), interpolation="nearest"
                 )
-                _bare(axes, f"{arm}  {_brief(name)}  ({number(layer.specialisation)})")
+                _bare(axes, f"{arm}  {plots.layer_name(name)}  ({number(layer.specialisation)})")
                 axes.set_yticks(range(len(seen.labels)), seen.labels, fontsize=8)
             for axes in row[len(layers) :]:
                 axes.set_axis_off()
@@ -225,12 +239,6 @@ def _some(layers: dict[str, ObservedLayer]) -> dict[str, ObservedLayer]:
     names = list(layers)
     kept = np.unique(np.linspace(0, len(names) - 1, min(len(names), SHOWN_LAYERS)).round().astype(int))
     return {names[i]: layers[names[i]] for i in kept}
-
-
-def _brief(name: str) -> str:
-    """'stack.repeats.1_moe.ffn.0' -> 'moe 0'."""
-    parts = [p for p in name.split(".") if p not in ("stack", "repeats", "ffn")]
-    return " ".join(p.split("_", 1)[-1] for p in parts)
 
 
 def _bare(axes: Axes, title: str) -> None:

@@ -14,7 +14,7 @@ from experiments.progress import Board, Line
 from experiments.record import Outcome
 from experiments.seeds import next_runs
 from experiments.study import Study, resolve
-from experiments.terminal import make_console, say, short, show
+from experiments.terminal import curves, make_console, say, short, show
 from moejax.core.errors import ConfigError
 
 Fit = Callable[..., Any]
@@ -153,7 +153,8 @@ def finish(outcome: Outcome, runs: Path, ledger: Path, console: Console) -> int:
         say(console, f"  {short(path)}")
     if outcome.missing:
         say(console, f"no ledger entry: {outcome.missing}")
-    say(console, f"curves of every run: tensorboard --logdir={short(written.tensorboard)}")
+    if command := curves(written.tensorboard):
+        say(console, f"curves of every run: {command}")
     return 1 if outcome.preset == "smoke" and diverged else 0
 
 

@@ -38,7 +38,7 @@ EPILOG = """examples:
   python -m experiments.run                                   the default study at its CPU scale
   python -m experiments.run --list --family=token-choice      methods and what exists of them
   python -m experiments.run --list --matrix --study=switch     backends, devices, causality, decoding: by trying
-  python -m experiments.run --study=switch --preset=smoke     one study, in seconds
+  python -m experiments.run --study=switch --preset=smoke     one study, a few steps
   python -m experiments.run --study=switch --ablation=capacity
   python -m experiments.run --study=switch --record           into the repository's ledger and docs
   python -m experiments.run --study=switch --analyse          what its routers learnt

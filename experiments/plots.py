@@ -1,6 +1,7 @@
 """The pictures of a study: how its arms learnt, how they rank, and how evenly their experts were used."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ STYLE = {
     "axes.axisbelow": True,
 }
 LOADS = ("eval/stats/*/load", "stats/*/load")
+FEW_POINTS = 10  # points of a curve that are all shown
 MIN_RANKED = 6  # arms; fewer are read from the table at a glance
 MAX_LAYERS = 12  # rows of a heat map; a deeper model shows layers spread over its depth
 
@@ -127,6 +129,12 @@ def load_map(runs: Sequence[Run]) -> dict[str, np.ndarray]:
     return {layer: np.mean(found, 0) for layer, found in per_layer.items()}
 
 
+def layer_name(name: str) -> str:
+    """What a layer is called in tables and pictures, given its module's path: 'stack.repeats.1_moe.ffn.0' is 'moe ffn 0'."""
+    parts = [part for part in name.split(".") if part not in ("stack", "repeats")]
+    return " ".join(re.sub(r"^\d+_", "", part) for part in parts)
+
+
 def _curve_panel(axes: Axes, outcome: Outcome, metric: str) -> None:
     ends, shown = [], []
     for i, (arm, seeds) in enumerate(outcome.runs.items()):
@@ -137,8 +145,8 @@ def _curve_panel(axes: Axes, outcome: Outcome, metric: str) -> None:
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(steps, mean, stroke, color=colour, linewidth=1.8)
         ends.append((float(mean[-1]), mark + arm, colour))
-        # The first tenth falls so steeply that it would flatten the rest.
-        late = steps >= steps[0] + 0.1 * (steps[-1] - steps[0])
+        # The first tenth of a long training falls so steeply that it would flatten the rest; of a short one everything is shown.
+        late = steps >= steps[0] + (0.1 if len(steps) > FEW_POINTS else 0) * (steps[-1] - steps[0])
         shown += [np.nanmin(low[late]), np.nanmax(high[late])]
     shown = [v for v in shown if math.isfinite(v)]
     if shown:
@@ -186,7 +194,7 @@ def _load_panel(axes: Axes, arm: str, rows: dict[str, np.ndarray]) -> matplotlib
                 dark = value > 2.2 or value < 0.25
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if dark else "#333333")
     axes.set_title(arm)
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(range(len(names)), map(layer_name, names), fontsize=9)
     axes.set_xticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)

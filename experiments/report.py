@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,20 @@ from experiments import plots, record, tables
 from experiments.overrides import apply, copy, flatten
 from experiments.record import Outcome
 from experiments.tables import Table
+from experiments.terminal import SHORT
 from experiments.verdict import OUT_OF_REACH
 from moejax.core.files import write_atomically, write_json
 
 STYLE = """
 :root { --ink: #1b1f24; --soft: #5a6370; --line: #dfe3e8; --paper: #ffffff; --wash: #f6f7f9; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa4b0; --line: #333a43; --paper: #16191d; --wash: #1e2329; } }
-body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem; background: var(--paper); color: var(--ink);
+body { margin: 2.5rem auto; max-width: 84rem; padding: 0 1.5rem; background: var(--paper); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem }
-p.facts { color: var(--soft); margin: .2rem 0 } a { color: #0b6bcb }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600; white-space: nowrap }
+p.facts, p.note { color: var(--soft); margin: .2rem 0 } p.note { font-size: .8rem; margin: 0 } a { color: #0b6bcb }
+.scroll { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: break-word }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom } td.short { white-space: nowrap } td.long { min-width: 11rem }
 code, pre { font: .86rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
 pre { background: var(--wash); padding: 1rem; overflow-x: auto; border-radius: 6px }
 img { max-width: 100%; background: #ffffff; border-radius: 6px }
@@ -189,16 +191,29 @@ def _other_reports(folder: Path, linked: set[str]) -> str:
 
 
 def _table(table: Table, links: Sequence[str] = (), verdict_column: int = -1) -> str:
-    head = "".join(f"<th>{_e(c)}</th>" for c in table.columns)
+    head = "".join(f"<th>{_breakable(column, most=8)}</th>" for column in table.columns)
     body = []
     for i, row in enumerate(table.rows):
-        cells = [_e(cell) for cell in row]
+        cells = [_breakable(cell) for cell in row]
         if links and links[i]:
             cells[0] = f'<a href="{_e(links[i])}">{cells[0]}</a>'
         if table.styles:
             cells[verdict_column] = f'<span class="{table.styles[i]}">{cells[verdict_column]}</span>'
-        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+        body.append(
+            "<tr>" + "".join(f'<td class="{_kind(text)}">{cell}</td>' for cell, text in zip(cells, row, strict=True)) + "</tr>"
+        )
+    notes = "".join(f'<p class="note">{_e(note)}</p>' for note in table.notes)
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>{notes}'
+
+
+def _kind(text: str) -> str:
+    """Numbers and names stay on one line; sentences get room for a few words in each."""
+    return "short" if len(text) <= SHORT else "long" if len(text) > 3 * SHORT else ""
+
+
+def _breakable(text: str, most: int = SHORT) -> str:
+    """A long name may be broken after the marks that divide it; of a sentence only the spaces are."""
+    return re.sub(r"([/_.,])(?=[^\W\d])", r"\1<wbr>", _e(text)) if len(text) > most and " " not in text else _e(text)
 
 
 def _section(title: str, body: str) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments import flags
 from experiments.flags import Options
-from experiments.terminal import make_console, one_line_each, say, short, show, told, trouble
+from experiments.terminal import curves, make_console, one_line_each, say, short, show, told, trouble
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.text import tell
 
@@ -125,7 +125,8 @@ def _run_config(options: Options, console: Console) -> int:
     show(console, tables.summary_of(name, found))
     for seed, run in found.items():
         say(console, f"seed {seed}: {short(run.path)}" + (f"  diverged: {run.diverged}" if run.diverged else ""))
-    say(console, f"curves: tensorboard --logdir={short(found[0].path)}")
+    if command := curves(found[0].path):
+        say(console, f"curves: {command}")
     return 0
 
 

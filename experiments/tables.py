@@ -25,16 +25,43 @@ COLOURS = {
 SIZES = (("params", "params"), ("active", "active_params"), ("steps", "steps"), ("tokens/s", "tokens_per_second"))
 LEARNING = "trainable_params"
 DROPS = "stats/drop_rate"
+BACKENDS = "stats/*/backend"
+# What a column or the last part of a metric's name says, and its unit.
+MEANINGS = {
+    "loss": "what is minimised without the losses on routing, nats a token or image",
+    "bits_per_byte": "cross entropy, bits for a byte of text",
+    "perplexity": "exponential of the cross entropy in nats a token",
+    "accuracy": "share of right answers, 0 to 1",
+    "params": "parameters in all",
+    "active": "parameters that a token uses",
+    "learning": "parameters that are trained",
+    "tokens/s": "tokens (or images) trained on in a second",
+    "drop_rate": "share of the wanted pairs of token and expert that were refused for lack of capacity, 0 to 1 (eval/: in the last evaluation, else in the last logged step of training)",
+    "backend": "how plans were executed, see `moejax.dispatch`",
+    "max_violation": "load of the most loaded expert over an even share, less 1",
+    "load_entropy": "entropy of the load over experts, nats",
+    "experts_per_token": "experts that a token was processed by, on average",
+    "entropy": "of a token's distribution over experts, nats",
+    "z": "mean squared logarithm of the router's partition function",
+    "balance": "1 if all experts are used alike, 0 if one takes everything",
+    "experts/token": "experts that a token was processed by, on average",
+    "entropy, bits": "of a token's distribution over experts",
+    "specialisation": "share of the label (domain, class) that a token's expert tells",
+    "alike": "mean cosine of two experts' answers to the same token",
+    "under noise": "share of choices that change when other tokens are replaced",
+    "changed": "share of choices that changed since the checkpoint before",
+}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column names and rows of text; `styles` has a colour name per row, or ''."""
+    """A title, column names and rows of text; `styles` has a colour name per row, or ''; `notes` say what columns mean."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     styles: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def arms(outcome: Outcome) -> Table:
@@ -44,6 +71,7 @@ def arms(outcome: Outcome) -> Table:
     part = any(run.matching(LEARNING) and run.value(LEARNING) != run.value("params") for run in runs)
     sizes = [*SIZES[:2], *([("learning", LEARNING)] if part else []), *SIZES[2:]]
     drops = any(run.matching(DROPS) for run in runs)
+    backends = any(backend_of(run) for run in runs)
     rows = []
     for arm, seeds in outcome.runs.items():
         cached = sum(run.cached for run in seeds.values())
@@ -53,11 +81,32 @@ def arms(outcome: Outcome) -> Table:
                 f"{len(seeds)}" + (f" ({cached} cached)" if cached else ""),
                 *(spread(_values(seeds, metric)) for metric in metrics),
                 *(quantity(_mean(seeds, metric)) for _, metric in sizes),
-                *([percent(_mean(seeds, DROPS))] if drops else []),
+                *([spread(_values(seeds, DROPS))] if drops else []),
+                *([", ".join(dict.fromkeys(filter(None, map(backend_of, seeds.values())))) or "-"] if backends else []),
             )
         )
-    columns = ("arm", "seeds", *metrics, *(title for title, _ in sizes), *(["drop rate"] if drops else []))
-    return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows))
+    columns = ("arm", "seeds", *metrics, *(title for title, _ in sizes), *(["drop_rate"] if drops else []))
+    columns += ("backend",) if backends else ()
+    return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows), notes=legend(columns))
+
+
+def legend(columns: Sequence[str]) -> tuple[str, ...]:
+    """A line for each meaning in `MEANINGS`, with the columns that have it: by their own name, or the last part of a metric's."""
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        name = next((name for name in (column, column.rpartition("/")[2]) if name in MEANINGS), "")
+        if name:
+            found.setdefault(MEANINGS[name], []).append(column)
+    return tuple(f"{', '.join(names)}: {meaning}" for meaning, names in found.items())
+
+
+def backend_of(run: Run) -> str:
+    """The names of the backends that a run's layers were executed by, which its logs have as numbers; '' if none says."""
+    from moejax.dispatch import BACKENDS as NAMES
+    from moejax.dispatch import backend_name
+
+    found = [value for name in (f"eval/{BACKENDS}", BACKENDS) for value in run.matching(name)]
+    return ", ".join(dict.fromkeys(backend_name(value) for value in found if value in range(len(NAMES))))
 
 
 def claims(outcome: Outcome) -> Table:
@@ -91,9 +140,15 @@ def summary_of(name: str, runs: Mapping[int, Run]) -> Table:
     scores = [m for m in first.metrics if m == "train/loss" or (m.startswith("eval/") and "stats/" not in m)]
     rows = [(metric, spread(_values(runs, metric))) for metric in scores]
     rows += [(title, quantity(_mean(runs, metric))) for title, metric in SIZES]
-    rows += [("drop rate", percent(_mean(runs, DROPS)))] if first.matching(DROPS) else []
+    rows += [("drop_rate", spread(_values(runs, DROPS)))] if first.matching(DROPS) else []
+    rows += [("backend", backend_of(first))] if backend_of(first) else []
     rows += [("time", duration(_mean(runs, "seconds"))), ("time to first step", duration(_mean(runs, "first_step_seconds")))]
-    return Table(f"{name}, {len(runs)} seed{'' if len(runs) == 1 else 's'}", ("metric", "value"), tuple(rows))
+    return Table(
+        f"{name}, {len(runs)} seed{'' if len(runs) == 1 else 's'}",
+        ("metric", "value"),
+        tuple(rows),
+        notes=legend([name for name, _ in rows]),
+    )
 
 
 def adapted(name: str, layers: Sequence[Any]) -> Table:

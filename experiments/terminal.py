@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table as RichTable
@@ -27,6 +29,8 @@ MACHINE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ENXIO,
 )  # fmt: skip
+GAP = 2  # columns between those of a table
+SHORT = 18  # characters up to which a cell stays on one line
 PLAIN_WIDTH = 160  # columns where no terminal says how many it has
 
 
@@ -103,18 +107,59 @@ def say(console: Console, text: str) -> None:
 
 
 def show(console: Console, table: "Table") -> None:
-    """A table; a row's style colours its last cell (the verdict), 'dim' the whole row."""
-    shown = RichTable(
-        title=table.title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for column in table.columns:
-        shown.add_column(column, overflow="fold")
-    for i, row in enumerate(table.rows):
-        style = table.styles[i] if table.styles else ""
-        last = [Text(row[-1], style=style)]
-        shown.add_row(*[Text(cell) for cell in row[:-1]], *last, style="dim" if style == "dim" else "")
-    console.print(shown)
-    console.print()
+    """A table; a row's style colours its last cell (the verdict), 'dim' the whole row.
+
+    No word is broken while there is room for words: where the terminal is too narrow for all columns, they follow each other in several
+    tables, each with the first column.
+    """
+    for number, (columns, widths) in enumerate(_parts(table, console.width)):
+        title = table.title if not number else ""
+        shown = RichTable(
+            title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, GAP, 0, 0)
+        )
+        for i, width in zip(columns, widths, strict=True):
+            shown.add_column(table.columns[i], overflow="fold", width=width)
+        for row, style in zip(table.rows, table.styles or [""] * len(table.rows), strict=True):
+            cells = [Text(row[i], style=style if i == len(row) - 1 else "") for i in columns]
+            shown.add_row(*cells, style="dim" if style == "dim" else "")
+        console.print(shown)
+        console.print()
+    for note in table.notes:
+        console.print(Text(note, style="dim"))
+    if table.notes:
+        console.print()
+
+
+def curves(folder: Path) -> str:
+    """The command that shows the curves in a folder, if there is one here that does; ''."""
+    return f"tensorboard --logdir={short(folder)}" if importlib.util.find_spec("tensorboard") else ""
+
+
+def _parts(table: "Table", room: int) -> list[tuple[list[int], list[int]]]:
+    """Which columns stand side by side, and how wide they are, in as few tables as have room for the longest word of each column."""
+    texts = [[table.columns[i], *(row[i] for row in table.rows)] for i in range(len(table.columns))]
+    full = [max(map(cell_len, column)) for column in texts]
+    least = [min(max(map(_unbroken, column)), max(room // 2 - GAP, 1)) for column in texts]
+    parts: list[list[int]] = [[0]]
+    for i in range(1, len(texts)):
+        if sum(least[j] + GAP for j in [*parts[-1], i]) > room and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(i)
+    found = []
+    for part in parts:
+        widths = {i: full[i] for i in part}
+        while sum(widths.values()) + GAP * len(part) > room:
+            widest = max(part, key=lambda i: widths[i] - least[i])
+            if widths[widest] <= least[widest]:
+                break
+            widths[widest] -= 1
+        found.append((part, [max(width, 1) for width in widths.values()]))
+    return found
+
+
+def _unbroken(text: str) -> int:
+    """How wide what must not be broken is: a short cell, such as a number with its spread, or the longest word of a sentence."""
+    return cell_len(text) if cell_len(text) <= SHORT else max(map(cell_len, text.split()), default=0)
 
 
 def short(path: Path) -> str:

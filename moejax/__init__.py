@@ -9,6 +9,9 @@ on first use, so that tools which only read configs start at once.
 """
 
 from moejax.core.folders import lazy
+from moejax.core.platforms import skip_absent_tpus
+
+skip_absent_tpus()
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ device batch by batch, so that a run of any length takes the memory of one batch
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ class ObservedLayer:
       uncertainty: mean entropy of a token's distribution over experts, in bits, by label.
       words: use of each expert by each token id, for text.
       similarity: mean cosine between two experts' outputs for the same token; None if the layer has no bank of its own.
+      backend: that executed its plans, a name of `moejax.dispatch.BACKENDS`; '' if the layer does not say.
     """
 
     counts: Float[np.ndarray, "labels e"]
@@ -45,6 +47,7 @@ class ObservedLayer:
     uncertainty: Float[np.ndarray, "labels"]
     words: Float[np.ndarray, "v e"] | None
     similarity: Float[np.ndarray, "e e"] | None
+    backend: str = ""
 
     @property
     def load(self) -> Float[np.ndarray, "e"]:
@@ -184,14 +187,16 @@ def with_noise(batch: Batch, share: float, rng: np.random.Generator) -> dict[str
 def _routing(model: nn.Module, variables: Any, x: Array, ctx: Context, responses: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and sown routing of every layer; a scan's layers are one, with an axis in front."""
     with nn.intercept_methods(_compare_experts if responses else _go_on):
-        _, sown = model.apply(variables, x, ctx, mutable=["routing"])
-    yield from _nodes(sown.get("routing", {}), ())
+        _, sown = model.apply(variables, x, ctx, mutable=["routing", "stats"])
+    for path, node in _nodes(sown.get("routing", {}), ()):
+        stats = functools.reduce(lambda tree, key: tree.get(key, {}), path, sown.get("stats", {}))
+        yield ".".join(path), {**node, **{name: stats[name] for name in ("backend",) if name in stats}}
 
 
-def _nodes(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _nodes(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     # Product keys give a plan alone: probabilities of a million experts nobody wants.
     if {"plan", "probs"} <= tree.keys() and not isinstance(tree["plan"], (Mapping, MergePlan)):
-        yield ".".join(path), dict(tree)
+        yield path, dict(tree)
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _nodes(value, (*path, key))
@@ -216,6 +221,8 @@ def _count(node: Mapping[str, Any], batch: Batch, ctx: Context, labels: int, voc
         found["words"] = table.at[..., words.reshape(-1), :].add(flat)
     if "similarity" in node:
         found["similarity"] = node["similarity"]
+    if "backend" in node and jnp.shape(node["backend"]) == uses.shape[:-3]:
+        found["backend"] = node["backend"]
     return found
 
 
@@ -294,9 +301,11 @@ def _layers(total: Mapping[str, Mapping[str, np.ndarray]], batches: int) -> Iter
             each = {key: value[at] for key, value in found.items()}
             uncertainty = each["entropy"] / np.maximum(each["tokens"], 1)
             similarity = each["similarity"] / batches if "similarity" in each else None
+            # The number of a backend, once for each batch.
+            backend = dispatch.backend_name(round(float(each["backend"]) / batches)) if "backend" in each else ""
             yield (
                 f"{name}{_place(at)}",
-                ObservedLayer(each["counts"], each["tokens"], uncertainty, each.get("words"), similarity),
+                ObservedLayer(each["counts"], each["tokens"], uncertainty, each.get("words"), similarity, backend),
             )
 
 

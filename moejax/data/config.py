@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from moejax.core.errors import ConfigError, nearest
 from moejax.core.fields import Count, In, Positive, Whole, check, checked, fits, short
-from moejax.data.catalog import DATASETS, ImageDataset, TextDataset
+from moejax.data.catalog import DATASETS, ImageDataset, TextDataset, base_of
 
 MOST = 2**24  # rows of a batch, or tokens of a row: a thousand times what anybody trains with
 
@@ -19,6 +19,8 @@ class DataConfig:
     Attributes:
       name: a key of `DATASETS`; a TFDS config or version may follow, as in `wikipedia/20230601.de` or `c4/en:3.0.1`.
       batch_size: rows or images of one step over all hosts; a host's share is `batch_size / shard_count`.
+      path: of `text_files` and `image_files`, a folder, a pattern such as `/data/*.txt`, or a file (`moejax.data.builders.files` says how
+        it is read and divided); of `tfds_text` and `tfds_images`, the folder of a data set that TFDS prepared. Others have none.
       data_dir: folder of prepared TFDS data sets; TFDS's own default if unset. Embedded data sets ignore it.
       shuffle: a new order every epoch in endless training; off, the fixed order of evaluation.
       prefetch: batches that a thread prepares ahead.
@@ -27,6 +29,7 @@ class DataConfig:
 
     name: str
     batch_size: Annotated[int, In(1, MOST)]
+    path: str | None = None
     data_dir: str | None = None
     shuffle: bool = True
     prefetch: Count = 4
@@ -35,7 +38,7 @@ class DataConfig:
     @property
     def base(self) -> str:
         """The name without TFDS config and version."""
-        return self.name.replace(":", "/").split("/")[0]
+        return base_of(self.name)
 
 
 @checked
@@ -51,6 +54,7 @@ class TextConfig(DataConfig):
       tokenizer: `bytes` (vocabulary 256, no special tokens) or the path of a `tokenizers` JSON file.
       streaming: cut and pack documents while reading, rather than hold the tokens of a split in memory. If unset, corpora of
         over 256 MB are streamed.
+      column: what holds the text, of records in `text_files` and of `tfds_text`; other corpora know.
     """
 
     gives: ClassVar[tuple[str, ...]] = ("tokens", "targets", "segments", "positions", "valid", "domain")
@@ -61,6 +65,7 @@ class TextConfig(DataConfig):
     packing: bool = True
     tokenizer: str = "bytes"
     streaming: bool | None = None
+    column: str = "text"
 
 
 @checked
@@ -95,7 +100,7 @@ def parse(config: Any) -> TextConfig | ImageConfig:
     if "name" not in given:
         raise ConfigError(f"data.name is missing; valid names: {', '.join(sorted(DATASETS))}")
     name = str(given["name"])
-    base = name.replace(":", "/").split("/")[0]
+    base = base_of(name)
     if base not in DATASETS:
         raise ConfigError(f"unknown data set '{name}' in data.name{nearest(base, DATASETS)}")
     dataset = DATASETS[base]
@@ -106,6 +111,12 @@ def parse(config: Any) -> TextConfig | ImageConfig:
             raise ConfigError(f"unknown key '{key}' in data (name='{name}'){nearest(key, keys)}")
     if "batch_size" not in given:
         raise ConfigError("data.batch_size is missing")
+    if dataset.own and "path" not in given:
+        raise ConfigError(f"data.name='{name}' needs data.path, where the data lie")
+    for key in ("path", "column"):
+        if key in given and not dataset.own:
+            own = ", ".join(name for name, other in DATASETS.items() if other.own and isinstance(other, type(dataset)))
+            raise ConfigError(f"data.{key}={short(given[key])} does not go with data.name='{name}'; it is for {own}")
     check(cls, {key: value for key, value in given.items() if key not in ("domains", "mixture")}, "data")
     if isinstance(dataset, TextDataset):
         given |= _check_domains(given, base, dataset)
@@ -128,16 +139,18 @@ def check_shards(config: DataConfig, shard_index: int, shard_count: int) -> int:
     return config.batch_size // shard_count
 
 
-def check_split(config: DataConfig, split: str) -> TextDataset | ImageDataset:
-    """The data set of `config`, once it is known to have `split`.
+def check_split(config: DataConfig, split: str, dataset: TextDataset | ImageDataset | None = None) -> None:
+    """Refuses a split that the data of `config` have not.
+
+    Args:
+      dataset: as it was found; that of the name if None, which may have splits that data of one's own lack.
 
     Raises:
-      ConfigError: it has no such split.
+      ConfigError: naming those that there are.
     """
-    dataset = DATASETS[config.base]
+    dataset = dataset or DATASETS[config.base]
     if split not in dataset.splits:
         raise ConfigError(f"'{config.base}' in data.name has no split '{split}'{nearest(split, dataset.splits)}")
-    return dataset
 
 
 def _check_domains(given: Mapping[str, Any], base: str, dataset: TextDataset) -> dict[str, Any]:
@@ -150,7 +163,12 @@ def _check_domains(given: Mapping[str, Any], base: str, dataset: TextDataset) ->
     domains = tuple(domains)
     for domain in domains:
         if domain not in valid:
-            raise ConfigError(f"unknown domain '{domain}' in data.domains of '{base}'{nearest(domain, valid)}")
+            rest = (
+                f"{nearest(domain, valid)}; data.domains=None reads all"
+                if len(valid) > 1
+                else "; it has none, so set data.domains to None"
+            )
+            raise ConfigError(f"unknown domain '{domain}' in data.domains of '{base}'{rest}")
     if not domains or len(set(domains)) != len(domains):
         raise ConfigError(f"data.domains={domains} must name each domain once; valid names: {', '.join(valid)}")
     if "mixture" not in given:

@@ -6,22 +6,23 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from moejax.core.errors import ConfigError
 from moejax.data import storage
 from moejax.data.catalog import ImageDataset
 from moejax.data.config import ImageConfig, check_split
 from moejax.data.order import batched, check_memory, check_rows, derive_seed, ordered, padded
+from moejax.data.pixels import resize
 
 
 def image_batches(
     config: ImageConfig, split: str, seed: int, shard_index: int, shard_count: int, num_epochs: int | None
 ) -> grain.IterDataset:
     """Batches of images. Arguments and batch as in `moejax.data.make_iterator`, but `num_epochs` None is endless."""
-    builder = storage.open_builder(config)
-    dataset = check_split(config, split)
-    shape = image_shape(config, builder)
+    builder, dataset = storage.open_dataset(config)
+    check_split(config, split, dataset)
+    shape = image_shape(config, builder, dataset)
     check_memory(config, 4 * math.prod(shape) + 13, config.batch_size // shard_count)
     examples = storage.open_split(builder, dataset.splits[split], config.name)
     if num_epochs is None:
@@ -38,13 +39,12 @@ def image_batches(
     return batched(order, config, shard_index, shard_count)
 
 
-def image_shape(config: ImageConfig, builder: Any) -> tuple[int, int, int]:
+def image_shape(config: ImageConfig, builder: Any, dataset: ImageDataset) -> tuple[int, int, int]:
     """Height, width and channels of a batch's images.
 
     Raises:
       ConfigError: the data set's images differ in size and `data.image_size` is unset.
     """
-    dataset = check_split(config, "train")
     height, width, channels = builder.info.features[dataset.image].shape
     if config.image_size is not None:
         return config.image_size, config.image_size, channels
@@ -89,20 +89,6 @@ class Augment:
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
         return example | {"image": np.ascontiguousarray(image)}
-
-
-def resize(pixels: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
-    """The centre square, resized to `size` (bilinear with antialiasing, by Pillow)."""
-    height, width, channels = pixels.shape
-    if (height, width) == (size, size):
-        return pixels
-    from PIL import Image
-
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[top : top + side, left : left + side]
-    image = Image.fromarray(square[..., 0] if channels == 1 else square)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, channels)
 
 
 def _empty(shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import grain
 
 from moejax.core.errors import ConfigError
 from moejax.data import storage, tokenizers
-from moejax.data.catalog import DATASETS
 from moejax.data.config import TextConfig, check_shards, check_split, parse
 from moejax.data.images import image_batches, image_shape
 from moejax.data.text import text_batches
@@ -106,18 +105,17 @@ def check_covers(model: Mapping[str, Any], info: Any, tokenizer: str = "bytes") 
 
 
 def info(config: Any) -> DataInfo:
-    """What `config.data` describes; embedded data sets are prepared on the way, which takes a few seconds once.
+    """What `config.data` describes; embedded data sets, and one's own files, are prepared on the way, once.
 
     Raises:
       ConfigError: as `make_iterator`.
     """
     config = parse(config)
-    builder = storage.open_builder(config)
-    dataset = DATASETS[config.base]
+    builder, dataset = storage.open_dataset(config)
     sizes = {split: builder.info.splits[expression].num_examples for split, expression in dataset.splits.items()}
     if isinstance(config, TextConfig):
         vocab_size = tokenizers.load(config.tokenizer).vocab_size
         return DataInfo(config.name, "text", sizes, domains=config.domains, vocab_size=vocab_size)
     num_classes = builder.info.features[dataset.label].num_classes
-    shape = image_shape(config, builder)
+    shape = image_shape(config, builder, dataset)
     return DataInfo(config.name, "image", sizes, num_classes=num_classes, image_shape=shape)

@@ -31,8 +31,8 @@ def text_batches(
 ) -> grain.IterDataset:
     """Batches of rows. Arguments and batch as in `moejax.data.make_iterator`, but `num_epochs` None is endless."""
     check_memory(config, 21 * config.seq_len + 8, config.batch_size // shard_count)
-    builder = storage.open_builder(config)
-    dataset = check_split(config, split)
+    builder, dataset = storage.open_dataset(config)
+    check_split(config, split, dataset)
     decode = Decode(dataset.text, dataset.domains or (config.base,), config.domains, config.tokenizer)
     shuffle = config.shuffle and split == "train"
     streaming = config.streaming

@@ -11,6 +11,7 @@ from moejax.core.errors import ConfigError, nearest
 from moejax.dispatch.backends import capacity, einsum, gather, grouped, merged, reference
 from moejax.dispatch.expert_parallel.run import expert_parallel, limit
 from moejax.dispatch.experts import Experts, MixedExperts, nothing
+from moejax.dispatch.forward_mode import backward_only
 from moejax.dispatch.parts import sum_parts
 from moejax.parallel.mesh import batch_ways
 from moejax.parallel.scope import current
@@ -31,6 +32,12 @@ BACKENDS: dict[str, Callable[[Plan, Experts, Array], Array]] = {
     "merged": merged,
     "expert_parallel": expert_parallel,
 }
+# Their derivatives are written by hand.
+BACKWARD = ("grouped", "expert_parallel")
+BACKWARD_ONLY = (
+    "has derivatives that go backward, and once: for jax.jvp, jax.linearize and Hessian-vector products take 'capacity', 'gather', "
+    "'einsum' or 'reference'"
+)
 Backend: TypeAlias = Literal["auto", *BACKENDS]
 ACCEPTS: dict[str, tuple[type, ...]] = {
     "reference": (TokenPlan, ExpertPlan, SlotPlan, MergePlan),
@@ -94,6 +101,9 @@ def execute(
             return jnp.zeros_like(x), plan
         if backend == "auto" and part.light and isinstance(plan, TokenPlan):
             return gather(plan, part, x), plan
+        if name in BACKWARD:
+            plan, x, params = backward_only((plan, x, part.params), f"backend='{name}' {BACKWARD_ONLY}")
+            part = part.replace(params=params)
         plan = limit(plan, current()) if name == "expert_parallel" else plan
         return BACKENDS[name](plan, part, x), plan
 

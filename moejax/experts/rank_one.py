@@ -4,9 +4,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax.core.errors import ConfigError, check_choice
 from moejax.dispatch.expert_parallel.rows import Rows, sum_rows
 from moejax.experts.registry import activation, declare
-from pallas_kernels.rank_one import rank_one_experts
+from pallas_kernels.implementations import current_chip
+from pallas_kernels.rank_one import IMPLEMENTATIONS, rank_one_experts
 
 
 class RankOne(nn.Module):
@@ -28,8 +30,13 @@ class RankOne(nn.Module):
     out_std: float = 0.02
     implementation: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_choice("implementation", self.implementation, ("auto", *IMPLEMENTATIONS))
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, x: Float[Array, "n d"], index: Int[Array, "n p"], weight: Float[Array, "n p"]) -> Float[Array, "n d"]:
+        check_platform(self.implementation, self)
         shape, names = (self.num_experts, x.shape[-1]), ("expert", "embed")
         declared = {"v": (nn.initializers.normal(self.out_std), shape, names)}
         if not self.values_only:
@@ -42,3 +49,17 @@ class RankOne(nn.Module):
             return rank_one_experts(x, index, weight, rows.get("u", rows["v"]), rows["v"], act, self.implementation)
 
         return sum_rows(experts, rows, axes, x, index, weight)
+
+
+def check_platform(implementation: str, module: nn.Module) -> None:
+    """Refuses the kernel of another platform than the one that is computed on, before its compiler does in its own words.
+
+    Raises:
+      ConfigError: naming the `module`'s place.
+    """
+    platform = current_chip().platform
+    if implementation in ("tpu", "gpu") and implementation != platform:
+        raise ConfigError(
+            f"implementation='{implementation}' in {'/'.join(module.path) or type(module).__name__} is a kernel for {implementation.upper()}s, "
+            f"and this is a {platform.upper()}; take 'auto', or 'interpret_{implementation}' to try it here"
+        )

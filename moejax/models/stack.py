@@ -121,6 +121,7 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast),
             length=repeats,
             check_constancy_invariants=False,
+            unroll=repeats if self._shallow() else 1,
         )
         # Inside a scan the compiler cannot merge recomputation with the forward pass, and the guard only costs.
         (x, _), _ = scanned(parts, self.remat, prevent_cse=False, name=SCANNED)(carry, first, ctx)

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from moejax.core.errors import ConfigError
 from moejax.train.settings import PLACE, REQUIRED, EvalSettings, TrainSettings, without_defaults
 
-# What cannot change a number of a finished run, by section.
-COSMETIC = ("checkpoint", "train.log_every", *PLACE, "data.data_dir", "data.prefetch", "data.workers")
+# What cannot change a number of a finished run, by section. What lies at `data.path` counts by its contents, see `same_run.files`.
+COSMETIC = ("checkpoint", "train.log_every", *PLACE, "data.data_dir", "data.path", "data.prefetch", "data.workers")
 # The same of any part of a model or an adapter.
 HOW = ("backend", "implementation", "remat")
 _NOTHING = object()

@@ -202,6 +202,7 @@ class _Run:
         self._make_iterator = make_iterator
         self._shard = (0, 1) if self.parallel is None else batches.data_shard(self.parallel.mesh)
         self.batches = self._iterator(split="train", seed=self.seed)
+        self._check_eval_split()
         fresh = self.batches.get_state()
         batch = next(self.batches)
         self._first_batch = batch_contents(batch) if self._shard[1] == 1 else None
@@ -359,10 +360,10 @@ class _Run:
         made_of = meta.get("made_of", {})
         for place, contents in self._made_of.items():
             if made_of.get(place, contents) != contents:
-                kind = "file" if place.endswith("tokenizer") else "checkpoint"
+                kinds = {"tokenizer": "another file than the one that is", "path": "other data than what is"}
+                was = kinds.get(place.rpartition(".")[2], "another checkpoint than the one that is")
                 raise ConfigError(
-                    f"{self.workdir} holds a run whose {place} was another {kind} than the one that is there now; take another "
-                    "workdir, or remove this one to start anew"
+                    f"{self.workdir} holds a run whose {place} was {was} there now; take another workdir, or remove this one to start anew"
                 )
 
     def _due(self, every: int) -> bool:
@@ -410,6 +411,14 @@ class _Run:
             if self.evaluation.batches and i == self.evaluation.batches:
                 return
             yield batch
+
+    def _check_eval_split(self) -> None:
+        """Refuses a split that there is not before anything is trained. What a user's own `make_iterator` has, it alone knows."""
+        if self._make_iterator is data.make_iterator:
+            try:
+                self._iterator(split=self.evaluation.split, seed=0, num_epochs=1)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (eval.split)") from None
 
     def _check_finite(self, recent: RecentBatches) -> None:
         bad = int(self.state.first_bad_step)

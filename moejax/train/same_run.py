@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from moejax import data
 from moejax.core.errors import ConfigError
 from moejax.core.files import digest
+from moejax.data.catalog import is_own
 from moejax.optim.base import optimizers
 from moejax.surgery.sources.checkpoint import CheckpointSource
 from moejax.train.checkpoints import MANIFEST, find_checkpoint
@@ -70,6 +72,9 @@ def files(config: Any, place: str = "") -> dict[str, str]:
             found[place] = contents(*source.place)
     if "tokenizer" in config and Path(str(config["tokenizer"])).is_file():
         found[f"{inside}tokenizer"] = digest(Path(config["tokenizer"]))[:20]
+    if config.get("path") is not None and is_own(config.get("name")):
+        with contextlib.suppress(ConfigError, FileNotFoundError):
+            found[f"{inside}path"] = data.contents(data.parse(config))
     for name, value in config.items():
         found |= files(value, f"{inside}{name}")
     return found

@@ -53,11 +53,12 @@ def start(model: Any, data: dict[str, np.ndarray], task: Any) -> Any:
 
 @pytest.mark.parametrize("by", ["sequence", "batch", "position"])
 def test_counts_are_those_of_a_loop_over_tokens(rng: np.random.Generator, by: str) -> None:
-    model, task = language_model({**TOP, "group_by": by}, repeats=2), NextToken()
+    model, task = language_model({**TOP, "group_by": by, "backend": "einsum"}, repeats=2), NextToken()
     batches = [batch(rng), batch(rng)]
     variables = start(model, batches[0], task)
     layers = observe(model, variables, batches, task, labels=3, vocabulary=V)
     assert set(layers) == {"stack.repeats.0_f0.ffn.0", "stack.repeats.0_f0.ffn.1"}
+    assert {layer.backend for layer in layers.values()} == {"einsum"}
     route = jax.jit(lambda x, ctx: model.apply(variables, x, ctx, mutable=["routing"])[1]["routing"])
     for i, layer in enumerate(layers.values()):
         counts, words, tokens, bits = np.zeros((3, E)), np.zeros((V, E)), np.zeros(3), np.zeros(3)

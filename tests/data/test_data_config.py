@@ -90,7 +90,7 @@ def test_config_dicts_and_mappings_mean_the_same():
 
 def test_every_name_parses_to_its_kind():
     for name, dataset in DATASETS.items():
-        config = parse({"name": name, "batch_size": 2})
+        config = parse({"name": name, "batch_size": 2, **({"path": "/data"} if dataset.own else {})})
         assert isinstance(config, TextConfig if hasattr(dataset, "text") else ImageConfig)
         assert {"train", "validation"} <= set(dataset.splits)
 

@@ -8,7 +8,8 @@ import pytest
 
 import moejax.data.builders
 from moejax.data import info, make_iterator
-from moejax.data.images import Augment, resize
+from moejax.data.images import Augment
+from moejax.data.pixels import resize
 
 
 def rows_of(config, split, **arguments):

@@ -7,16 +7,19 @@ import threading
 import warnings
 
 import pytest
+from matplotlib.figure import Figure
 from rich.progress import Progress
 from toy_studies import FakeFit, make_study
 
-from experiments import run, tables
+from experiments import plots, run, tables
+from experiments.cache import Run
 from experiments.execute import execute, finish
 from experiments.progress import Board
+from experiments.record import Outcome
 from experiments.run import main
 from experiments.study import Arm
 from experiments.tables import Table
-from experiments.terminal import PlainConsole, make_console, one_line_each, say, show, trouble
+from experiments.terminal import PlainConsole, curves, make_console, one_line_each, say, show, trouble
 from moejax.core.files import Damaged
 from moejax.core.text import printable
 
@@ -152,3 +155,63 @@ def test_runs_that_cannot_be_written_are_told_before_anything_is_done(tmp_path, 
     monkeypatch.setenv("MOEJAX_RUNS", str(tmp_path / place))
     assert main(argv) == 2
     assert capsys.readouterr().err.startswith("error: MOEJAX_RUNS=")
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_tables_break_no_word_and_lose_no_column(width, capsys):
+    """Those that are too wide follow each other, each with the first column."""
+    metrics = ("eval/bits_per_byte", "eval/stats/drop_rate", "eval/stats/max_violation")
+    columns = ("arm", "seeds", *metrics, "params", "active", "tokens/s", "drop_rate", "backend")
+    rows = tuple(
+        (arm, "3 (3 cached)", *["1.8463 ± 0.0122"] * 3, "1.23M", "346k", "12.3k", "1.2 %", "grouped")
+        for arm in ("dense", "switch")
+    )
+    sentence = "Switch beats dense at equal compute, and does so with fewer dropped tokens than before"
+    long = Table("Claims", ("claim", "statement", "verdict"), ((sentence, sentence, "inconclusive: too few seeds"),))
+    console = PlainConsole(width=width, color_system=None)
+    show(console, Table("Arms", columns, rows, notes=("drop_rate: of what",)))
+    show(console, long)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    words = out.split()
+    for text in (*columns, *rows[0]):
+        assert set(text.split()) <= set(words), text
+    assert set(sentence.split()) <= set(words)
+    assert words.count("dense") == words.count("arm") + 2  # the claim says it twice
+    assert "drop_rate: of what" in out
+
+
+def test_tensorboard_is_named_only_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", {}.get)
+    assert curves(tmp_path) == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "tensorboard")
+    assert curves(tmp_path) == f"tensorboard --logdir={tmp_path}"
+
+
+def test_backends_are_names():
+    def run(**metrics):
+        return Run("a", 0, {f"stats/moe.{name}/backend": value for name, value in metrics.items()})
+
+    assert tables.backend_of(run(x=0.0, y=0.0)) == "reference"
+    assert tables.backend_of(run(x=3.0, y=2.0)) == "grouped, capacity"
+    assert tables.backend_of(Run("a", 0, {})) == ""
+    table = tables.summary_of("a", {0: run(x=3.0)})
+    assert ("backend", "grouped") in table.rows
+    assert any(note.startswith("backend: ") for note in table.notes)
+
+
+def test_a_layer_has_one_name():
+    assert plots.layer_name("stack.repeats.1_moe.ffn.0") == "moe ffn 0"
+    assert plots.layer_name("blocks.2_moe.mixer") == "blocks moe mixer"
+
+
+def test_every_point_of_a_short_curve_is_in_the_picture(tmp_path):
+    """The first loss of a run of four steps is the highest."""
+    history = [{"step": step, "train/loss": loss} for step, loss in ((1, 9.0), (2, 5.0), (3, 4.0), (4, 3.5))]
+    study = make_study()
+    found = Outcome(study, "smoke", "", {"dense": {0: Run("dense", 0, {}, history)}}, {"dense": study.base}, {})
+    axes = Figure().subplots()
+    plots._curve_panel(axes, found, "train/loss")
+    low, high = axes.get_ylim()
+    assert low < 3.5
+    assert high > 9.0

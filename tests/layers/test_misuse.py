@@ -1,5 +1,6 @@
 """What a new user gets wrong is told in one line with the fix; shape checks of the test suite would tell it otherwise, so in a process without."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,11 @@ MISUSES = {
     "run(moe(), jnp.ones((2, 3, 4, 8)))": "x of shape (2, 3, 4, 8) must be tokens [b, s, d]: flatten the axes",
     "run(mj.Attention(num_heads=2), jnp.ones((4, 8)))": "x of shape (4, 8) must be tokens [b, s, d]",
     "run(mj.ProductKeys(num_keys=4), jnp.ones((4, 8)))": "x of shape (4, 8) must be tokens [b, s, d]",
+    "run(mj.SMEAR(mj.GLU(hidden=3, num_experts=4), 4), jnp.ones((4, 8)))": "x of shape (4, 8) must be tokens [b, s, d]",
+    "run(mj.MultiHash(4, 6), jnp.ones((4, 8)), token_ids=jnp.ones((4,), int))": "x of shape (4, 8) must be tokens [b, s, d]",
+    "run(mj.Nested(2, 8, mj.RMSNorm()), jnp.ones((4, 8)))": "x of shape (4, 8) must be tokens [b, s, d]",
+    "run(mj.ProductKeys(num_keys=4, k=2, implementation='tpu'))": "implementation='tpu' in ProductKeys is a kernel for TPUs, and this is a CPU; take 'auto', or 'interpret_tpu'",
+    "mj.ProductKeys(num_keys=4, k=2, implementation='tpus')": "implementation='tpus' is unknown; valid names: auto, reference, xla, tpu",
     "run(moe(), valid=jnp.ones((2, 3), bool))": "ctx.valid of shape (2, 3) must be (2, 4), one for each token",
     "run(moe(), valid=jnp.ones((2, 4)))": "ctx.valid is float32 and must be bool",
     "moe(losses=mj.Balance(.01))": "must be a tuple of items, each a Loss; write (Balance(",
@@ -49,6 +55,32 @@ for misuse in {list(MISUSES)!r}:
     assert done.returncode == 0, done.stderr
     told = dict(zip(MISUSES, done.stdout.splitlines(), strict=True))
     assert {misuse: text for misuse, text in told.items() if MISUSES[misuse] not in text} == {}
+
+
+# They look at each row alone, whatever the axes before it.
+ROWS = ["block feed_forward", "ffn ffn", "ffn glu"]
+
+
+def test_every_layer_wants_tokens_of_three_axes() -> None:
+    code = f"""{SETUP}
+from experiments.battery.subjects import kinds, registries, spec_of
+for kind in kinds():
+    if kind.slot in ('ffn', 'block', 'mixer'):
+        try:
+            part = registries()[kind.slot].build(spec_of(kind), kind.slot, num_experts=4, num_layers=1, layer=0)
+            run(part, jnp.ones((4, 8)), token_ids=jnp.ones((4,), int))
+        except Exception as error:
+            print(kind.slot, kind.name, '|' + type(error).__name__, str(error).replace(chr(10), ' '))
+        else:
+            print(kind.slot, kind.name, '|taken')
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(" |", 1) for line in done.stdout.splitlines())
+    assert len(told) > 15
+    assert {
+        name: text for name, text in told.items() if not re.match(r"ConfigError .*must be tokens \[b, s, d\]", text)
+    } == dict.fromkeys(ROWS, "taken")
 
 
 def layer(**fields: object) -> mj.MoE:

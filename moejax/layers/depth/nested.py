@@ -81,7 +81,7 @@ class Nested(Layer):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context) -> Float[Array, "b s d"]:
-        b, s, d = x.shape
+        b, s, d = ctx.fit(x)
         self._check_width(d)
         kernel = functools.partial(param, self, init=nn.initializers.lecun_normal())
         w = {name: kernel(name, shape=(d, d), axes=("embed", "heads")).astype(x.dtype) for name in "qkv"}

@@ -112,6 +112,7 @@ class Competition(RowWise):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
         ctx = ctx or Context()
+        ctx.fit(x)
         x, valid = ctx.clean(x), ctx.real(x)
         logits = ask(self.router, x, ctx)
         seed = self.variable("router_state", "seed", lambda: jax.random.bits(self.make_rng("params"))).value

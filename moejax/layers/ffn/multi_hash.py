@@ -48,6 +48,7 @@ class MultiHash(RowWise):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         ctx = ctx or Context()
+        ctx.fit(x)
         for name, size in (("hidden", self.hidden), ("width", x.shape[-1])):
             if size % self.hashes:
                 raise ConfigError(

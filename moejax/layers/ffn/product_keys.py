@@ -11,17 +11,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.core.context import Context
 from moejax.core.control import Site, control
-from moejax.core.errors import ConfigError
+from moejax.core.errors import ConfigError, check_choice
 from moejax.core.fields import Count, NonNegative, Positive, Rate
 from moejax.core.layer import RowWise
 from moejax.core.params import param
 from moejax.core.sowing import sow
 from moejax.dispatch.expert_parallel.rows import by_device
-from moejax.experts.rank_one import RankOne
+from moejax.experts.rank_one import RankOne, check_platform
 from moejax.experts.registry import Activation
 from moejax.layers.registry import ffns
 from moejax.routing.plan import dropless
-from pallas_kernels.product_keys import product_key_top_k
+from pallas_kernels.product_keys import IMPLEMENTATIONS, product_key_top_k
 
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu}
 
@@ -93,6 +93,7 @@ class ProductKeys(RowWise):
             raise ConfigError(f"query_dim={self.query_dim} must be even: a query has two halves")
         if self.k > self.num_keys**2:
             raise ConfigError(f"k={self.k} exceeds the num_keys={self.num_keys} squared experts; lower k or add keys")
+        check_choice("implementation", self.implementation, ("auto", *IMPLEMENTATIONS))
         super().__post_init__()
 
     @nn.compact
@@ -100,6 +101,7 @@ class ProductKeys(RowWise):
         """Padding gets zeros."""
         ctx = ctx or Context()
         b, s, _ = ctx.fit(x)
+        check_platform(self.implementation, self)
         rows, valid = ctx.clean(x).reshape(-1, x.shape[-1]), ctx.real(x).reshape(-1)
         score, index = self._retrieve(self._query(rows, valid, ctx.train))
         weight = SCORES[self.score](score)

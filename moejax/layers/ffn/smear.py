@@ -77,6 +77,7 @@ class SMEAR(Layer):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s o"]:
         ctx = ctx or Context()
+        ctx.fit(x)
         u = x if self.layer is None else self.layer(x, ctx)
         b, s, d = u.shape
         groups, valid = self._grouped(ctx.clean(u), ctx.real(u))

@@ -100,6 +100,7 @@ class VQMoE(MoE):
     def __call__(self, x: Float[Array, "b s d"], ctx: Context | None = None) -> Float[Array, "b s d"]:
         """See the class; padding gets zeros."""
         ctx = ctx or Context()
+        ctx.fit(x)
         x = ctx.clean(x)
         discrete = self._discrete(x, ctx)
         if self.paths == "discrete":
