@@ -1,7 +1,7 @@
 """A first mixture: what experts buy at equal compute, on a laptop, in minutes.
 
-Byte language models on three domains of real text (Python code, reference prose, literary prose). A token computes the same in
-`dense`, `switch8` and, up to its second expert, in `top2`; `wide` is a dense model that computes as much as `top2`.
+Byte language models on three domains of real text (Python code, reference prose, literary prose). `dense` computes as much as
+`switch8`, and `wide` as much as `top2`.
 
     make demo        or        python -m experiments.run
 """
@@ -30,7 +30,18 @@ def base():
 
 
 HEADS = {"num_heads": 12, "num_kv_heads": 12}
-WIDE = {**base().model.blocks.dense.to_dict(), "ffn": {"kind": "glu", "hidden": 256}}
+
+
+def twin(hidden: int) -> dict:
+    """Dense, and where the mixtures have their experts as wide as they compute for each token."""
+    block = {**base().model.blocks.dense.to_dict(), "ffn": {"kind": "glu", "hidden": hidden}}
+    return {"model.pattern": ("dense", "twin"), "model.blocks.twin": block}
+
+
+def full_size(hidden: int) -> dict:
+    """Overrides of a twin at the paper's scale."""
+    return {"model.blocks.twin.ffn.hidden": hidden, **{f"model.blocks.twin.mixer.{key}": heads for key, heads in HEADS.items()}}
+
 
 STUDY = Study(
     slug="first_mixture",
@@ -38,18 +49,14 @@ STUDY = Study(
     arxiv="2101.03961",
     base=base(),
     arms=(
-        Arm("dense", {"model.pattern": ("dense", "dense")}, note="the same compute per token as switch8"),
+        Arm("dense", twin(160), note="as wide as an expert and the empty slots that it computes: 1.25 times 128"),
         Arm("switch8", note="8 experts, top-1, capacity factor 1.25"),
         Arm(
             "top2",
             {f"{MOE}.select": {"kind": "top_k", "k": 2, "normalise": True}},
             note="8 experts, top-2, dropless: computes as much as wide",
         ),
-        Arm(
-            "wide",
-            {"model.pattern": ("dense", "wide"), "model.blocks.wide": WIDE},
-            note="dense, with every other feed-forward layer twice as wide",
-        ),
+        Arm("wide", twin(256), note="dense, as wide as two experts"),
     ),
     claims=(
         lower(
@@ -90,12 +97,7 @@ STUDY = Study(
                 "data.seq_len": 1024,
                 "train.steps": 50_000,
             },
-            arms={
-                "wide": {
-                    "model.blocks.wide.ffn.hidden": 4096,
-                    **{f"model.blocks.wide.mixer.{key}": heads for key, heads in HEADS.items()},
-                }
-            },
+            arms={"dense": full_size(2560), "wide": full_size(4096)},
         ),
     },
     metrics=("eval/code/bits_per_byte", "eval/reference/bits_per_byte", "eval/literature/bits_per_byte"),
