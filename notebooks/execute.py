@@ -27,20 +27,29 @@ def execute(path: Path) -> nbformat.NotebookNode:
         client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [clean(output) for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = cleaned(cell.outputs)
     kept = ("kernelspec", "colab")
     notebook.metadata = {name: notebook.metadata[name] for name in kept} | {"language_info": {"name": "python"}}
     return notebook
 
 
-def clean(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An output without lines that were overwritten and without this machine's paths."""
-    if output.output_type == "stream":
-        lines = output.text.split("\n")
-        output.text = "\n".join(line.rstrip().rpartition("\r")[2].rstrip() for line in lines)
-        for path in (str(HERE.parent), tempfile.gettempdir(), str(Path.home())):
-            output.text = output.text.replace(path, "...")
-    return output
+def cleaned(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """A cell's outputs without warnings, lines that were overwritten and this machine's paths; what was printed in a run is one."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.output_type != "stream":
+            kept.append(output)
+        elif output.name == "stdout":
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+    for output in kept:
+        if output.output_type == "stream":
+            output.text = "\n".join(line.rstrip("\r ").rpartition("\r")[2] for line in output.text.split("\n"))
+            for path in (str(HERE.parent), tempfile.gettempdir(), str(Path.home())):
+                output.text = output.text.replace(path, "...")
+    return kept
 
 
 if __name__ == "__main__":

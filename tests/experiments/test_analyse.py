@@ -36,7 +36,7 @@ def test_a_run_is_seen_from_its_checkpoints(tmp_path: Path) -> None:
         path = picture(found, tmp_path / f"{picture.__name__}.png")
         assert path.stat().st_size > 10_000
     row = analyse.table(found).rows[0]
-    assert row[:2] == ("moe", name)
+    assert row[:2] == ("moe", "moe ffn 0")
     assert row[3] == "2"
     written = json.loads(json.dumps(analyse.to_json(seen)))
     assert len(written["layers"][name]["favourite_tokens"]) == 8
