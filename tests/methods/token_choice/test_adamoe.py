@@ -127,11 +127,11 @@ def test_copied_null_experts_start_behind_the_experts_they_copy(rng: np.random.G
     """Two copies of each expert: of three choices the best expert and both its copies, so every token takes one expert, its best."""
     moe = MoE(Linear(E, null_start="copied"), NullExperts(k=3, num_null=2 * E), GLU(3, num_experts=E), backend="reference")
     x = jnp.asarray(rng.normal(size=(G, N, D)), jnp.float32)
-    variables = moe.init(jax.random.key(0), x)
+    variables = jax.jit(moe.init)(jax.random.key(0), x)
     w = np.asarray(variables["params"]["router"]["w"])
     np.testing.assert_array_equal(w, np.tile(w[:, :E], 3))
     assert len(np.unique(w)) == D * E
-    _, sown = moe.apply(variables, x, mutable=["routing"])
+    _, sown = compiled(moe, "routing")(variables, x)
     plan = sown["routing"]["plan"]
     logits = np.einsum("gnd,de->gne", x, w[:, :E])
     np.testing.assert_array_equal(np.asarray(plan.dense()), np.eye(E)[logits.argmax(-1)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from numpy_layers import glu
+from numpy_layers import compiled, glu
 
 import moejax as mj
 from moejax.core.errors import ConfigError
@@ -44,7 +44,7 @@ def numpy_layer(params: dict, x: np.ndarray, k: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def example() -> tuple[dict, jax.Array]:
     x = jax.random.normal(jax.random.key(1), (2, 7, D))
-    return layer().init(jax.random.key(0), x, at(0))["params"], x
+    return jax.jit(layer().init)(jax.random.key(0), x, at(0))["params"], x
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "doubling"])
@@ -89,14 +89,14 @@ def test_outputs_are_numpys_with_the_k_of_the_step(example: tuple) -> None:
 
 def test_it_slims_to_any_k_outside_training(example: tuple) -> None:
     params, x = example
-    whole = layer().apply({"params": params}, x)  # no step is needed
+    whole = compiled(layer())({"params": params}, x)  # no step is needed
     np.testing.assert_allclose(whole, numpy_layer(params, np.asarray(x, np.float64), E), rtol=1e-4, atol=1e-5)
     for k in (1, 3):
         expected = numpy_layer(params, np.asarray(x, np.float64), k)
-        slim = layer(mj.TopK(k=k, score="softmax_selected", constant_gate=True)).apply({"params": params}, x)
+        slim = compiled(layer(mj.TopK(k=k, score="softmax_selected", constant_gate=True)))({"params": params}, x)
         np.testing.assert_allclose(slim, expected, rtol=1e-4, atol=1e-5)
         # A forced k holds against the schedule too.
-        forced = layer().apply({"params": params, "interventions": {"k": jnp.int32(k)}}, x, at(0))
+        forced = compiled(layer())({"params": params, "interventions": {"k": jnp.int32(k)}}, x, at(0))
         np.testing.assert_allclose(forced, expected, rtol=1e-4, atol=1e-5)
 
 
