@@ -102,7 +102,7 @@ def test_gradients_are_numpys(example: tuple) -> None:
         y, sown = layer().apply({"params": params}, x, ctx, mutable=["losses"])
         return jnp.sin(y).sum() + sown["losses"]["balance_loss"]
 
-    gradient = jax.grad(total)(params)
+    gradient = jax.jit(jax.grad(total))(params)
     for path, place in (
         (("router", "router", "w"), (1, 2)),
         (("router", "router", "w"), (4, 0)),
@@ -134,7 +134,7 @@ def test_an_item_with_one_expert_has_weight_one_and_teaches_the_router_nothing(e
         y, sown = layer().apply({"params": params}, x, rare, mutable=["losses"])
         return jnp.sin(y).sum() + sown["losses"]["balance_loss"]
 
-    gradient = jax.grad(total)(params)
+    gradient = jax.jit(jax.grad(total))(params)
     np.testing.assert_array_equal(gradient["router"]["router"]["w"], 0)
     assert (np.abs(gradient["bank"]["w_out"]).max((1, 2)) > 0).nonzero()[0].tolist() == [only]
 

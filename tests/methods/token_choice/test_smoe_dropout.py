@@ -102,7 +102,7 @@ def test_it_slims_to_any_k_outside_training(example: tuple) -> None:
 
 def test_gradients_are_numpys(example: tuple) -> None:
     params, x = example
-    gradient = jax.grad(lambda p: jnp.sin(layer().apply({"params": p}, x, at(4))).sum())(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sin(layer().apply({"params": p}, x, at(4))).sum()))(params)
     k = round((E - K_MIN) * 4 / T) + K_MIN
     for path, place in ((("bank", "w_out"), (1, 2, 3)), (("bank", "w_gate"), (4, 0, 1)), (("router", "w"), (2, 3))):
         ends = []
@@ -128,7 +128,7 @@ def test_the_router_starts_as_the_release_s_and_stays_as_it_is(example: tuple) -
     learned, kept = rules.split(params)
     assert list(kept) == ["router"]
     transform = rules.transform(mj.AdamW(learning_rate=0.1, weight_decay=0.5, steps=10))
-    grads = rules.split(jax.grad(lambda p: layer().apply({"params": p}, x, at(4)).sum())(params))[0]
+    grads = rules.split(jax.jit(jax.grad(lambda p: layer().apply({"params": p}, x, at(4)).sum()))(params))[0]
     updates, _ = transform.update(grads, transform.init(learned), learned, step=jnp.int32(0))
     after = rules.join(optax.apply_updates(learned, updates), kept)
     np.testing.assert_array_equal(after["router"]["w"], params["router"]["w"])

@@ -60,7 +60,7 @@ def test_the_router_learns_through_its_gate(example: tuple) -> None:
     def total(params: dict) -> jax.Array:
         return jnp.sin(layer().apply({"params": params}, x)).sum()
 
-    gradient = np.asarray(jax.grad(total)(params)["router"]["w"])
+    gradient = np.asarray(jax.jit(jax.grad(total))(params)["router"]["w"])
     w = np.asarray(params["router"]["w"], np.float64)
     for i, j in ((0, 0), (2, 1), (5, 3)):
         ends = []
