@@ -44,8 +44,8 @@ from moejax.train.readers import frozen_specs
 from moejax.train.settings import plain
 from moejax.train.step import STATE, begin_state
 
-# Of two microbatches each has one row a device. All batches are of one size, so that one oracle is compiled for all properties.
-ROWS, LENGTH, DEVICES = 16, 8, 8
+# One row a device.
+ROWS, LENGTH, DEVICES = 8, 8, 8
 # Large, so that what is subtracted from parameters is all gradient; a power of two, so that it is exactly that.
 RATE = 1024.0
 STEP = 3
@@ -66,8 +66,9 @@ class Programs:
 
     subject: Subject
     home: str
-    # What the oracle sees while it is traced.
+    # Whether a loss looks at the whole batch, and not at one token after the other: the oracle sees it while it is traced.
     _looks: bool = False
+    # The streams that layers draw from: the first trace sees it.
     _drawn: set[str] = dataclasses.field(default_factory=set)
 
     @functools.cached_property
@@ -90,7 +91,19 @@ class Programs:
         """Shapes of outputs and sown collections of a training pass under bfloat16, scan and rematerialisation."""
         own = {"scan": True, "remat": "full", "dtype": "bfloat16"}
         model = build(self.config, **{name: value for name, value in own.items() if name in self.config["model"]})
-        return trace(model, *example(self.config))
+        with fixed_draws(self._drawn):
+            return trace(model, *example(self.config))
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """Of a batch: as many as the oracle of a step of two microbatches is given, so that one oracle is compiled for all properties.
+
+        Those of a microbatch if it has to be looked at by itself: where a layer draws, or tokens of several rows compete, a whole batch
+        would draw, and admit, otherwise.
+        """
+        _ = self.traced
+        compete = any(getattr(part, "group_by", "sequence") != "sequence" for part in inside(self.model))
+        return ROWS if self._drawn or compete else 2 * ROWS
 
     @functools.cached_property
     def variables(self) -> dict[str, Tree]:
@@ -109,9 +122,9 @@ class Programs:
         made = {name: network(spec) for name, spec in specs.items()}
         return {name: (model, draw(functools.partial(self._init, model))) for name, model in made.items()}
 
-    def batch(self, seed: int = 0, rows: int = ROWS) -> Batch:
+    def batch(self, seed: int = 0, rows: int = 0) -> Batch:
         """A random batch of the task, without padding."""
-        rng = np.random.default_rng(seed)
+        rng, rows = np.random.default_rng(seed), rows or self.rows
         if self.home == "LM":
             tokens = rng.integers(0, VOCABULARY, (2, rows, LENGTH)).astype(np.int32)
             ones = np.ones((rows, LENGTH), np.int32)
@@ -130,26 +143,17 @@ class Programs:
         return host(self._oracle(variables["params"], without(variables, "params"), frozen, batch))
 
     def step_of(self, count: int) -> tuple[Batch, list[Batch]]:
-        """The batch of a step of `count` microbatches, and the batches whose mean the step is: its microbatches, in which layers draw
-        alike; or itself, where a layer neither draws nor lets tokens of several rows compete.
-
-        Where a loss looks at the whole batch besides, all microbatches are the same: a whole batch would draw, and admit, otherwise.
+        """The batch of a step of `count` microbatches, and the batches whose mean the step is: itself; or its microbatches, in which
+        layers draw alike, see `rows`. Where a loss looks at the whole batch besides, these are all the same one.
         """
-        whole = self.batch()
-        compete = any(getattr(part, "group_by", "sequence") != "sequence" for part in inside(self.model))
-        sums, draws = self._looks_and_draws if count > 1 else (False, False)
-        if count == 1 or not (draws or compete):
-            return whole, [whole]
-        if sums:
-            one = self.batch(rows=ROWS // count)
+        one = self.batch()
+        if count == 1 or self.rows == count * ROWS:
+            return one, [one]
+        self.oracle(one)
+        if self._looks:
             return {name: np.repeat(x, count, axis=0) for name, x in one.items()}, [one]
+        whole = self.batch(rows=count * ROWS)
         return whole, [{name: x[i::count] for name, x in whole.items()} for i in range(count)]
-
-    @functools.cached_property
-    def _looks_and_draws(self) -> tuple[bool, bool]:
-        """Whether a loss looks at the whole batch, and not at one token after the other; whether a layer draws."""
-        self.oracle(self.batch())
-        return self._looks, bool(self._drawn)
 
     def evaluate(self, batch: Batch, variables: dict[str, Tree] | None = None) -> np.ndarray:
         """The outputs for a batch in evaluation."""
@@ -241,7 +245,7 @@ class Programs:
             gradients, out = jax.grad(objective, has_aux=True)(*args)
             return {**out, "gradients": gradients}
 
-        return _drawing(jax.jit(step), self._drawn)
+        return _drawing(jax.jit(step))
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., Any]:
@@ -317,9 +321,9 @@ def fixed_draws(drawn: set[str] | None = None) -> Iterator[None]:
         yield
 
 
-def _drawing(function: Callable[..., Any], drawn: set[str] | None = None) -> Callable[..., Any]:
+def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        with fixed_draws(drawn):
+        with fixed_draws():
             return function(*args)
 
     return call

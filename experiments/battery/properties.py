@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.battery.kinds import inside
-from experiments.battery.programs import GROUPS, LENGTH, ROWS, Batch, example, programs, trace
+from experiments.battery.programs import GROUPS, LENGTH, Batch, example, programs, trace
 from experiments.battery.subjects import WIDTH, Subject, build
 from experiments.study import resolve
 from moejax.core.errors import ConfigError
@@ -158,7 +158,7 @@ def degenerate(subject: Subject) -> str:
         inputs = {
             "constant images": {**batch, "image": 0 * batch["image"]},
             "huge images": {**batch, "image": 1e4 * batch["image"]},
-            "no valid image": {**batch, "valid": np.zeros(ROWS, bool)},
+            "no valid image": {**batch, "valid": 0 * batch["label"] == 1},
         }
     for name, given in inputs.items():
         finite(made.oracle(given), name)
@@ -298,7 +298,7 @@ def _rows() -> tuple[np.ndarray, np.ndarray]:
 
 def _with_padding(batch: Batch, junk: int) -> Batch:
     """The batch with the ends of its rows as padding, which holds other tokens for another `junk`."""
-    lengths = np.array([LENGTH, 5, 1, 3] * (ROWS // 4))[:, None]
+    lengths = np.resize([LENGTH, 5, 1, 3], len(batch["valid"]))[:, None]
     valid = np.arange(LENGTH) < lengths
     tokens = np.random.default_rng(junk).integers(0, 32, valid.shape).astype(np.int32)
     return {

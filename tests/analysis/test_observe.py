@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_layers import compiled
 
 from moejax import models
 from moejax.analysis import changed, observe, with_noise
@@ -59,12 +60,11 @@ def test_counts_are_those_of_a_loop_over_tokens(rng: np.random.Generator, by: st
     layers = observe(model, variables, batches, task, labels=3, vocabulary=V)
     assert set(layers) == {"stack.repeats.0_f0.ffn.0", "stack.repeats.0_f0.ffn.1"}
     assert {layer.backend for layer in layers.values()} == {"einsum"}
-    route = jax.jit(lambda x, ctx: model.apply(variables, x, ctx, mutable=["routing"])[1]["routing"])
     for i, layer in enumerate(layers.values()):
         counts, words, tokens, bits = np.zeros((3, E)), np.zeros((V, E)), np.zeros(3), np.zeros(3)
         for each in batches:
             x, ctx = task.inputs(jax.tree.map(jnp.asarray, each), jnp.zeros((), jnp.int32), False)
-            node = route(x, ctx)["stack"]["repeats"]["0_f0"]["ffn"]
+            node = compiled(model, "routing")(variables, x, ctx)[1]["routing"]["stack"]["repeats"]["0_f0"]["ffn"]
             expert, logits = np.asarray(node["plan"].expert)[i], np.asarray(node["logits"])[i]
             if by == "position":
                 expert, logits = expert.swapaxes(0, 1), logits.swapaxes(0, 1)
@@ -137,7 +137,7 @@ def test_noise_moves_what_looks_at_neighbours_and_not_what_looks_at_the_token(rn
     counts = []
     for each in (data, noisy):
         x, ctx = task.inputs(jax.tree.map(jnp.asarray, each), jnp.zeros((), jnp.int32), False)
-        counts.append(model.apply(variables, x, ctx, mutable=["routing"])[1]["routing"]["stack"]["repeat_0"]["1_f1"]["ffn"])
+        counts.append(compiled(model, "routing")(variables, x, ctx)[1]["routing"]["stack"]["repeat_0"]["1_f1"]["ffn"])
     same = (noisy["tokens"] == data["tokens"]) & (data["segments"] != 0)
     old, new = (np.asarray(c["plan"].expert)[same] for c in counts)
     lost = [len(set(a) - set(b)) for a, b in zip(old.tolist(), new.tolist(), strict=True)]

@@ -114,7 +114,7 @@ class Buggy(RowWise):
             case "counts_padding":
                 sow(self, "losses", "mean_loss", jnp.where(real, y, 0).mean())
             case "divides_by_tokens":
-                y = y / jnp.where(ctx.valid.sum() > 1, 1.0, ctx.valid.sum() - 1.0) * 1.0
+                y = y / jnp.where(real.sum() > 1, 1.0, real.sum() - 1.0) * 1.0
             case "depends_on_backend":
                 y = y * (2 if self.backend == "capacity" else 1)
             case "depends_on_scan":

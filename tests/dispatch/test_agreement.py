@@ -82,7 +82,17 @@ PLANS: dict[str, Callable[[], Plan]] = {
 
 @functools.cache
 def plan_of(name: str) -> Plan:
-    return PLANS[name]()
+    return jax.jit(PLANS[name])()
+
+
+@functools.cache
+def top_k(**fields: Any) -> Callable[..., TokenPlan]:
+    """A rule, compiled as a whole."""
+    return jax.jit(TopK(**fields))
+
+
+# The same of a dispatch.
+dispatched = jax.jit(dispatch, static_argnames="backend")
 
 
 def accepted() -> list[tuple[str, str]]:
@@ -210,7 +220,7 @@ def test_reference_is_the_definition(plan_name: str, bank_name: str) -> None:
         with pytest.raises(ConfigError, match="experts of several kinds have no common parameters to merge"):
             dispatch(plan, bank.apply(params, D), x)
         return
-    actual = dispatch(plan, bank.apply(params, D), x, "reference")
+    actual, *_ = value_and_gradients("reference", plan, bank_name, params, x)
     expected = numpy_dispatch(plan, bank_name, params, np.asarray(x, np.float64))
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -224,7 +234,7 @@ def test_reference_is_the_definition(plan_name: str, bank_name: str) -> None:
 def test_any_shape_agrees(n: int, k: int, used: float, skew: float, seed: int, backend: str) -> None:
     """Numbers of tokens divisible by nothing, ragged and empty experts, under every degree of skew."""
     _, params, x = setup("ffn", n)
-    plan = TopK(k=k)(logits(seed, n).at[..., 0].add(skew))
+    plan = top_k(k=k)(logits(seed, n).at[..., 0].add(skew))
     plan = plan.replace(used=jax.random.bernoulli(jax.random.key(seed), used, plan.used.shape))
     expected = value_and_gradients("reference", plan, "ffn", params, x)
     actual = value_and_gradients(backend, plan, "ffn", params, x)
@@ -235,8 +245,8 @@ def test_any_shape_agrees(n: int, k: int, used: float, skew: float, seed: int, b
 def test_bfloat16_rows_on_float32_parameters(backend: str) -> None:
     bank, params, x = setup("ffn")
     plan = plan_of("top2")
-    y = dispatch(plan, bank.apply(params, D), x.astype(jnp.bfloat16), backend)
-    expected = dispatch(plan, bank.apply(params, D), x, "reference")
+    y = dispatched(plan, bank.apply(params, D), x.astype(jnp.bfloat16), backend)
+    expected, *_ = value_and_gradients("reference", plan, "ffn", params, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0.05, atol=0.15)
 
@@ -288,7 +298,7 @@ class TestExperts:
     def test_some_of_them_are_experts_too(self) -> None:
         bank, params, x = setup("ffn")
         experts = bank.apply(params, D)
-        plan = TopK(k=2)(logits(0, e=3))
+        plan = top_k(k=2)(logits(0, e=3))
         for index, taken in (
             (slice(1, 4), [1, 2, 3]),
             ([4, 0, 4], [4, 0, 4]),
@@ -298,7 +308,7 @@ class TestExperts:
             some = experts[index]
             assert some.num_experts == 3
             expected = numpy_dispatch(plan, "ffn", jax.tree.map(lambda p, t=taken: p[np.array(t)], params), np.float64(x))
-            np.testing.assert_allclose(dispatch(plan, some, x, "capacity"), expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(dispatched(plan, some, x, "capacity"), expected, rtol=1e-4, atol=1e-5)
         assert experts[3].num_experts == 1
         np.testing.assert_array_equal(experts[3].params["w_in"], experts.params["w_in"][3:4])
 
@@ -352,7 +362,7 @@ class TestLight:
         """Compiled FLOPs of slots: half of the experts are null, and so is half of the cost."""
         wide = FFN(hidden=64, num_experts=4)
         half = Mixed((FFN(hidden=64, num_experts=2), Null(num_experts=2)))
-        plan, x = TopK(k=1, capacity_factor=1.0)(logits(2, n=64, e=4)), jnp.ones((G, 64, D))
+        plan, x = top_k(k=1, capacity_factor=1.0)(logits(2, n=64, e=4)), jnp.ones((G, 64, D))
 
         def flops(bank: Bank) -> float:
             params = jax.eval_shape(lambda key: bank.init(key, D), jax.random.key(0))
@@ -365,7 +375,7 @@ class TestLight:
 def test_cost_follows_the_routed_rows_not_the_number_of_experts() -> None:
     """FLOPs in the compiled program: a masked dense product (ragged_dot on CPU) would multiply them by the number of experts."""
     e, n, d, f = 32, 256, 16, 32
-    plan = TopK(k=1)(jax.random.normal(jax.random.key(0), (1, n, e)))
+    plan = top_k(k=1)(jax.random.normal(jax.random.key(0), (1, n, e)))
     w = jnp.ones((e, d, f))
     x = jnp.ones((1, n, d))
 

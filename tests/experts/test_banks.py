@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy_layers import compiled
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
@@ -83,7 +84,9 @@ def test_low_rank_experts_start_at_zero_with_uniform_a() -> None:
     np.testing.assert_allclose(a.std(), 1 / np.sqrt(3 * d), rtol=0.02)
     assert not b.any()
     # At the start only B learns: were both zero, nothing would ever learn.
-    grads = jax.grad(lambda p: bank.apply({"params": p}, d).run(jnp.ones((e, 2, d)), Batched()).sum())(variables["params"])
+    grads = jax.jit(jax.grad(lambda p: bank.apply({"params": p}, d).run(jnp.ones((e, 2, d)), Batched()).sum()))(
+        variables["params"]
+    )
     assert not grads["a"].any()
     assert grads["b"].any()
 
@@ -169,9 +172,9 @@ class Users:
 def test_a_users_bank_is_any_object_of_the_contract() -> None:
     layer = MoE(Linear(3), TopK(k=1, normalise=True, constant_gate=True), Users())
     x = jax.random.normal(jax.random.key(0), (1, 8, D))
-    variables = layer.init(jax.random.key(1), x)
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
     chosen = np.argmax(x @ variables["params"]["router"]["w"], -1)
-    np.testing.assert_allclose(layer.apply(variables, x), chosen[..., None] * x, rtol=1e-5)
+    np.testing.assert_allclose(compiled(layer)(variables, x), chosen[..., None] * x, rtol=1e-5)
 
 
 def test_what_is_no_bank_is_refused_with_the_fix() -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_layers import draw
+from numpy_layers import compiled, draw
 
 from moejax import models
 from moejax.core.errors import ConfigError
@@ -42,7 +42,7 @@ def test_a_layer_from_a_config_is_numpys(rng: np.random.Generator) -> None:
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     kept = np.argsort(np.argsort(-logits, -1), -1) < 3
     expected = np.einsum("bse,ebsd->bsd", probs * kept, np.stack(outputs))
-    np.testing.assert_allclose(layer.apply(variables, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(compiled(layer)(variables, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_parts_say_how_many_they_are_and_the_layer_how_many_together() -> None:

@@ -85,8 +85,8 @@ class TestLoRA:
         assert {name: leaf.shape for name, leaf in ours.items()} == {"a": (D, R), "b": (R, O)}
         a, b = (np.asarray(ours[name], np.float64) for name in "ab")
         expected = dense(variables["params"], x) + 0.5 * x @ a @ b
-        np.testing.assert_allclose(model.apply(variables, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
-        flat = model.apply(variables, jnp.asarray(x[0, 0], jnp.float32))
+        np.testing.assert_allclose(compiled(model)(variables, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
+        flat = compiled(model)(variables, jnp.asarray(x[0, 0], jnp.float32))
         np.testing.assert_allclose(flat, expected[0, 0], rtol=1e-4, atol=1e-5)
 
     def test_gradients_are_those_of_the_formula(self, rng: np.random.Generator) -> None:
@@ -117,8 +117,8 @@ class TestLoRA:
         x = jnp.asarray(inputs(rng), jnp.float32)
         model, plain = around(Users(), dropout=0.5, **fields), around(Users(), **fields)
         variables = draw(model, x, Context())
-        expected = plain.apply(variables, x, Context())
-        np.testing.assert_array_equal(model.apply(variables, x, Context()), expected)
+        expected = compiled(plain)(variables, x, Context())
+        np.testing.assert_array_equal(compiled(model)(variables, x, Context()), expected)
         draws = jax.random.split(jax.random.key(0), 2000)
         train = Context(train=True)
         runs = jax.jit(jax.vmap(lambda key: model.apply(variables, x, train, rngs={"dropout": key})))(draws)
@@ -145,14 +145,13 @@ class TestLoRA:
         model = around(nn.Dense(O), adapter)
         variables = draw(model, x)
         ours = variables["params"]["adapter_main"]["moe"]
-        weight = jax.nn.softmax(x @ ours["router"]["w"])
-        each = jnp.einsum(
-            "bsef,efo->bseo", jax.nn.relu(jnp.einsum("bsd,edf->bsef", x, ours["bank"]["w_in"])), ours["bank"]["w_out"]
-        )
-        expected = nn.Dense(O).apply({"params": split_adapters(variables["params"])[0]}, x) + jnp.einsum(
+        weight = softmax(np.asarray(x @ ours["router"]["w"]))
+        hidden = np.maximum(np.einsum("bsd,edf->bsef", x, ours["bank"]["w_in"]), 0)
+        each = np.einsum("bsef,efo->bseo", hidden, ours["bank"]["w_out"])
+        expected = compiled(nn.Dense(O))({"params": split_adapters(variables["params"])[0]}, x) + np.einsum(
             "bse,bseo->bso", weight, each
         )
-        np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(compiled(model)(variables, x), expected, rtol=1e-4, atol=1e-5)
 
 
 LINEAR = {
@@ -161,7 +160,7 @@ LINEAR = {
     "heads_out": (nn.DenseGeneral(3, axis=(-2, -1), use_bias=False), (2, 4, 2, 5)),
     "einsum": (nn.Einsum((2, 5, 3), "...hd,hdm->...m"), (2, 4, 2, 5)),
     "einsum_turned": (nn.Einsum((2, 5, 3), "bsd,hdm->bmhs"), (2, 4, 5)),
-    "conv": (nn.Conv(3, (3, 2), strides=(2, 1), padding=[(1, 0), (0, 1)]), (2, 5, 4, 3)),
+    "conv": (nn.Conv(3, (3, 2), strides=(2, 1), padding=((1, 0), (0, 1))), (2, 5, 4, 3)),
     "conv_dilated": (nn.Conv(4, 3, kernel_dilation=2, padding="SAME"), (2, 3, 7, 2)),
 }
 
@@ -175,7 +174,7 @@ class TestLinearMaps:
         params = variables["params"]
         seen = linear_map(layer, x)
         y = seen.put(seen.rows(x) @ seen.matrix(params["kernel"]) + (seen.vector(params["bias"]) if "bias" in params else 0))
-        np.testing.assert_allclose(y, layer.apply(variables, x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(y, compiled(layer)(variables, x), rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(seen.kernel(seen.matrix(params["kernel"])), params["kernel"])
 
     @pytest.mark.parametrize("name", LINEAR)
@@ -184,12 +183,12 @@ class TestLinearMaps:
         x = jnp.asarray(rng.normal(size=shape), jnp.float32)
         model = around(layer)
         variables = draw(model, x)
-        y = model.apply(variables, x)
+        y = compiled(model)(variables, x)
         plain = split_adapters(variables["params"])[0]
-        assert np.abs(y - layer.apply({"params": plain}, x)).max() > 0.1
+        assert np.abs(y - compiled(layer)({"params": plain}, x)).max() > 0.1
         merged = merge_adapters(model, variables["params"], x)
         assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, plain)
-        np.testing.assert_allclose(layer.apply({"params": merged}, x), y, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(compiled(layer)({"params": merged}, x), y, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(
         ("layer", "shape"),
@@ -214,7 +213,7 @@ class TestLinearMaps:
         x = jnp.asarray(rng.normal(size=(B, S, 2, D)), jnp.float32)
         ctx = Context(valid=jnp.asarray([[True, False, True, True]] * B))
         model = around(Users(), num_experts=2)
-        _, state = model.apply(draw(model, x, ctx), x, ctx, mutable=["routing"])
+        _, state = compiled(model, "routing")(draw(model, x, ctx), x, ctx)
         used = state["routing"]["dense"]["adapter_main"]["moe"]["plan"].used
         np.testing.assert_array_equal(used[..., 0], np.repeat(ctx.valid, 2, axis=1))
 
@@ -237,21 +236,21 @@ class TestEmbeddings:
         variables = draw(model, TOKENS)
         params = variables["params"]["embed"]
         ours = params["adapter_main"]
-        changed = params["embedding"] + 2.0 * ours["a"] @ ours["b"]
-        y = jnp.tanh(changed[TOKENS]) @ changed.T
-        np.testing.assert_allclose(model.apply(variables, TOKENS), y, rtol=1e-4, atol=1e-4)
+        changed = np.asarray(params["embedding"] + 2.0 * ours["a"] @ ours["b"])
+        y = np.tanh(changed[TOKENS]) @ changed.T
+        np.testing.assert_allclose(compiled(model)(variables, TOKENS), y, rtol=1e-4, atol=1e-4)
         merged = merge_adapters(model, variables["params"], TOKENS)
-        np.testing.assert_allclose(Tied().apply({"params": merged}, TOKENS), y, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(compiled(Tied())({"params": merged}, TOKENS), y, rtol=1e-4, atol=1e-4)
 
     def test_it_starts_as_it_was_with_a_gradient_into_what_is_zero(self) -> None:
         model = around(Tied())
-        base = Tied().init(jax.random.key(0), TOKENS)
+        base = jax.jit(Tied().init)(jax.random.key(0), TOKENS)
         variables = init_adapters(model, base, jax.random.key(1), TOKENS)
-        np.testing.assert_array_equal(model.apply(variables, TOKENS), Tied().apply(base, TOKENS))
+        np.testing.assert_array_equal(compiled(model)(variables, TOKENS), compiled(Tied())(base, TOKENS))
         ours = variables["params"]["embed"]["adapter_main"]
         assert not ours["a"].any()
         assert np.abs(ours["b"]).min() > 0
-        grads = jax.grad(lambda p: jnp.sin(model.apply({"params": p}, TOKENS)).sum())(variables["params"])
+        grads = jax.jit(jax.grad(lambda p: jnp.sin(model.apply({"params": p}, TOKENS)).sum()))(variables["params"])
         assert np.abs(grads["embed"]["adapter_main"]["a"]).max() > 0
 
 
@@ -347,7 +346,7 @@ class TestModels:
     def test_the_output_has_the_layers_dtype(self, fields: dict) -> None:
         x = jnp.ones((B, S, D), jnp.float32)
         model = around(nn.Dense(O, dtype=jnp.bfloat16), **fields)
-        assert model.apply(draw(model, x), x).dtype == jnp.bfloat16
+        assert compiled(model)(draw(model, x), x).dtype == jnp.bfloat16
         whole = around(language_model(dtype="bfloat16"), targets=("mixers", "ffns", "embedding"), **fields)
         if not fields:
             jax.eval_shape(whole.init, jax.random.key(0), TOKENS)  # a scan's carry keeps its type
@@ -427,8 +426,8 @@ class TestModels:
         pretrained = draw(Users(), jnp.asarray(x, jnp.float32))
         model = Adapted(Users(), {"main": LoRA(rank=R, scale=3.0, targets=("*",))})
         variables = init_adapters(model, pretrained, jax.random.key(0), jnp.asarray(x, jnp.float32))
-        y = model.apply(variables, jnp.asarray(x, jnp.float32))
-        np.testing.assert_array_equal(y, Users().apply(pretrained, jnp.asarray(x, jnp.float32)))
+        y = compiled(model)(variables, jnp.asarray(x, jnp.float32))
+        np.testing.assert_array_equal(y, compiled(Users())(pretrained, jnp.asarray(x, jnp.float32)))
 
         params = draw(model, jnp.asarray(x, jnp.float32))["params"]
 
@@ -437,7 +436,7 @@ class TestModels:
             return dense(params[name], x) + 3.0 * x @ a @ b
 
         expected = layer("out", np.tanh(layer("shared", np.tanh(layer("shared", x)))))
-        actual = model.apply({"params": params}, jnp.asarray(x, jnp.float32))
+        actual = compiled(model)({"params": params}, jnp.asarray(x, jnp.float32))
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -584,7 +583,9 @@ class TestKinds:
         )
         v = w + 2.0 * a @ b
         expected = x @ (m * v / np.linalg.norm(v, axis=0)) + np.asarray(params["bias"])
-        np.testing.assert_allclose(one.apply({"params": params}, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            compiled(one)({"params": params}, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4
+        )
 
     def test_kinds_of_scale_rank_mask_and_input(self, rng: np.random.Generator) -> None:
         x = inputs(rng)
@@ -593,7 +594,7 @@ class TestKinds:
         def run(adapter: Adapter):
             model = around(nn.Dense(O), adapter)
             params = draw(model, given)["params"]
-            return {**params, **params["adapter_main"]}, model.apply({"params": params}, given), model
+            return {**params, **params["adapter_main"]}, compiled(model)({"params": params}, given), model
 
         params, y, _ = run(RsLoRA(rank=4, scale=2.0, targets=("*",)))
         np.testing.assert_allclose(
@@ -635,7 +636,9 @@ class TestKinds:
         expected = x @ (np.asarray(params["kernel"], np.float64) * (1 + s) + 2.0 * a @ b) + np.asarray(
             params["bias"], np.float64
         )
-        np.testing.assert_allclose(model.apply({"params": params}, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            compiled(model)({"params": params}, jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-4
+        )
         merged = merge_adapters(model, params, jnp.asarray(x, jnp.float32))
         np.testing.assert_allclose(dense(merged, x), expected, rtol=1e-4, atol=1e-4)
 
@@ -727,7 +730,7 @@ class TestBanks:
 
         model = around(Wrapped(), self.ADAPTER)
         params = draw(model, x)["params"]
-        close(model.apply({"params": params}, x), Wrapped().apply({"params": self.effective(params)}, x), 1e-4)
+        close(compiled(model)({"params": params}, x), compiled(Wrapped())({"params": self.effective(params)}, x), 1e-4)
 
     def test_ranks_by_projection_and_by_expert(self) -> None:
         x, logits = jnp.zeros((B, S, D)), jnp.zeros((B, S, E))
@@ -812,7 +815,7 @@ VIT = dict(
 
 def test_trees_come_apart_and_together() -> None:
     model = Adapted(nn.Dense(O), {"a": lora(), "b": lora()})
-    variables = model.init(jax.random.key(0), jnp.zeros((B, D)))
+    variables = draw(model, jnp.zeros((B, D)))
     base, ours = split_adapters(variables, "b")
     assert set(flatten_dict(ours)) == {("params", "adapter_b", "a"), ("params", "adapter_b", "b")}
     assert {path[1] for path in flatten_dict(base)} == {"kernel", "bias", "adapter_a"}

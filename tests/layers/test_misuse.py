@@ -8,6 +8,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
+from numpy_layers import compiled
 
 import moejax as mj
 
@@ -95,7 +96,7 @@ def test_init_gives_parameters_and_state_alone() -> None:
 
 def test_a_balancer_that_never_moves_says_so() -> None:
     x, balanced = jnp.ones((2, 4, 8)), layer(balancer=mj.LossFree())
-    variables = balanced.init(jax.random.key(0), x)
+    variables = jax.jit(balanced.init)(jax.random.key(0), x)
     with pytest.warns(UserWarning, match=r"LossFree of the layer balances nothing in this call: name 'measured' in mutable"):
         jax.eval_shape(lambda: balanced.apply(variables, x, mj.Context(train=True), mutable=["losses"]))
     with warnings.catch_warnings():
@@ -108,8 +109,8 @@ def test_product_keys_give_their_plan() -> None:
     """The experts' weighted sum by the plan is what the layer computes."""
     keys, x = mj.ProductKeys(num_keys=3, heads=2, k=2, query_dim=4), jax.random.normal(jax.random.key(1), (2, 5, 8))
     valid = jnp.arange(5) < jnp.array([[5], [3]])
-    variables = keys.init(jax.random.key(0), x)
-    y, sown = keys.apply(variables, x, mj.Context(valid=valid), mutable=["routing"])
+    variables = jax.jit(keys.init)(jax.random.key(0), x)
+    y, sown = compiled(keys, "routing")(variables, x, mj.Context(valid=valid))
     plan, bank = sown["routing"]["plan"], variables["params"]["bank"]
     assert plan.expert.shape == (2, 5, 4)
     assert plan.num_experts == 9
@@ -130,7 +131,7 @@ def test_mixture_of_depths_evaluates_by_the_model_that_it_is_in(causal: bool) ->
     from moejax.layers.registry import blocks
 
     block, x = blocks.build(spec, "block", causal=causal), jax.random.normal(jax.random.key(0), (2, 8, 4))
-    variables = block.init(jax.random.key(1), x)
-    outside, inside = (block.apply(variables, x, mj.Context(train=train)) for train in (False, True))
+    variables = jax.jit(block.init)(jax.random.key(1), x)
+    outside, inside = (compiled(block)(variables, x, mj.Context(train=train)) for train in (False, True))
     assert ((outside != x).any(-1).sum(1) == 2).all() == (not causal)
     assert jnp.array_equal(outside, inside) == (not causal)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_layers import compiled
 
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
@@ -63,12 +64,12 @@ def test_a_layer_without_router_parameters(rng: np.random.Generator) -> None:
     moe, x = MoE(Hash(E), TopK(k=1), FFN(8, num_experts=E)), jnp.asarray(rng.normal(size=(2, 6, 5)), jnp.float32)
     ids = rng.integers(0, 30, size=(2, 6))
     ctx = Context(token_ids=jnp.asarray(ids))
-    variables = moe.init(jax.random.key(0), x, ctx)
+    variables = jax.jit(moe.init)(jax.random.key(0), x, ctx)
     assert set(variables["params"]) == {"bank"}
     w_in, w_out = (np.asarray(variables["params"]["bank"][name]) for name in ("w_in", "w_out"))
     chosen = experts(Hash(E), ids)
     hidden = np.asarray(jax.nn.gelu(jnp.einsum("bsd,bsdf->bsf", x, w_in[chosen])))
-    np.testing.assert_allclose(moe.apply(variables, x, ctx), np.einsum("bsf,bsfd->bsd", hidden, w_out[chosen]), atol=1e-5)
+    np.testing.assert_allclose(compiled(moe)(variables, x, ctx), np.einsum("bsf,bsfd->bsd", hidden, w_out[chosen]), atol=1e-5)
 
 
 def test_what_cannot_be_hashed_raises() -> None:

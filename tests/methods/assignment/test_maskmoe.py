@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from numpy_layers import draw, glu
+from numpy_layers import compiled, draw, glu
 
 import moejax as mj
 from moejax.core.errors import ConfigError
@@ -89,7 +89,7 @@ def numpy_layer(params: dict, x: np.ndarray, ids: np.ndarray, valid: np.ndarray)
 
 def test_outputs_and_balance_loss_are_numpys(example: tuple) -> None:
     params, x, ctx = example
-    y, sown = layer().apply({"params": params}, x, ctx, mutable=["losses", "stats"])
+    y, sown = compiled(layer(), "losses", "stats")({"params": params}, x, ctx)
     expected, loss = numpy_layer(params, np.asarray(x, np.float64), np.asarray(ctx.token_ids), np.asarray(ctx.valid))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(sown["losses"]["balance_loss"], loss, rtol=1e-5)
@@ -102,7 +102,7 @@ def test_gradients_are_numpys(example: tuple) -> None:
         y, sown = layer().apply({"params": params}, x, ctx, mutable=["losses"])
         return jnp.sin(y).sum() + sown["losses"]["balance_loss"]
 
-    gradient = jax.grad(total)(params)
+    gradient = jax.jit(jax.grad(total))(params)
     for path, place in (
         (("router", "router", "w"), (1, 2)),
         (("router", "router", "w"), (4, 0)),
@@ -126,7 +126,7 @@ def test_gradients_are_numpys(example: tuple) -> None:
 def test_an_item_with_one_expert_has_weight_one_and_teaches_the_router_nothing(example: tuple) -> None:
     params, x, ctx = example
     rare = ctx.replace(token_ids=jnp.full((2, 14), 3), valid=None)
-    y = layer().apply({"params": params}, x, rare)
+    y = compiled(layer())({"params": params}, x, rare)
     only = int(seen([3])[0].argmax())
     np.testing.assert_allclose(y, glu(params["bank"], only, np.asarray(x, np.float64)), rtol=1e-4, atol=1e-5)
 
@@ -134,7 +134,7 @@ def test_an_item_with_one_expert_has_weight_one_and_teaches_the_router_nothing(e
         y, sown = layer().apply({"params": params}, x, rare, mutable=["losses"])
         return jnp.sin(y).sum() + sown["losses"]["balance_loss"]
 
-    gradient = jax.grad(total)(params)
+    gradient = jax.jit(jax.grad(total))(params)
     np.testing.assert_array_equal(gradient["router"]["router"]["w"], 0)
     assert (np.abs(gradient["bank"]["w_out"]).max((1, 2)) > 0).nonzero()[0].tolist() == [only]
 
@@ -144,14 +144,14 @@ def test_with_all_experts_it_is_the_router_alone(example: tuple) -> None:
     plain = mj.MoE(mj.Linear(E), mj.TopK(k=1), mj.GLU(hidden=F, num_experts=E))
     alone = {"router": params["router"]["router"], "bank": params["bank"]}
     np.testing.assert_array_equal(
-        layer(head_experts=E, tail_experts=E).apply({"params": params}, x, ctx), plain.apply({"params": alone}, x, ctx)
+        compiled(layer(head_experts=E, tail_experts=E))({"params": params}, x, ctx), compiled(plain)({"params": alone}, x, ctx)
     )
 
 
 def test_null_experts_are_never_masked(example: tuple) -> None:
     _, x, ctx = example
     moe = mj.MoE(router(head_experts=1), mj.NullExperts(k=2, num_null=3), mj.GLU(hidden=F, num_experts=E))
-    _, sown = moe.apply(draw(moe, x, ctx), x, ctx, mutable=["routing"])
+    _, sown = compiled(moe, "routing")(draw(moe, x, ctx), x, ctx)
     logits = np.asarray(sown["routing"]["logits"])[np.asarray(ctx.valid)]
     assert logits.shape[-1] == E + 3
     assert ((logits[:, :E] > -1e8).sum(-1) == 1).all()

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_layers import compiled
 
 import moejax as mj
 from moejax.core.errors import ConfigError
@@ -29,7 +30,7 @@ KINDS = {
 def example(kind: str) -> tuple:
     """The adapted model, its variables with every adapter's number drawn, the base's variables, and tokens."""
     x = jax.random.normal(jax.random.key(0), (6, D))
-    base = Model().init(jax.random.key(1), x)
+    base = jax.jit(Model().init)(jax.random.key(1), x)
     base["params"]["out"]["bias"] = jnp.arange(O) / 3
     model = mj.Adapted(Model(), {"main": KINDS[kind]})
     return model, mj.init_adapters(model, base, jax.random.key(2), x), base, x
@@ -58,7 +59,7 @@ def numpy_matrix(kind: str, w: np.ndarray, p: dict) -> tuple[np.ndarray, np.ndar
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_changes_at_the_start(kind: str) -> None:
     model, variables, base, x = example(kind)
-    np.testing.assert_array_equal(model.apply(variables, x), Model().apply(base, x))
+    np.testing.assert_array_equal(compiled(model)(variables, x), compiled(Model())(base, x))
     np.testing.assert_array_equal(adapter_of(variables)["b"], 0)
     bound = 1 / np.sqrt(D)
     assert (np.abs(adapter_of(variables)["a"]) <= bound).all()
@@ -78,7 +79,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind: str) -> None:
     rows, scale = np.asarray(x, np.float64), SCALE / np.sqrt(R) if kind == "rs_lora" else SCALE
     adapted, v, norm = numpy_matrix(kind, w, p)
     z = rows @ adapted + bias
-    np.testing.assert_allclose(model.apply(variables, x), np.sin(z), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(compiled(model)(variables, x), np.sin(z), rtol=1e-4, atol=1e-5)
     to_adapted = rows.T @ np.cos(z)
     to_v, expected = to_adapted, {}
     if kind.startswith("dora"):
@@ -87,7 +88,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind: str) -> None:
         if kind == "dora_norm":
             to_v = to_v - v / norm**2 * (to_adapted * v).sum(0) * p["m"] / norm
     expected |= {"a": scale * to_v @ p["b"].T, "b": scale * p["a"].T @ to_v}
-    gradient = jax.grad(lambda variables: model.apply(variables, x).sum())(variables)
+    gradient = jax.jit(jax.grad(lambda variables: model.apply(variables, x).sum()))(variables)
     for name, value in expected.items():
         np.testing.assert_allclose(adapter_of(gradient)[name], value, rtol=1e-3, atol=1e-4)
 
@@ -98,7 +99,7 @@ def test_merged_it_is_the_base_model_with_other_numbers(kind: str) -> None:
     variables = drawn(variables)
     merged = mj.merge_adapters(model, variables["params"], x)
     assert "adapter_main" not in merged["out"]
-    np.testing.assert_allclose(Model().apply({"params": merged}, x), model.apply(variables, x), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(compiled(Model())({"params": merged}, x), compiled(model)(variables, x), rtol=1e-4, atol=1e-6)
 
 
 def test_under_rs_lora_a_rank_changes_the_size_of_the_first_step_less() -> None:
@@ -107,12 +108,12 @@ def test_under_rs_lora_a_rank_changes_the_size_of_the_first_step_less() -> None:
     def first_change(adapter: mj.LowRankAdapter) -> float:
         x = jax.random.normal(jax.random.key(0), (64, D))
         model = mj.Adapted(Model(), {"main": adapter})
-        base = Model().init(jax.random.key(1), x)
+        base = jax.jit(Model().init)(jax.random.key(1), x)
         variables = mj.init_adapters(model, base, jax.random.key(2), x)
-        gradient = adapter_of(jax.grad(lambda v: model.apply(v, x).sum())(variables))["b"]
+        gradient = adapter_of(jax.jit(jax.grad(lambda v: model.apply(v, x).sum()))(variables))["b"]
         stepped = jax.tree.map(lambda v: v, variables)
         stepped["params"]["out"]["adapter_main"]["b"] = -gradient
-        return float(jnp.abs(model.apply(stepped, x) - model.apply(variables, x)).mean())
+        return float(jnp.abs(compiled(model)(stepped, x) - compiled(model)(variables, x)).mean())
 
     few, many = 2, 128
     lora = [first_change(mj.LoRA(rank=r, scale=1e-3 / r, targets=("out",))) for r in (few, many)]
@@ -128,10 +129,12 @@ def test_a_bank_gets_a_magnitude_for_every_expert() -> None:
             return mj.MoE(mj.Linear(3), mj.TopK(k=1), mj.FFN(hidden=4, num_experts=3), name="moe")(x)
 
     x = jax.random.normal(jax.random.key(0), (2, 5, 6))
-    base = Routed().init(jax.random.key(1), x)
+    base = jax.jit(Routed().init)(jax.random.key(1), x)
     model = mj.Adapted(Routed(), {"main": mj.DoRA(rank=2, scale=1.0, targets=("*/w_in",))})
     variables = mj.init_adapters(model, {"params": base["params"]}, jax.random.key(2), x)
-    np.testing.assert_allclose(model.apply(variables, x), Routed().apply({"params": base["params"]}, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        compiled(model)(variables, x), compiled(Routed())({"params": base["params"]}, x), rtol=1e-5, atol=1e-6
+    )
     shapes = {leaf.shape for leaf in jax.tree.leaves(mj.split_adapters(variables["params"])[1])}
     assert shapes == {(3, 6, 2), (3, 2, 4), (3, 4)}
 

@@ -65,8 +65,8 @@ def test_gradients_are_those_of_renormalised_probabilities_and_finite_where_noth
         p = jnp.where(chosen, jax.nn.softmax(x)[..., :E], 0)
         return (v * p / jnp.where(chosen.any(-1, keepdims=True), p.sum(-1, keepdims=True), 1)).sum()
 
-    gradient = jax.grad(lambda x: (v * RULE(x).dense()).sum())(jnp.asarray(logits))
-    np.testing.assert_allclose(gradient, jax.grad(dense)(jnp.asarray(logits)), rtol=1e-4, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda x: (v * RULE(x).dense()).sum()))(jnp.asarray(logits))
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(dense))(jnp.asarray(logits)), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(gradient[0, 0], 0)
 
 
@@ -79,7 +79,7 @@ def test_the_loss_is_numpys_and_pulls_on_probabilities_only(null: str, rng: np.r
         return NullBalance(0.3, null)(Routing(x, RULE.probabilities(x), plan, jnp.asarray(valid)))
 
     np.testing.assert_allclose(loss(jnp.asarray(logits)), 0.3 * numpy_loss(logits[valid], null == "mean"), rtol=1e-5)
-    gradient = jax.grad(loss)(jnp.asarray(logits))
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(logits))
     np.testing.assert_array_equal(np.asarray(gradient)[~valid], 0)
     # d/dx of a sum a_i p_i with constant a: p_i (a_i - sum a p).
     share = np.zeros(E + NULL)
@@ -127,11 +127,11 @@ def test_copied_null_experts_start_behind_the_experts_they_copy(rng: np.random.G
     """Two copies of each expert: of three choices the best expert and both its copies, so every token takes one expert, its best."""
     moe = MoE(Linear(E, null_start="copied"), NullExperts(k=3, num_null=2 * E), GLU(3, num_experts=E), backend="reference")
     x = jnp.asarray(rng.normal(size=(G, N, D)), jnp.float32)
-    variables = moe.init(jax.random.key(0), x)
+    variables = jax.jit(moe.init)(jax.random.key(0), x)
     w = np.asarray(variables["params"]["router"]["w"])
     np.testing.assert_array_equal(w, np.tile(w[:, :E], 3))
     assert len(np.unique(w)) == D * E
-    _, sown = moe.apply(variables, x, mutable=["routing"])
+    _, sown = compiled(moe, "routing")(variables, x)
     plan = sown["routing"]["plan"]
     logits = np.einsum("gnd,de->gne", x, w[:, :E])
     np.testing.assert_array_equal(np.asarray(plan.dense()), np.eye(E)[logits.argmax(-1)])

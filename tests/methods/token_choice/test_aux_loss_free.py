@@ -84,7 +84,7 @@ def test_a_layer_keeps_the_bias_as_state_and_balances(rng: np.random.Generator) 
     """Skewed tokens: the load's largest excess falls below half of what it was; no parameter has changed."""
     x = jnp.asarray(rng.normal(size=(4, 16, 6)) + 1.0, jnp.float32)
     moe = layer()
-    variables = moe.init(jax.random.key(0), x)
+    variables = jax.jit(moe.init)(jax.random.key(0), x)
     assert set(variables["params"]) == {"router", "bank"}
     state = variables["router_state"]
 
@@ -105,9 +105,10 @@ def test_a_layer_keeps_the_bias_as_state_and_balances(rng: np.random.Generator) 
 def test_evaluation_uses_the_bias_and_leaves_it(rng: np.random.Generator) -> None:
     x = jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32)
     moe = layer()
-    variables = moe.init(jax.random.key(0), x)
+    variables = jax.jit(moe.init)(jax.random.key(0), x)
     forbid = {STATE: jnp.array([-9.0, 0, 0, 0])}
-    _, sown, after = train_call(moe, {**variables, "router_state": forbid}, x, Context(), mutable=("stats",))
+    evaluate = jax.jit(lambda variables: train_call(moe, variables, x, Context(), mutable=("stats",))[1:])
+    sown, after = evaluate({**variables, "router_state": forbid})
     assert sown["stats"]["load"][0] == 0
     jax.tree.map(np.testing.assert_array_equal, after["router_state"], forbid)
 
@@ -115,13 +116,13 @@ def test_evaluation_uses_the_bias_and_leaves_it(rng: np.random.Generator) -> Non
 def test_the_bias_gets_no_gradient_and_gives_none(rng: np.random.Generator) -> None:
     x = jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32)
     moe = layer()
-    variables = moe.init(jax.random.key(0), x)
+    variables = jax.jit(moe.init)(jax.random.key(0), x)
 
     def loss(state: dict) -> jax.Array:
         y, *_ = train_call(moe, {**variables, "router_state": state}, x, Context(train=True))
         return jnp.square(y).sum()
 
-    gradient = jax.grad(loss)({STATE: jnp.arange(E) * 0.1})
+    gradient = jax.jit(jax.grad(loss))({STATE: jnp.arange(E) * 0.1})
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradient)
 
 

@@ -126,7 +126,9 @@ def test_gradients_flow_through_winners_weights_and_not_from_the_routers_target(
 
     silent = layer(rate=1.0, router_coef=0.0, diversity_coef=0.0, balance_coef=0.0)
     gradient = jax.jit(jax.grad(lambda p: loss(p, silent, 1.0)))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, jax.grad(dense)(params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, jax.jit(jax.grad(dense))(params)
+    )
     np.testing.assert_array_equal(gradient["router"]["w"], 0)
     router_only = layer(rate=1.0, router_coef=1.0, diversity_coef=0.0, balance_coef=0.0)
     gradient = jax.jit(jax.grad(lambda p: loss(p, router_only, 0.0)))(params)

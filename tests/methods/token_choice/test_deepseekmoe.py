@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_layers import draw, glu
+from numpy_layers import compiled, draw, glu
 from numpy_routing import best, sigmoid, softmax
 
 from moejax.core.context import Context
@@ -26,7 +26,7 @@ def test_the_layer_is_the_papers(rng: np.random.Generator) -> None:
     """Softmax over the routed experts alone, gates not normalised after selection, shared experts without a gate."""
     x = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
     variables = draw(layer(), x)
-    y = layer().apply(variables, x)
+    y = compiled(layer())(variables, x)
     p = variables["params"]
     for b, t in np.ndindex(B, S):
         u = np.asarray(x[b, t], np.float64)
@@ -96,10 +96,10 @@ def test_a_shared_expert_can_fall_silent_in_evaluation(rng: np.random.Generator)
     lesioned = layer(shared=TrainOnly(GLU(3, num_experts=SHARED)))
     variables = draw(layer(), x)
     params = variables["params"] | {"shared": {"bank": variables["params"]["shared"]}}
-    whole = layer().apply(variables, x)
-    np.testing.assert_allclose(lesioned.apply({"params": params}, x, Context(train=True)), whole, rtol=1e-6)
-    routed_only = layer(shared=None).apply(variables, x)
-    np.testing.assert_allclose(lesioned.apply({"params": params}, x), routed_only, rtol=1e-6)
+    whole = compiled(layer())(variables, x)
+    np.testing.assert_allclose(compiled(lesioned)({"params": params}, x, Context(train=True)), whole, rtol=1e-6)
+    routed_only = compiled(layer(shared=None))(variables, x)
+    np.testing.assert_allclose(compiled(lesioned)({"params": params}, x), routed_only, rtol=1e-6)
     assert np.abs(whole - routed_only).max() > 0.1
     assert jax.eval_shape(lesioned.init, jax.random.key(0), x)["params"]["shared"]["bank"]["w_up"].shape == (SHARED, D, 3)
 

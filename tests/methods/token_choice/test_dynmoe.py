@@ -76,7 +76,7 @@ def test_gradients_go_straight_through_where_an_expert_is_taken(rng: np.random.G
     score[0, 0] = 0
     outputs = rng.normal(size=(G, N, E))
     logits = jnp.asarray(np.stack([score, limit], -1).reshape(G, N, 2 * E), jnp.float32)
-    gradient = jax.grad(lambda x: (jnp.asarray(outputs) * TopAny()(x, Context(train=True)).dense()).sum())(logits)
+    gradient = jax.jit(jax.grad(lambda x: (jnp.asarray(outputs) * TopAny()(x, Context(train=True)).dense()).sum()))(logits)
     taken = score > limit
     expected = taken * outputs / np.maximum(taken.sum(-1, keepdims=True), 1)
     np.testing.assert_allclose(gradient.reshape(G, N, E, 2), np.stack([expected, -expected], -1), rtol=1e-5)

@@ -1,12 +1,13 @@
 """LExI (Chitty-Venkata et al. 2025): what fewer experts cost in each layer, and the k of each layer under a budget."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_layers import draw, glu
+from numpy_layers import compiled, draw, glu
 
 import moejax as mj
 from moejax.core.errors import ConfigError
@@ -66,7 +67,13 @@ def target(model: dict, batches: list) -> Target:
 
 
 def logits_of(spec: dict, variables: dict, tokens: jax.Array) -> jax.Array:
-    return jax.jit(build(spec).apply)(variables, tokens)
+    return compiled(build(spec))(variables, tokens)
+
+
+@functools.cache
+def shapes_of_state() -> dict:
+    """Of an untrained model."""
+    return jax.eval_shape(lambda: build(config()).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["router_state"]
 
 
 def ks(found: Checkpoint) -> list[int]:
@@ -75,7 +82,7 @@ def ks(found: Checkpoint) -> list[int]:
 
 def test_a_layer_uses_the_first_k_of_its_choices_in_value_and_gradient() -> None:
     x = jax.random.normal(jax.random.key(1), (8, 3, D))
-    variables = layer().init(jax.random.key(0), x)
+    variables = jax.jit(layer().init)(jax.random.key(0), x)
     assert variables["router_state"]["k"] == K
     params = draw(layer(mj.MoE), x)["params"]
     run = jax.jit(lambda p, k: layer().apply({"params": p, "router_state": {"k": k}}, x, mutable=["stats"]))
@@ -187,10 +194,9 @@ def test_the_surgery_writes_state_and_changes_nothing_else(trained: tuple, by: s
     assert sum(chosen) == budget
     assert all(1 <= k <= K for k in chosen)
     assert found.variables["params"] is variables["params"]
-    shapes = jax.eval_shape(lambda: build(config()).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     jax.tree.map(
         lambda a, b: None if (a.shape, a.dtype) == (b.shape, b.dtype) else pytest.fail("shape"),
-        shapes["router_state"],
+        shapes_of_state(),
         found.variables["router_state"],
     )
     # A scanned model with this state is the one whose config has these k.

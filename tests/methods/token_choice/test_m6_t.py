@@ -258,6 +258,6 @@ def test_attention_keeps_what_attention_can(x: jax.Array) -> None:
     for name in "qkvo":
         bank = {"w": params[name]["kernel"][None], "b": params[name]["bias"][None]}
         mixed[name] = {"bank": bank, "router": {"w": jnp.ones((D, 1))}}
-    ours, theirs = (m.apply({"params": p}, x, ctx) for m, p in ((mixer, mixed), (plain, params)))
+    ours, theirs = (compiled(m)({"params": p}, x, ctx) for m, p in ((mixer, mixed), (plain, params)))
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(ours[1, : S - 4], theirs[1, : S - 4], rtol=1e-4, atol=1e-5)

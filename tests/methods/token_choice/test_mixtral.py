@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_layers import draw, silu
+from numpy_layers import compiled, draw, silu
 
 import moejax as mj
 
@@ -47,7 +47,7 @@ def numpy_layer(params: dict, x: np.ndarray) -> tuple[np.ndarray, float]:
 
 def test_outputs_are_numpys_and_every_token_has_two_experts(example: tuple) -> None:
     params, x = example
-    y, sown = layer().apply({"params": params}, x, mutable=["losses", "stats", "routing"])
+    y, sown = compiled(layer(), "losses", "stats", "routing")({"params": params}, x)
     expected, loss = numpy_layer(params, np.asarray(x, np.float64))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     # The public code counts each of the k choices with weight 1: its loss is k times ours.
@@ -64,7 +64,7 @@ def test_gradients_are_numpys(example: tuple) -> None:
         y, sown = layer().apply({"params": params}, x, mutable=["losses"])
         return jnp.sin(y).sum() + sown["losses"]["balance_loss"]
 
-    gradient = jax.grad(total)(params)
+    gradient = jax.jit(jax.grad(total))(params)
     for part, name, place in (
         ("router", "w", (1, 2)),
         ("router", "w", (4, 7)),
@@ -82,9 +82,9 @@ def test_gradients_are_numpys(example: tuple) -> None:
 
 def test_softmax_over_the_selected_is_the_whole_softmax_renormalised_and_not_the_raw_one(example: tuple) -> None:
     params, x = example
-    selected = layer().apply({"params": params}, x)
-    renormalised = layer(score="softmax", normalise=True).apply({"params": params}, x)
-    raw = layer(score="softmax").apply({"params": params}, x)
+    selected = compiled(layer())({"params": params}, x)
+    renormalised = compiled(layer(score="softmax", normalise=True))({"params": params}, x)
+    raw = compiled(layer(score="softmax"))({"params": params}, x)
     np.testing.assert_allclose(renormalised, selected, rtol=1e-5, atol=1e-6)
     assert np.abs(raw - selected).max() > 0.1
 
@@ -93,7 +93,7 @@ def test_equal_experts_are_the_dense_layer(example: tuple) -> None:
     """Weights sum to 1: where all experts are alike, routing changes nothing."""
     params, x = example
     bank = jax.tree.map(lambda w: jnp.broadcast_to(w[:1], w.shape), params["bank"])
-    y = layer().apply({"params": {**params, "bank": bank}}, x)
+    y = compiled(layer())({"params": {**params, "bank": bank}}, x)
     dense = mj.DenseGLU(F).apply({"params": {"expert": jax.tree.map(lambda w: w[:1], params["bank"])}}, x)
     np.testing.assert_allclose(y, dense, rtol=1e-4, atol=1e-5)
 

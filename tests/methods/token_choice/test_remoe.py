@@ -31,7 +31,7 @@ def test_gates_are_relus_and_padding_has_none(rng: np.random.Generator) -> None:
     plan = ReLU()(jnp.asarray(logits), Context(valid=jnp.asarray(valid)))
     np.testing.assert_allclose(plan.dense(), np.maximum(logits, 0) * valid[..., None], rtol=1e-6)
     np.testing.assert_array_equal(plan.assigned(), (logits > 0) & valid[..., None])
-    gradient = jax.grad(lambda x: (jnp.arange(1.0, E + 1) * ReLU()(x).dense()).sum())(jnp.asarray(logits))
+    gradient = jax.jit(jax.grad(lambda x: (jnp.arange(1.0, E + 1) * ReLU()(x).dense()).sum()))(jnp.asarray(logits))
     np.testing.assert_allclose(gradient, (logits > 0) * np.arange(1, E + 1))
     np.testing.assert_allclose(ReLU().probabilities(jnp.asarray(logits)).sum(-1), (logits > 0).any(-1), rtol=1e-6)
 
@@ -53,7 +53,7 @@ def test_the_loss_is_numpys_in_value_and_gradient(balanced: bool, rng: np.random
 
     tokens = logits[valid].astype(np.float64)
     f = E / k * (tokens > 0).mean(0) if balanced else np.ones(E)
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
     np.testing.assert_allclose(value, weight * (f * np.maximum(tokens, 0).mean(0)).sum(), rtol=1e-5)
     np.testing.assert_allclose(np.asarray(gradient)[valid], weight * f * (tokens > 0) / len(tokens), rtol=1e-5)
     np.testing.assert_array_equal(np.asarray(gradient)[~valid], 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from numpy_layers import glu
+from numpy_layers import compiled, glu
 
 import moejax as mj
 from moejax.core.errors import ConfigError
@@ -44,7 +44,7 @@ def numpy_layer(params: dict, x: np.ndarray, k: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def example() -> tuple[dict, jax.Array]:
     x = jax.random.normal(jax.random.key(1), (2, 7, D))
-    return layer().init(jax.random.key(0), x, at(0))["params"], x
+    return jax.jit(layer().init)(jax.random.key(0), x, at(0))["params"], x
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "doubling"])
@@ -89,20 +89,20 @@ def test_outputs_are_numpys_with_the_k_of_the_step(example: tuple) -> None:
 
 def test_it_slims_to_any_k_outside_training(example: tuple) -> None:
     params, x = example
-    whole = layer().apply({"params": params}, x)  # no step is needed
+    whole = compiled(layer())({"params": params}, x)  # no step is needed
     np.testing.assert_allclose(whole, numpy_layer(params, np.asarray(x, np.float64), E), rtol=1e-4, atol=1e-5)
     for k in (1, 3):
         expected = numpy_layer(params, np.asarray(x, np.float64), k)
-        slim = layer(mj.TopK(k=k, score="softmax_selected", constant_gate=True)).apply({"params": params}, x)
+        slim = compiled(layer(mj.TopK(k=k, score="softmax_selected", constant_gate=True)))({"params": params}, x)
         np.testing.assert_allclose(slim, expected, rtol=1e-4, atol=1e-5)
         # A forced k holds against the schedule too.
-        forced = layer().apply({"params": params, "interventions": {"k": jnp.int32(k)}}, x, at(0))
+        forced = compiled(layer())({"params": params, "interventions": {"k": jnp.int32(k)}}, x, at(0))
         np.testing.assert_allclose(forced, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_numpys(example: tuple) -> None:
     params, x = example
-    gradient = jax.grad(lambda p: jnp.sin(layer().apply({"params": p}, x, at(4))).sum())(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sin(layer().apply({"params": p}, x, at(4))).sum()))(params)
     k = round((E - K_MIN) * 4 / T) + K_MIN
     for path, place in ((("bank", "w_out"), (1, 2, 3)), (("bank", "w_gate"), (4, 0, 1)), (("router", "w"), (2, 3))):
         ends = []
@@ -128,7 +128,7 @@ def test_the_router_starts_as_the_release_s_and_stays_as_it_is(example: tuple) -
     learned, kept = rules.split(params)
     assert list(kept) == ["router"]
     transform = rules.transform(mj.AdamW(learning_rate=0.1, weight_decay=0.5, steps=10))
-    grads = rules.split(jax.grad(lambda p: layer().apply({"params": p}, x, at(4)).sum())(params))[0]
+    grads = rules.split(jax.jit(jax.grad(lambda p: layer().apply({"params": p}, x, at(4)).sum()))(params))[0]
     updates, _ = transform.update(grads, transform.init(learned), learned, step=jnp.int32(0))
     after = rules.join(optax.apply_updates(learned, updates), kept)
     np.testing.assert_array_equal(after["router"]["w"], params["router"]["w"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
-from numpy_layers import draw
+from numpy_layers import compiled, draw
 from numpy_routing import admit, best, capacity, combine, service_order, softmax
 
 from moejax import GLU, ConfigError, Context, GShard, Linear, MoE
@@ -96,9 +96,9 @@ def test_a_dense_layer_beside_the_sparse_one(rng: np.random.Generator) -> None:
         return ((u @ gate) / (1 + np.exp(-u @ gate)) * (u @ up) * scale) @ out
 
     norm = u / np.sqrt((u**2).mean(-1, keepdims=True) + 1e-6) * p["ffn_norm"]["norm"]["scale"]
-    np.testing.assert_allclose(normed.apply(variables, x, Context()), u + ffn(norm), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(compiled(normed)(variables, x, Context()), u + ffn(norm), rtol=1e-4, atol=1e-5)
     plain = {"params": {"ffn": variables["params"]["ffn"]}}
-    np.testing.assert_allclose(block().apply(plain, x, Context()), u + ffn(u), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(compiled(block())(plain, x, Context()), u + ffn(u), rtol=1e-4, atol=1e-5)
     rngs = {"dropout": jax.random.key(0)}
     dropped = np.asarray(block(dropout=0.5).apply(plain, x, Context(train=True), rngs=rngs)) == u
     assert 0.2 < dropped.mean() < 0.8
@@ -124,6 +124,6 @@ def test_the_largest_logit_is_reported(rng: np.random.Generator) -> None:
     layer = MoE(Linear(E), GShard(), GLU(2, num_experts=E), backend="reference")
     x = jnp.asarray(rng.normal(size=(G, N, 3)), jnp.float32).at[1, 9].set(1e4)
     variables = draw(layer, x)
-    _, sown = layer.apply(variables, x, Context(valid=jnp.asarray(VALID)), mutable=["stats"])
+    _, sown = compiled(layer, "stats")(variables, x, Context(valid=jnp.asarray(VALID)))
     logits = np.abs(np.asarray(x) @ np.asarray(variables["params"]["router"]["w"]))
     np.testing.assert_allclose(sown["stats"]["max_logit"], logits[VALID].max(), rtol=1e-4)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_layers import compiled
 
 import moejax as mj
 
@@ -39,12 +40,12 @@ def numpy_switch(params: dict, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, f
 @pytest.fixture
 def example(rng: np.random.Generator) -> tuple[dict, jax.Array]:
     x = jnp.asarray(rng.normal(size=(2, 13, D)) + 0.5, jnp.float32)
-    return layer().init(jax.random.key(0), x)["params"], x
+    return jax.jit(layer().init)(jax.random.key(0), x)["params"], x
 
 
 def test_outputs_drops_and_loss_are_numpys(example: tuple) -> None:
     params, x = example
-    y, sown = layer().apply({"params": params}, x, mutable=["losses", "stats"])
+    y, sown = compiled(layer(), "losses", "stats")({"params": params}, x)
     expected, kept, loss = numpy_switch(params, np.asarray(x, np.float64))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
     assert 0 < (~kept).mean() < 0.5
@@ -59,7 +60,7 @@ def test_the_router_learns_through_its_gate(example: tuple) -> None:
     def total(params: dict) -> jax.Array:
         return jnp.sin(layer().apply({"params": params}, x)).sum()
 
-    gradient = np.asarray(jax.grad(total)(params)["router"]["w"])
+    gradient = np.asarray(jax.jit(jax.grad(total))(params)["router"]["w"])
     w = np.asarray(params["router"]["w"], np.float64)
     for i, j in ((0, 0), (2, 1), (5, 3)):
         ends = []

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from numpy_layers import compiled
 
 import moejax as mj
 from moejax import models
@@ -28,7 +29,7 @@ class Holder(nn.Module):
 
 
 def variables(model: nn.Module, x: jax.Array, seed: int) -> dict:
-    return {"params": model.init(jax.random.key(seed), x)["params"]}
+    return {"params": jax.jit(model.init)(jax.random.key(seed), x)["params"]}
 
 
 def upcycle(dense: nn.Module, mixture: nn.Module, x: jax.Array, /, **fields) -> tuple[dict, dict]:
@@ -73,7 +74,9 @@ def test_with_normalised_weights_the_mixture_starts_as_the_dense_layer(x: jax.Ar
     for name, w in before["ffn"]["expert"].items():
         for e in range(E):
             np.testing.assert_array_equal(after["ffn"]["bank"][name][e], w[0])
-    np.testing.assert_allclose(mixture.apply({"params": after}, x), dense.apply({"params": before}, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        compiled(mixture)({"params": after}, x), compiled(dense)({"params": before}, x), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_without_them_it_is_scaled_by_the_gates_of_the_chosen(x: jax.Array) -> None:
@@ -81,8 +84,8 @@ def test_without_them_it_is_scaled_by_the_gates_of_the_chosen(x: jax.Array) -> N
     before, after = upcycle(dense, mixture, x)
     chosen = np.sort(gates(after, x), -1)[..., -2:].sum(-1, keepdims=True)
     assert chosen.mean() < 0.9
-    expected = chosen * np.asarray(dense.apply({"params": before}, x))
-    np.testing.assert_allclose(mixture.apply({"params": after}, x), expected, rtol=1e-5, atol=1e-6)
+    expected = chosen * np.asarray(compiled(dense)({"params": before}, x))
+    np.testing.assert_allclose(compiled(mixture)({"params": after}, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_under_expert_choice_tokens_that_nobody_chose_are_missing(x: jax.Array) -> None:
@@ -95,8 +98,8 @@ def test_under_expert_choice_tokens_that_nobody_chose_are_missing(x: jax.Array) 
         for e in range(E):
             chosen[b, np.argsort(-probabilities[:, e], kind="stable")[:room]] = True
     assert 0 < chosen.mean() < 1
-    expected = chosen[..., None] * np.asarray(dense.apply({"params": before}, x))
-    np.testing.assert_allclose(mixture.apply({"params": after}, x), expected, rtol=1e-5, atol=1e-6)
+    expected = chosen[..., None] * np.asarray(compiled(dense)({"params": before}, x))
+    np.testing.assert_allclose(compiled(mixture)({"params": after}, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_at_the_start_the_router_has_no_gradient_and_experts_share_that_of_the_dense_layer(x: jax.Array) -> None:
@@ -105,7 +108,7 @@ def test_at_the_start_the_router_has_no_gradient_and_experts_share_that_of_the_d
     before, after = upcycle(dense, mixture, x)
 
     def slope(model: nn.Module, params: dict) -> dict:
-        return jax.grad(lambda p: jnp.sin(model.apply({"params": p}, x)).sum())(params)["ffn"]
+        return jax.jit(jax.grad(lambda p: jnp.sin(model.apply({"params": p}, x)).sum()))(params)["ffn"]
 
     ours, theirs = slope(mixture, after), slope(dense, before)
     np.testing.assert_allclose(ours["router"]["w"], 0.0, atol=1e-5)
@@ -114,7 +117,7 @@ def test_at_the_start_the_router_has_no_gradient_and_experts_share_that_of_the_d
         assert np.abs(ours["bank"][name][0] - ours["bank"][name][1]).max() > 1e-2
     # Without normalisation the router learns from the first step on: dy/dz_i of a chosen i is g_i (1 - g_i - g_j) * dense.
     raw = layers(normalise=False)[1]
-    probabilities, y = gates(after, x), np.asarray(dense.apply({"params": before}, x), np.float64)
+    probabilities, y = gates(after, x), np.asarray(compiled(dense)({"params": before}, x), np.float64)
     expected = np.zeros((D, E))
     for b, t in np.ndindex(x.shape[:2]):
         p = probabilities[b, t]
