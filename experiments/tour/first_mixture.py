@@ -86,7 +86,7 @@ STUDY = Study(
     ),
     presets={
         "smoke": SMOKE,
-        "cpu": Preset(),
+        "cpu": Preset(looks=(4,), headline_looks=(4, 6)),  # minutes
         "paper": Preset(
             {
                 "model.d_model": 768,

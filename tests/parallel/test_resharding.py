@@ -124,7 +124,7 @@ class Device:
     """What matters of a device here: the process it belongs to, two of them to each."""
 
     def __init__(self, i):
-        self.id, self.process_index, self.platform = i, i // 2, "cpu"
+        self.id, self.process_index, self.platform, self.device_kind = i, i // 2, "cpu", "cpu"
 
 
 def shards(spec, processes):
