@@ -114,7 +114,7 @@ def clip(largest: float | None) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(optax.identity())
 
     def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> tuple[Any, Any]:
-        norm = optax.global_norm(updates) if norm is None else norm
+        norm = optax.tree.norm(updates) if norm is None else norm
         # As `optax.clip_by_global_norm`, to the last bit.
         trigger = jnp.squeeze(norm < largest)
         return jax.tree.map(lambda t: jax.lax.select(trigger, t, (t / norm.astype(t.dtype)) * largest), updates), state

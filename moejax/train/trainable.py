@@ -124,7 +124,7 @@ class Learning:
             return {name: parts[name].init(_part(params, paths)) for name, paths in groups.items()}
 
         def update(grads: Tree, state: dict[str, Tree], params: Tree = None, *, step: Any, **extra: Any) -> tuple[Tree, Any]:
-            norm, updates, after = optax.global_norm(grads), {}, {}
+            norm, updates, after = optax.tree.norm(grads), {}, {}
             for name, paths in groups.items():
                 active = _active(self._windows(paths[0]), step)
                 moved, new = parts[name].update(
