@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,16 @@ def registries() -> types.SimpleNamespace:
     }
     assert len(found) >= 12
     return types.SimpleNamespace(**found)
+
+
+@pytest.mark.parametrize("module", ["jax._src.core", "flax.linen", "moejax.routing.plan"])
+def test_what_is_announced_to_be_removed_fails_the_suite(module: str) -> None:
+    with pytest.raises(DeprecationWarning):
+        warnings.warn_explicit("this goes", DeprecationWarning, "file.py", 1, module)
+    with pytest.raises(DeprecationWarning):
+        warnings.warn_explicit("optax.something is deprecated", DeprecationWarning, "file.py", 1, "elsewhere")
+
+
+@pytest.mark.parametrize("module", ["jaxtyping._decorator", "traitlets.config"])
+def test_what_other_packages_announce_does_not(module: str) -> None:
+    warnings.warn_explicit("this goes", DeprecationWarning, "file.py", 1, module)
