@@ -98,12 +98,12 @@ class Programs:
     def rows(self) -> int:
         """Of a batch: as many as the oracle of a step of two microbatches is given, so that one oracle is compiled for all properties.
 
-        Those of a microbatch if it has to be looked at by itself: where a layer draws, or tokens of several rows compete, a whole batch
-        would draw, and admit, otherwise.
+        Those of a microbatch if it has to be looked at by itself: where a layer draws, tokens of several rows compete, or a layer keeps
+        state, which it may measure over what it is given, a whole batch would draw, admit and measure otherwise.
         """
-        _ = self.traced
+        _, sown = self.traced
         compete = any(getattr(part, "group_by", "sequence") != "sequence" for part in inside(self.model))
-        return ROWS if self._drawn or compete else 2 * ROWS
+        return ROWS if self._drawn or compete or sown.get("router_state") else 2 * ROWS
 
     @functools.cached_property
     def variables(self) -> dict[str, Tree]:

@@ -197,7 +197,7 @@ def make_train_step(
             )
             params = learning.join(learning.split(params)[0], kept)
             collections = {**collections, "router_state": router_state}
-        grad_norm, param_norm = optax.tree.norm(grads), optax.global_norm(params)
+        grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
         finite = jnp.isfinite(losses["train/objective"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         fresh = (state.first_bad_step < 0) & ~finite
         state = state.replace(
