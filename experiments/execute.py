@@ -60,10 +60,11 @@ def execute(
 
     cache = Cache(runs)
     real = fit is None
-    cached = any(cache.load(configs[arm], seed, arm) for arm, seed in wanted({}))
+    first = wanted({})
+    cached = any(cache.load(configs[arm], seed, arm) for arm, seed in first)
     fit = fit or _prepared_fit(configs, cache, console)
-    if real and preset in record.LEDGER_PRESETS and wanted({}):
-        _warn_of_unmatched(study, configs, [arm for arm, seed in wanted({}) if not cache.has(configs[arm], seed)], console)
+    if real and preset in record.LEDGER_PRESETS:
+        _warn_of_unmatched(study, configs, [arm for arm, seed in first if not cache.has(configs[arm], seed)], console)
     # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
     # run starts at once.
     if real and (cached or accept_numerics):

@@ -115,17 +115,10 @@ class Value:
         return math.nan if any(map(math.isnan, values)) else float(self.at.pick(values) @ np.array(values))
 
     def blocks(self, runs: Runs) -> np.ndarray | None:
-        found = [runs[arm].blocks(self.metric) for arm in self.arms]
-        shares = self.at.pick([runs[arm].value(self.metric) for arm in self.arms])
-        if any(each is None for each in found) or len({each.shape for each in found}) > 1:
-            return None
-        return shares @ np.stack(found)
+        return _weighed(self.at.pick([runs[arm].value(self.metric) for arm in self.arms]), self.metric, self.arms, runs)
 
     def lacking(self, runs: Runs) -> str:
-        for arm in self.arms:
-            if not runs[arm].matching(self.metric):
-                return f"'{arm}' did not measure '{self.metric}'{nearest(self.metric, runs[arm].metrics)}"
-        return ""
+        return _unmeasured(self.metric, runs, [arm for arm in self.arms if not runs[arm].matching(self.metric)])
 
 
 @dataclass(frozen=True)
@@ -194,10 +187,7 @@ class _OfCurve:
         return None
 
     def lacking(self, runs: Runs) -> str:
-        for arm in self.arms:
-            if not runs[arm].curve(self.metric)[0]:
-                return f"'{arm}' did not measure '{self.metric}'{nearest(self.metric, runs[arm].metrics)}"
-        return ""
+        return _unmeasured(self.metric, runs, [arm for arm in self.arms if not runs[arm].curve(self.metric)[0]])
 
 
 @dataclass(frozen=True)
@@ -310,10 +300,7 @@ class Trend(_AlongArms):
         return float(self._shares @ self._y(runs))
 
     def blocks(self, runs: Runs) -> np.ndarray | None:
-        found = [runs[arm].blocks(self.metric) for arm in self.arms]
-        if any(each is None for each in found) or len({each.shape for each in found}) > 1:
-            return None
-        return self._shares @ np.stack(found)
+        return _weighed(self._shares, self.metric, self.arms, runs)
 
 
 class Optimum(_AlongArms):
@@ -371,6 +358,19 @@ class Gain(_AlongArms):
     def lacking(self, runs: Runs) -> str:
         outside = f"{self.metric} of '{self.arm}' lies outside those of {', '.join(self.points.values())}"
         return super().lacking(runs) or (outside if math.isnan(self.of(runs)) else "")
+
+
+def _weighed(shares: np.ndarray, metric: str, arms: tuple[str, ...], runs: Runs) -> np.ndarray | None:
+    """The blocks of several arms, added up by their shares; None where an arm has none, or others."""
+    found = [runs[arm].blocks(metric) for arm in arms]
+    if any(each is None for each in found) or len({each.shape for each in found}) > 1:
+        return None
+    return shares @ np.stack(found)
+
+
+def _unmeasured(metric: str, runs: Runs, arms: list[str]) -> str:
+    """Names the first of the arms that did not measure a metric; empty if there is none."""
+    return f"'{arms[0]}' did not measure '{metric}'{nearest(metric, runs[arms[0]].metrics)}" if arms else ""
 
 
 def speedup(fast: tuple[list[int], list[float]], slow: tuple[list[int], list[float]]) -> float:

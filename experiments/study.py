@@ -84,7 +84,7 @@ class Preset:
         return self.headline_looks if claim.headline else self.looks
 
 
-# Shapes and finite losses in seconds: what every study's 'smoke' is unless it needs another.
+# Shapes and finite losses, in a few steps: what every study's 'smoke' is unless it needs another.
 SMOKE = Preset(
     {
         "train.steps": 4,
@@ -462,7 +462,7 @@ def _check_claims(study: Study, where: str) -> None:
 
 def _check_presets(study: Study, where: str) -> None:
     if "smoke" not in study.presets:
-        raise ConfigError(f"{where} has no 'smoke' preset; every study needs one that runs in seconds")
+        raise ConfigError(f"{where} has no 'smoke' preset; every study needs one of a few steps")
     for name, preset in study.presets.items():
         if name not in PRESETS:
             raise ConfigError(f"unknown preset '{name}' in {where}{nearest(name, PRESETS)}")

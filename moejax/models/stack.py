@@ -129,7 +129,7 @@ class Stack(nn.Module):
 
     def _shallow(self) -> bool:
         """Whether the scan is written out for the compiler. On a CPU, slicing parameters and stacking gradients costs a small model a
-        third of its step; with recomputation the loop stays, see above."""
+        tenth to a third of its step. With recomputation the loop stays: written out, the compiler would merge it with the forward pass."""
         return current_chip().platform == "cpu" and self.num_layers <= SHALLOW and self.remat == "none"
 
 
