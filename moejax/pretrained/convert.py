@@ -26,7 +26,8 @@ from moejax.core.params import record_axes
 from moejax.models.registry import build
 from moejax.parallel.rules import param_specs, replicated, shardings
 from moejax.pretrained.family import Family, families
-from moejax.pretrained.places import CONFIG, find, open_model
+from moejax.pretrained.names import find
+from moejax.pretrained.opening import CONFIG, open_model
 from moejax.pretrained.safetensors_files import SHARD_BYTES, write_safetensors
 from moejax.pretrained.store import Store
 from moejax.pretrained.table import Link, check, links
@@ -64,7 +65,7 @@ def load(name: str, mesh: Mesh | None = None) -> Pretrained:
     """A published model: NumPy arrays, or on a mesh arrays that each device has its share of.
 
     Args:
-      name: of a model in `moejax.pretrained.places.MODELS`, a folder with config.json and safetensors, or a GGUF file.
+      name: of a model in `moejax.pretrained.names.MODELS`, a folder with config.json and safetensors, or a GGUF file.
       mesh: of all four axes, see `moejax.parallel.make_mesh`.
 
     Raises:

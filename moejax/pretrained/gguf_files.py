@@ -23,7 +23,6 @@ class GGUFStore(Store):
     Attributes:
       family: what its architecture is a file of.
       model_type: the name of that family.
-      meta: all of its metadata.
       settings: its config, as a published config.json would say it.
 
     Raises:
@@ -33,10 +32,10 @@ class GGUFStore(Store):
     def __init__(self, path: Path):
         self.place = str(path)
         reader = _open(path)
-        self.meta: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        architecture = self.meta.get("general.architecture", "")
+        meta = _meta(reader)
+        architecture = meta.get("general.architecture", "")
         self.model_type, self.family = _family(architecture, self.place)
-        own = {name.removeprefix(f"{architecture}."): value for name, value in self.meta.items()}
+        own = {name.removeprefix(f"{architecture}."): value for name, value in meta.items()}
         self.settings = self.family.gguf_settings(own, [tensor.name for tensor in reader.tensors])
         names = [(_pattern(stored), key) for stored, key in self.family.gguf_names(self.settings).items()]
         self._tensors: dict[str, tuple[Any, Callable[[np.ndarray], np.ndarray]]] = {}
@@ -58,6 +57,15 @@ class GGUFStore(Store):
 
         tensor, change = self._tensors[key]
         return change(dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(self.shape(key)))
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file. Raises ConfigError as `GGUFStore`."""
+    return _meta(_open(path))
+
+
+def _meta(reader: Any) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items()}
 
 
 def _open(path: Path) -> Any:

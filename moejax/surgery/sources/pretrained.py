@@ -1,0 +1,30 @@
+"""A published model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.pretrained.convert import config_of, contents, load
+from moejax.surgery.base import Checkpoint
+from moejax.surgery.sources.base import Reader, Source, sources
+
+
+@sources.register("pretrained")
+@dataclasses.dataclass(frozen=True)
+class PretrainedSource(Source):
+    """A published model: of Hugging Face's safetensors, or of a GGUF file. Its `config.model` is `moejax.pretrained.config_of(path)`.
+
+    Attributes:
+      path: a name of `moejax.pretrained.names.MODELS` such as 'smollm2-135m', a folder with config.json and safetensors, or a GGUF file.
+    """
+
+    path: str
+
+    def read(self, reader: Reader) -> Checkpoint:
+        """See the class."""
+        found = load(self.path)
+        return Checkpoint({"model": found.model}, found.variables, {"contents": contents(self.path)})
+
+    def network(self, reader: Reader) -> Mapping[str, Any]:
+        """Of the published config; no tensor is read."""
+        return {"model": config_of(self.path)}
