@@ -47,7 +47,7 @@ class Attention(Layer):
       causal: whether later positions are hidden. Filled in by the model.
       rope_base: base of the rotary frequencies; None turns rotary positions off.
       window: number of positions that a token sees on each side, itself included. None means all.
-      use_bias: biases on all four projections.
+      use_bias: biases on all four projections, or on those of 'qkv' alone (Qwen2).
       qk_norm: RMS norm of queries and keys: 'none', per 'head' (Dehghani et al. 2023, Qwen3) or over the whole
         'projection' (OLMoE).
       qk_norm_epsilon: of that norm, added to the mean square.
@@ -62,7 +62,7 @@ class Attention(Layer):
     causal: bool = True
     rope_base: Positive | None = 10_000.0
     window: Count | None = None
-    use_bias: bool = False
+    use_bias: bool | Literal["qkv"] = False
     qk_norm: Literal["none", "head", "projection"] = "none"
     qk_norm_epsilon: Positive = 1e-6
     init_qkv: Initializer = FanIn()
@@ -145,7 +145,8 @@ class Attention(Layer):
         self, x: Float[Array, "b s d"], ctx: Context, features: int, axes: tuple[str, str], name: str, init: Initializer
     ) -> Float[Array, "b s f"]:
         """One of the projections 'q', 'k', 'v' and 'o', which mixtures of projections route."""
-        return Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)(x)
+        biased = self.use_bias is True or (self.use_bias == "qkv" and name != "o")
+        return Dense(features, use_bias=biased, dtype=self.dtype, kernel_init=init, axes=axes, name=name)(x)
 
     def _head_dim(self, d: int) -> int:
         if self.head_dim is not None:
