@@ -72,7 +72,9 @@ def blocks_of(beside: Beside, *inputs: Any, path: str = "stack") -> list[np.ndar
     """What every block gives, in the order of the layers."""
 
     def asked(module: nn.Module, method: str) -> bool:
-        return module.scope is not None and len(module.path) >= 2 and module.path[-2].startswith("repeat") and method == "__call__"
+        return (
+            module.scope is not None and len(module.path) >= 2 and module.path[-2].startswith("repeat") and method == "__call__"
+        )
 
     _, seen = jax.jit(
         lambda variables, *args: beside.model.apply(variables, *args, capture_intermediates=asked, mutable=["intermediates"])

@@ -1,5 +1,6 @@
 """Decoders, small and random: the same logits, hidden states, routing, losses and gradients as in transformers."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,11 @@ def test_gradients_of_a_training_step_with_the_balance_loss(name: str, made: Any
     ids = beside.tokens(BASE["vocab_size"], seed=3)
     mask = np.ones(ids.shape, bool)
     mask[1, 9:] = False
-    coef = one.theirs.config.router_aux_loss_coef = 0.3
+    coef = one.theirs.router_aux_loss_coef = 0.3
     labels = torch.tensor(np.where(mask, ids, -100)).long()
     one.theirs.zero_grad()
     out = one.theirs(torch.tensor(ids), torch.tensor(mask).long(), labels=labels, output_router_logits=True)
     out.loss.backward()
-    one.theirs.config.router_aux_loss_coef = coef
     model = {**one.found.model}
     moe = model["blocks"]["moe"]["ffn"]
     balance = {"coef": coef * moe["select"]["k"], "over": "layers"}
@@ -120,7 +120,9 @@ def test_gradients_of_a_training_step_with_the_balance_loss(name: str, made: Any
     network = mj.models.build(model)
 
     def loss(variables: Any) -> Any:
-        logits, sown = network.apply(variables, jnp.asarray(ids), mj.Context(valid=jnp.asarray(mask), train=True), mutable=["losses"])
+        logits, sown = network.apply(
+            variables, jnp.asarray(ids), mj.Context(valid=jnp.asarray(mask), train=True), mutable=["losses"]
+        )
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1)[..., 0]
         counts = mask[:, 1:]
         aux = sum(x.sum() for x in jax.tree.leaves(sown["losses"]))
@@ -129,18 +131,15 @@ def test_gradients_of_a_training_step_with_the_balance_loss(name: str, made: Any
     (value, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(one.found.variables)
     assert float(aux) == pytest.approx(coef * float(out.aux_loss), rel=1e-5)
     assert float(value) == pytest.approx(float(out.loss), rel=1e-5)
-    ours = beside_grads(one, grads)
-    for key, theirs in ours.items():
-        assert theirs < 1e-4, key
+    for key, far in apart(one, grads).items():
+        assert far < 1e-4, key
 
 
-def beside_grads(one: beside.Beside, grads: Any) -> dict[str, float]:
+def apart(one: beside.Beside, grads: Any) -> dict[str, float]:
     """Of each of their parameters, the distance of the gradients, by writing ours out as if they were parameters."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         mj.pretrained.save(one.found._replace(variables=jax.tree.map(np.asarray, grads)), folder)
         again = type(one.theirs).from_pretrained(folder)
     expected = {name: x.grad for name, x in one.theirs.named_parameters()}
     assert all(x is not None for x in expected.values())
-    return {name: beside.distance(x.detach().numpy(), expected[name]) for name, x in again.named_parameters()}
+    return {name: beside.distance(x.detach(), expected[name]) for name, x in again.named_parameters()}
