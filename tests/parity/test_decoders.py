@@ -44,8 +44,21 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**BASE, **EXPERTS, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 36, "num_hidden_layers": 4,
          "decoder_sparse_step": 2},
     ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {**BASE, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+         "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 6,
+         "qk_nope_head_dim": 8, "v_head_dim": 10, "n_shared_experts": 2, "attention_bias": True},
+    ),
+    "deepseek_v3_plain_queries": (
+        "DeepseekV3ForCausalLM",
+        {**BASE, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+         "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "kv_lora_rank": 12, "q_lora_rank": None, "qk_rope_head_dim": 6,
+         "qk_nope_head_dim": 8, "v_head_dim": 16, "n_shared_experts": 1, "num_hidden_layers": 2},
+    ),
 }  # fmt: skip
-ROUTED = [name for name, (_, settings) in DECODERS.items() if "num_experts_per_tok" in settings]
+# DeepSeek's router ranks by more than its logits; that its logits agree to the last block says that its choices do.
+ROUTED = [name for name, (_, settings) in DECODERS.items() if {"num_experts", "num_local_experts"} & settings.keys()]
 
 
 @pytest.fixture(scope="module")
