@@ -28,7 +28,7 @@ from moejax.parallel.rules import param_specs, replicated, shardings
 from moejax.pretrained.family import Family, families
 from moejax.pretrained.names import find
 from moejax.pretrained.opening import CONFIG, open_model
-from moejax.pretrained.safetensors_files import SHARD_BYTES, write_safetensors
+from moejax.pretrained.safetensors_files import SHARD_BYTES, SINGLE, write_safetensors
 from moejax.pretrained.store import Store
 from moejax.pretrained.table import Link, check, links
 
@@ -76,7 +76,7 @@ def load(name: str, mesh: Mesh | None = None) -> Pretrained:
     family, model = opened.family, opened.family.model(opened.settings)
     store = _Named(opened.store, family)
     network = build(model)
-    shapes, axes = _trace(network, family)
+    shapes, axes = trace(network, family)
     found = links(family.table(model), family.stacks(network), {path: leaf.shape for path, leaf in shapes.items()})
     copies = {key: of for key, of in family.copies(model).items() if key in store.names()}
     check(found, store, {path: leaf.shape for path, leaf in shapes.items()}, lambda key: key in copies or family.ignores(key))
@@ -84,9 +84,9 @@ def load(name: str, mesh: Mesh | None = None) -> Pretrained:
         if not np.array_equal(store.read(key), store.read(of)):
             raise ConfigError(f"{store.where(key)}: '{key}' differs from '{of}', which the config says are one")
     places = dict.fromkeys(shapes) if mesh is None else _placed(shapes, axes, mesh, model)
-    ends = _by_path(found)
-    arrays = {path: _make(ends[path], store, leaf, places[path]) for path, leaf in shapes.items()}
-    return Pretrained(opened.model_type, model, _tree(arrays))
+    ends = by_path(found)
+    arrays = {path: make(ends[path], store, leaf, places[path]) for path, leaf in shapes.items()}
+    return Pretrained(opened.model_type, model, tree(arrays))
 
 
 def save(pretrained: Pretrained, folder: str | Path, dtype: Any = np.float32, shard_bytes: int = SHARD_BYTES) -> None:
@@ -104,30 +104,37 @@ def save(pretrained: Pretrained, folder: str | Path, dtype: Any = np.float32, sh
     family = families[pretrained.family]()
     settings = family.settings(pretrained.model)
     network = build(pretrained.model)
-    shapes, _ = _trace(network, family)
+    shapes, _ = trace(network, family)
     wanted = {path: leaf.shape for path, leaf in shapes.items()}
-    arrays = _flat(pretrained.variables)
+    arrays = flat(pretrained.variables)
     for path in sorted({*arrays, *wanted}):
         if path not in arrays or path not in wanted or arrays[path].shape != wanted[path]:
             said, needs = (str(list(x[path].shape)) if path in x else "nothing" for x in (arrays, shapes))
             raise ConfigError(f"{path} is {said} in the variables, and {needs} in the model of the config")
     found = links(family.table(pretrained.model), family.stacks(network), wanted)
+    target = Path(folder)
+    write(target, found, arrays, dtype, shard_bytes)
+    write_json(target / CONFIG, settings, indent=2)
+
+
+def write(
+    folder: Path, found: list[Link], arrays: Mapping[str, Any], dtype: Any, shard_bytes: int = SHARD_BYTES, name: str = SINGLE
+) -> None:
+    """Writes arrays, by path, as the tensors that the links say they are; one at a time."""
     sources = {key: (link, i) for link in found for i, key in enumerate(link.theirs)}
 
-    def ours(link: Link, part: Callable[[str, tuple[int, ...]], np.ndarray]) -> tuple[np.ndarray, ...]:
+    def theirs(link: Link, part: Callable[[str, tuple[int, ...]], np.ndarray]) -> tuple[np.ndarray, ...]:
         return link.back([part(path, index) for path, index in link.ours])
 
     def shape(key: str) -> tuple[int, ...]:
         link, i = sources[key]
-        return ours(link, lambda path, index: np.broadcast_to(np.float32(0), wanted[path][len(index) :]))[i].shape
+        return theirs(link, lambda path, index: np.broadcast_to(np.float32(0), arrays[path].shape[len(index) :]))[i].shape
 
     def read(key: str) -> np.ndarray:
         link, i = sources[key]
-        return ours(link, lambda path, index: np.asarray(arrays[path][index]))[i]
+        return theirs(link, lambda path, index: np.asarray(arrays[path][index]))[i]
 
-    target = Path(folder)
-    write_safetensors(target, {key: (np.dtype(dtype), shape(key)) for key in sources}, read, shard_bytes)
-    write_json(target / CONFIG, settings, indent=2)
+    write_safetensors(folder, {key: (np.dtype(dtype), shape(key)) for key in sources}, read, shard_bytes, name)
 
 
 def contents(name: str) -> str:
@@ -161,7 +168,8 @@ class _Named(Store):
 _Ends = dict[tuple[int, ...], tuple[Link, int]]
 
 
-def _by_path(found: list[Link]) -> dict[str, _Ends]:
+def by_path(found: list[Link]) -> dict[str, _Ends]:
+    """What each parameter is filled by."""
     ends: dict[str, _Ends] = {}
     for link in found:
         for i, (path, index) in enumerate(link.ours):
@@ -169,7 +177,7 @@ def _by_path(found: list[Link]) -> dict[str, _Ends]:
     return ends
 
 
-def _make(ends: _Ends, store: Store, leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding | None) -> Any:
+def make(ends: _Ends, store: Store, leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding | None) -> Any:
     """A parameter: whole, or each device's share by itself."""
 
     def share(slices: tuple[slice, ...]) -> np.ndarray:
@@ -187,31 +195,32 @@ def _make(ends: _Ends, store: Store, leaf: jax.ShapeDtypeStruct, place: jax.shar
     return jax.make_array_from_callback(leaf.shape, place, share)
 
 
-def _trace(network: nn.Module, family: Family) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[tuple[str, ...], Any]]:
+def trace(network: nn.Module, family: Family) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[tuple[str, ...], Any]]:
     """The shape of every parameter and of the router state, by path, and the axes of parameters."""
     with record_axes() as axes:
         shapes = jax.eval_shape(lambda key: network.init(key, *family.example(network)), jax.random.key(0))
-    return _flat({name: shapes[name] for name in ("params", STATE) if name in shapes}), axes
+    return flat({name: shapes[name] for name in ("params", STATE) if name in shapes}), axes
 
 
 def _placed(
     shapes: Mapping[str, Any], axes: Mapping[tuple[str, ...], Any], mesh: Mesh, model: Mapping[str, Any]
 ) -> dict[str, jax.sharding.Sharding]:
-    tree = _tree(shapes)
-    placed = {"params": shardings(param_specs(tree["params"], axes, mesh, model), mesh)}
-    if STATE in tree:
-        placed[STATE] = jax.tree.map(lambda _: replicated(mesh), tree[STATE])
-    return _flat(placed)
+    shaped = tree(shapes)
+    placed = {"params": shardings(param_specs(shaped["params"], axes, mesh, model), mesh)}
+    if STATE in shaped:
+        placed[STATE] = jax.tree.map(lambda _: replicated(mesh), shaped[STATE])
+    return flat(placed)
 
 
-def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves by path; parameters without their collection's name."""
-    flat = flax.traverse_util.flatten_dict(dict(variables))
-    return {"/".join(path[1:] if path[0] == "params" else path): leaf for path, leaf in flat.items()}
+    found = flax.traverse_util.flatten_dict(dict(variables))
+    return {"/".join(path[1:] if path[0] == "params" else path): leaf for path, leaf in found.items()}
 
 
-def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-    paths = {path: tuple(path.split("/")) for path in flat}
+def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    paths = {path: tuple(path.split("/")) for path in leaves}
     return flax.traverse_util.unflatten_dict(
-        {names if names[0] == STATE else ("params", *names): flat[path] for path, names in paths.items()}
+        {names if names[0] == STATE else ("params", *names): leaves[path] for path, names in paths.items()}
     )

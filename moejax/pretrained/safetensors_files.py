@@ -88,7 +88,11 @@ class SafetensorsStore(Store):
 
 
 def write_safetensors(
-    folder: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], read: Any, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    read: Any,
+    shard_bytes: int = SHARD_BYTES,
+    name: str = SINGLE,
 ) -> None:
     """Writes tensors, in order, into one file or into shards of at most `shard_bytes` (or one tensor) with an index.
 
@@ -99,6 +103,7 @@ def write_safetensors(
       tensors: key -> type and shape.
       read: `read(key)` gives the array.
       shard_bytes: of a file.
+      name: of the file, where there is one; shards are numbered after it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
@@ -110,16 +115,17 @@ def write_safetensors(
             filled = 0
         shards[-1][key] = (dtype, shape)
         filled += size
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if shards[1:] else [SINGLE]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, read)
-    for stale in {file.name for file in folder.glob("*.safetensors")} - set(names):
+    stem = name.removesuffix(".safetensors")
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if shards[1:] else [name]
+    for file, shard in zip(names, shards, strict=True):
+        _write_file(folder / file, shard, read)
+    for stale in {file.name for file in folder.glob(f"{stem}*.safetensors")} - set(names):
         (folder / stale).unlink()
     if len(names) == 1:
         (folder / INDEX).unlink(missing_ok=True)
         return
     total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
 
 

@@ -31,5 +31,5 @@ def test_each_row_and_expert_has_its_gate(rng: np.random.Generator, key: jax.Arr
 
 def test_experts_of_several_kinds_are_refused(key: jax.Array) -> None:
     bank = mj.SigmoidGated(mj.Mixed((mj.FFN(hidden=4), mj.GLU(hidden=4))))
-    with pytest.raises(ConfigError, match="sigmoid_gated.bank=Mixed holds experts of several kinds"):
+    with pytest.raises(ConfigError, match=r"sigmoid_gated.bank=Mixed holds experts of several kinds"):
         bank.init(key, 6)

@@ -108,15 +108,15 @@ def test_damage(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(ConfigError, match=r"m.gguf is cut off in tensor 'blk.1.ffn_down.weight': it has \d+ bytes"):
         mj.pretrained.load(str(path))
     path.write_bytes(data[:300])
-    with pytest.raises(ConfigError, match="m.gguf is no GGUF file, or is cut off in its metadata"):
+    with pytest.raises(ConfigError, match=r"m.gguf is no GGUF file, or is cut off in its metadata"):
         mj.pretrained.load(str(path))
     path.write_bytes(b"PK\3\4" + data[4:])
-    with pytest.raises(ConfigError, match="m.gguf is no GGUF file"):
+    with pytest.raises(ConfigError, match=r"m.gguf is no GGUF file"):
         mj.pretrained.load(str(path))
     without = {name: x for name, x in tensors.items() if name != "blk.1.attn_v.weight"}
-    with pytest.raises(ConfigError, match="m.gguf lacks model.layers.1.self_attn.v_proj.weight for this config"):
+    with pytest.raises(ConfigError, match=r"m.gguf lacks model.layers.1.self_attn.v_proj.weight for this config"):
         mj.pretrained.load(str(write(path, without)))
-    with pytest.raises(ConfigError, match="m.gguf has tensors that the model .* has no place for: rope_freqs.weight"):
+    with pytest.raises(ConfigError, match=r"m.gguf has tensors that the model .* has no place for: rope_freqs.weight"):
         mj.pretrained.load(str(write(path, {**tensors, "rope_freqs.weight": np.ones(4, np.float32)})))
-    with pytest.raises(ConfigError, match="m.gguf is of architecture 'lama'; did you mean 'llama'"):
+    with pytest.raises(ConfigError, match=r"m.gguf is of architecture 'lama'; did you mean 'llama'"):
         mj.pretrained.load(str(write(path, tensors, architecture="lama")))
