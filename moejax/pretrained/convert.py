@@ -32,7 +32,7 @@ from moejax.pretrained.safetensors_files import SHARD_BYTES, SINGLE, write_safet
 from moejax.pretrained.store import Store
 from moejax.pretrained.table import Link, check, links
 
-STATE = "router_state"
+_STATE = "router_state"
 
 
 class Pretrained(NamedTuple):
@@ -199,7 +199,7 @@ def trace(network: nn.Module, family: Family) -> tuple[dict[str, jax.ShapeDtypeS
     """The shape of every parameter and of the router state, by path, and the axes of parameters."""
     with record_axes() as axes:
         shapes = jax.eval_shape(lambda key: network.init(key, *family.example(network)), jax.random.key(0))
-    return flat({name: shapes[name] for name in ("params", STATE) if name in shapes}), axes
+    return flat({name: shapes[name] for name in ("params", _STATE) if name in shapes}), axes
 
 
 def _placed(
@@ -207,8 +207,8 @@ def _placed(
 ) -> dict[str, jax.sharding.Sharding]:
     shaped = tree(shapes)
     placed = {"params": shardings(param_specs(shaped["params"], axes, mesh, model), mesh)}
-    if STATE in shaped:
-        placed[STATE] = jax.tree.map(lambda _: replicated(mesh), shaped[STATE])
+    if _STATE in shaped:
+        placed[_STATE] = jax.tree.map(lambda _: replicated(mesh), shaped[_STATE])
     return flat(placed)
 
 
@@ -222,5 +222,5 @@ def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flat`."""
     paths = {path: tuple(path.split("/")) for path in leaves}
     return flax.traverse_util.unflatten_dict(
-        {names if names[0] == STATE else ("params", *names): leaves[path] for path, names in paths.items()}
+        {names if names[0] == _STATE else ("params", *names): leaves[path] for path, names in paths.items()}
     )

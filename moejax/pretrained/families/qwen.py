@@ -64,7 +64,7 @@ class Qwen2MoE(_Qwen2, SparseDecoder):
     architecture = "Qwen2MoeForCausalLM"
 
     def moe(self, said: Settings) -> dict[str, Any]:
-        shared = {"kind": "sigmoid_gated", "bank": glu(said, "shared_expert_intermediate_size")}
+        shared = {"kind": "sigmoid_gate", "bank": glu(said, "shared_expert_intermediate_size")}
         return {**super().moe(said), "shared": shared}
 
     def ffn_settings(self, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from moejax.pretrained.families.decoder import OURS, THEIRS, Decoder, block_of, 
 from moejax.pretrained.family import Settings, published
 from moejax.pretrained.table import TRANSPOSE, Row
 
-GLU = {"gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_out"}
+_MATRICES = {"gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_out"}
 
 
 class SparseDecoder(Decoder):
@@ -66,7 +66,7 @@ class SparseDecoder(Decoder):
 
     def ffn_rows(self, model: Mapping[str, Any]) -> tuple[Row, ...]:
         dense = glu_rows(blocks=("dense",)) if "dense" in model["pattern"] else ()
-        return (*moe_rows(f"{THEIRS}.mlp", GLU, ("moe",)), *dense)
+        return (*moe_rows(f"{THEIRS}.mlp", _MATRICES, ("moe",)), *dense)
 
 
 def moe_rows(theirs: str, names: Mapping[str, str], blocks: tuple[str, ...] = ()) -> tuple[Row, ...]:

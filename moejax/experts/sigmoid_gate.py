@@ -15,8 +15,8 @@ from moejax.experts.base import AnyBank, Bank
 from moejax.experts.registry import banks, declare
 
 
-@banks.register("sigmoid_gated", slots={"bank": banks, "init_gate": initializers})
-class SigmoidGated(Bank):
+@banks.register("sigmoid_gate", slots={"bank": banks, "init_gate": initializers})
+class SigmoidGate(Bank):
     """`sigmoid(x g) f(x)` for each expert f of `bank` (Qwen2-MoE, Qwen Team 2024: `shared_expert_gate`).
 
     As `shared` of a `MoE`, so that a token may do without the shared expert.
@@ -37,7 +37,7 @@ class SigmoidGated(Bank):
     def __call__(self, width: int, ctx: Context | None = None) -> AnyExperts:
         found = self.bank(width, ctx)
         if not isinstance(found, Experts):
-            raise ConfigError(f"sigmoid_gated.bank={type(self.bank).__name__} holds experts of several kinds; gate each kind")
+            raise ConfigError(f"sigmoid_gate.bank={type(self.bank).__name__} holds experts of several kinds; gate each kind")
         found = found.folded()
         gates, axes = declare(
             self, {"gate": (per_expert(self.init_gate), (self.num_experts, width, 1), ("expert", "embed", None))}

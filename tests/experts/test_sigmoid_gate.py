@@ -13,7 +13,7 @@ def test_each_row_and_expert_has_its_gate(rng: np.random.Generator, key: jax.Arr
         mj.Linear(2),
         mj.TopK(k=1),
         mj.FFN(hidden=4, num_experts=2),
-        shared=mj.SigmoidGated(mj.GLU(hidden=3)),
+        shared=mj.SigmoidGate(mj.GLU(hidden=3)),
         backend="reference",
     )
     x = rng.normal(size=(1, 5, 6)).astype(np.float32)
@@ -30,6 +30,6 @@ def test_each_row_and_expert_has_its_gate(rng: np.random.Generator, key: jax.Arr
 
 
 def test_experts_of_several_kinds_are_refused(key: jax.Array) -> None:
-    bank = mj.SigmoidGated(mj.Mixed((mj.FFN(hidden=4), mj.GLU(hidden=4))))
-    with pytest.raises(ConfigError, match=r"sigmoid_gated.bank=Mixed holds experts of several kinds"):
+    bank = mj.SigmoidGate(mj.Mixed((mj.FFN(hidden=4), mj.GLU(hidden=4))))
+    with pytest.raises(ConfigError, match=r"sigmoid_gate.bank=Mixed holds experts of several kinds"):
         bank.init(key, 6)
