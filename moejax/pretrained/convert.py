@@ -10,6 +10,7 @@ Every tensor of the file is used, and every parameter of the model filled, or th
 time, on a mesh one device's share at a time, from one tensor at a time: no more than the model and one of these is ever in memory.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +142,8 @@ def contents(name: str) -> str:
     """Names what is in the files of a model: a hash, of the tensors and the config."""
     path = find(name)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + [path / CONFIG]
-    return "-".join(digest(file)[:20] for file in files if file.is_file())[:80]
+    digests = " ".join(f"{file.name} {digest(file)}" for file in files if file.is_file())
+    return hashlib.sha256(digests.encode()).hexdigest()[:20]
 
 
 class _Named(Store):

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.pretrained.convert import config_of, contents, load
 from moejax.surgery.base import Checkpoint
-from moejax.surgery.sources.base import Reader, Source, sources
+from moejax.surgery.sources.base import Reader, Source, network_of, sources
 
 
 @sources.register("pretrained")
@@ -22,9 +21,8 @@ class PretrainedSource(Source):
 
     def read(self, reader: Reader) -> Checkpoint:
         """See the class."""
-        found = load(self.path)
-        return Checkpoint({"model": found.model}, found.variables, {"contents": contents(self.path)})
+        return reader.published(self.path)
 
     def network(self, reader: Reader) -> Mapping[str, Any]:
         """Of the published config; no tensor is read."""
-        return {"model": config_of(self.path)}
+        return network_of(reader.published_config(self.path))
