@@ -145,8 +145,11 @@ class Attention(Layer):
         self, x: Float[Array, "b s d"], ctx: Context, features: int, axes: tuple[str, str], name: str, init: Initializer
     ) -> Float[Array, "b s f"]:
         """One of the projections 'q', 'k', 'v' and 'o', which mixtures of projections route."""
-        biased = self.use_bias is True or (self.use_bias == "qkv" and name != "o")
-        return Dense(features, use_bias=biased, dtype=self.dtype, kernel_init=init, axes=axes, name=name)(x)
+        return Dense(features, use_bias=self._biased(name), dtype=self.dtype, kernel_init=init, axes=axes, name=name)(x)
+
+    def _biased(self, name: str) -> bool:
+        """Whether a projection has a bias."""
+        return self.use_bias is True or (self.use_bias == "qkv" and name != "o")
 
     def _head_dim(self, d: int) -> int:
         if self.head_dim is not None:

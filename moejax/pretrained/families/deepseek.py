@@ -14,7 +14,7 @@ from moejax.routing.balancers import STATE
 
 @families.register("deepseek_v3")
 class DeepSeekV3(SparseDecoder):
-    """See the module. Its positions must not be stretched (no YaRN); the extra layers that predict later tokens are left out."""
+    """See the module. Its positions must not be stretched (no YaRN), and there are no extra layers that predict later tokens."""
 
     model_type = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"

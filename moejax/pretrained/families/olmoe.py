@@ -19,8 +19,7 @@ class OLMoE(SparseDecoder):
     aux_coef = 0.01
 
     def model(self, said: Settings) -> dict[str, Any]:
-        if said("clip_qkv", None) is not None:
-            said.only("clip_qkv", None)
+        said.only("clip_qkv", None)
         return super().model(said)
 
     def mixer_settings(self, model: Mapping[str, Any], mixer: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class SparseDecoder(Decoder):
         k = said("num_experts_per_tok")
         return {
             "kind": "moe",
-            "num_experts": said("num_experts", said("num_local_experts", None)) or said("num_experts"),
+            # Newer versions of transformers write the second name for all families.
+            "num_experts": said("num_experts", None) or said("num_local_experts"),
             "router": {"kind": "linear"},
             "select": {"kind": "top_k", "k": k, "score": "softmax", "normalise": said("norm_topk_prob", False)},
             "bank": {"kind": "glu", "hidden": said(self.hidden), "activation": said.activation()},
