@@ -3,12 +3,10 @@
 Byte language models with one mixture of 8 experts, in the third of four blocks; a token uses one expert, and every arm but
 `dense_wide` computes what `dense` does. `switch` learns its router with a balance loss; `hash` gives out the 256 byte values by
 their frequency in the training data so that all experts get equal shares of it.
-
-Departures: bytes instead of words, so that a hash is coarse (a space is one sixth of all tokens); clusters are of vectors of
-co-occurrence in the training data instead of the embeddings of a trained model, and what a bigram model predicts instead of what a small dense model would.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import SMOKE, Arm, Preset, Study, higher, lower, within
 
 MOE = "model.blocks.moe.ffn"
@@ -43,6 +41,17 @@ STUDY = Study(
     title="Hash layers",
     arxiv="2106.04426",
     implements=("moejax.Hash", "moejax.MultiHash", "moejax.data.token_frequencies", "moejax.data.token_clusters"),
+    departures=Departures(
+        scale="bytes instead of words, so that a hash is coarse (a space is one sixth of all tokens); 8 experts instead of 64; "
+        "batch size and sequence length of the paper preset are ours",
+        method="clusters are of vectors of co-occurrence in the training data instead of the embeddings of a trained model, and "
+        "what a bigram model predicts stands for what a small dense model would; clusters are as many as experts",
+        left_out="the encoder, experts in several layers, the comparison with BASE, and updates per second",
+        capacity="none",
+        optimizer="AdamW with a cosine here; the paper's rate and inverse square root in the paper preset",
+        decay="0.1 in both presets; the paper's is not known to us",
+        init="the library's; the paper's is not known to us",
+    ),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="no experts"),

@@ -3,12 +3,10 @@
 Byte language models of four dense layers with 8 heads of 8 channels. `moh` has 2 shared heads and takes 4 of the other 6, so three
 quarters of the heads are on; `mha6` has that many heads from the start. All heads are computed here, on or off: what is compared is
 quality at a number of active heads.
-
-Departures: bytes and a decoder from scratch, where the paper trains vision models and continues LLaMA3-8B; `query_norm` trains the
-continued-tuning router from scratch. Router inputs, factors and the balance loss (mean over layers) are those of the paper's code.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
 
 MIXER = "model.blocks.dense.mixer"
@@ -55,6 +53,17 @@ STUDY = Study(
     title="MoH: multi-head attention as mixture-of-head attention",
     arxiv="2410.11842",
     implements=("moejax.MixtureOfHeads", "moejax.QueryNormHeads"),
+    departures=Departures(
+        scale="a decoder from scratch on bytes, where the paper trains vision models and continues LLaMA3-8B",
+        method="8 heads of which 2 are shared, where LLaMA3-8B has 32 and 16; `query_norm` trains the continued-tuning router "
+        "from scratch",
+        left_out="continued tuning of a pretrained model, whose weights it needs; vision and diffusion; savings of time: all heads "
+        "are computed here, on or off",
+        capacity="none",
+        optimizer="rates of training from scratch here, of continued tuning in the paper preset",
+        decay="0.1 in both presets; the paper's is not known to us",
+        init="the library's; the paper's is not known to us",
+    ),
     base=base(),
     arms=(
         Arm("mha8", mha(8, 8), note="8 heads, all on"),

@@ -2,13 +2,10 @@
 
 Byte language models with adapters after every feed-forward layer, three experts for three domains (code, reference, literature). A
 decoder may not average over its own future, so each segment of 16 bytes is routed by the one before it; `tag` is told the domain.
-
-Departures: everything is trained from scratch, together, where the paper trains adapters in a frozen pretrained model; domains of one
-corpus instead of tasks; routing by segment. REINFORCE, DSelect-k, hash and latent-skill routing are left out, and so is the estimators'
-annealed temperature. A straight-through expert is computed alone, so its gradient to the router is that of the sampled expert's weight.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
 
 FFN = "model.blocks.moe.ffn"
@@ -40,6 +37,17 @@ STUDY = Study(
     title="SMEAR: soft merging of experts with adaptive routing",
     arxiv="2306.03745",
     implements=("moejax.SMEAR", "moejax.MergePlan"),
+    departures=Departures(
+        scale="bytes and domains of one corpus instead of tasks; four layers, three experts instead of eight",
+        method="a decoder may not average over its own future, so each segment of 16 bytes is routed by the one before it; "
+        "adapters follow feed-forward layers alone, and not attention; a straight-through expert is computed alone, so "
+        "its gradient to the router is that of the sampled expert's weight",
+        left_out="REINFORCE, DSelect-k, hash and latent-skill routing, the estimators' annealed temperature, and vision",
+        capacity="none",
+        optimizer="everything is trained together by AdamW with a cosine; the paper trains adapters at a constant rate",
+        decay="0.1 in both presets; the paper's is not known to us",
+        init="everything from scratch, where the paper adds adapters to a frozen pretrained model",
+    ),
     base=base(),
     arms=(
         Arm("wide", {f"{FFN}.num_experts": 1, f"{FFN}.bank.hidden": 48}, note="one adapter with the parameters of all three"),

@@ -2,12 +2,10 @@
 
 A byte language model learns literature, is frozen, and its attention is adapted to code with matrices of low rank; `full` trains all of it
 further, `frozen` none of it. All arms start from the same run, one for each seed.
-
-Departures: the models and tasks (RoBERTa and GPT on language understanding and generation). Learning rates are one for `full` and
-ten times that for adapters, as practice has it; the paper tunes both.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, within
 
 QV, LINEAR = ("*/q", "*/v"), ("*/q", "*/k", "*/v", "*/o")
@@ -35,6 +33,16 @@ STUDY = Study(
     title="LoRA: low-rank adaptation, with rsLoRA and DoRA",
     arxiv="2106.09685",
     implements=("moejax.LoRA", "moejax.RSLoRA", "moejax.DoRA", "moejax.Adapted"),
+    departures=Departures(
+        scale="a small model on bytes, from literature to code, instead of RoBERTa and GPT on language understanding and "
+        "generation",
+        method="alpha is 16 for all ranks",
+        left_out="GPT-3, merging (a test), LoRA+ and PiSSA",
+        capacity="none",
+        optimizer="one rate for `full` and ten times that for adapters, as practice has it; the paper tunes both",
+        decay="none on adapters, 0.1 on what is trained in full; the paper's differs by task",
+        init="none",
+    ),
     base=base(),
     starts=(Arm("literature", {"data.domains": ("literature",)}, note="what all arms start from"),),
     arms=(

@@ -5,6 +5,7 @@ run at the same compute.
 """
 
 from configs import base_vit
+from experiments.departures import Departures
 from experiments.study import SMOKE, Arm, Preset, Study, higher, lower
 
 MOE = "model.blocks.moe.ffn"
@@ -35,6 +36,15 @@ STUDY = Study(
     arxiv="2308.00951",
     implements=("moejax.SoftMoE", "moejax.SoftSlots"),
     full_size=1e10,
+    departures=Departures(
+        scale="digits, 16 patches and 8 experts of two slots; the paper pretrains on JFT, and the paper preset on ImageNet",
+        method="two slots an expert here, one in the paper",
+        left_out="contrastive training of images with text, long training, and time of inference",
+        capacity="the sparse arms choose within one image, with the capacity factor 1.0: as much room as soft slots have",
+        optimizer="AdamW with a cosine here, the inverse square root in the paper preset, without the paper's cooldown",
+        decay="0.05 in both presets; the paper's is not known to us",
+        init="none",
+    ),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense", "dense", "dense")}, note="equal compute"),

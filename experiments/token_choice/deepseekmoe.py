@@ -7,11 +7,10 @@ active parameters. A shared expert counts among the active ones.
 The paper's probes of a trained model are evaluations in which experts are left out: `masked` passes over each token's 4 best of 15
 routed experts, `gshard_1.5_masked` over the best of 4, `shared_removed` over the shared one, with one more routed instead. Each of
 these arms trains anew what its sound twin trains.
-
-Departures: bytes and 300 steps; GShard without its random second expert; initialisation of this library instead of std 0.006.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, within
 
 MOE = "model.blocks.moe.ffn"
@@ -56,6 +55,17 @@ STUDY = Study(
     title="DeepSeekMoE: fine-grained and shared experts",
     arxiv="2401.06066",
     implements=("moejax.MoE", "moejax.TopK", "moejax.Balance", "moejax.DeviceBalance"),
+    departures=Departures(
+        scale="bytes and 300 steps; experts of one coarse expert's quarter, 4 coarse experts instead of 16",
+        method="numbers of masked experts and of devices are as much smaller as the number of experts",
+        left_out="the random second expert of GShard; the 16B and 145B models, which are configs "
+        "(configs/pods/deepseek_moe_16b.py) and no arms; the gates of DeepSeek-V2 and V3, which `sigmoid_gating` and "
+        "`aux_loss_free` study",
+        capacity="none",
+        optimizer="a cosine instead of two steps down by 0.316 at 80 and 90 %; the base's rates here",
+        decay="none",
+        init="the library's instead of a standard deviation of 0.006",
+    ),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="a dense layer of the same active width (as published, half of it)"),

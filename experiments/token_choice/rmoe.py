@@ -3,11 +3,10 @@
 Byte language models of six layers, all mixtures of 8 experts, two per token, weights renormalised in every arm. `mlp` is a router of
 two layers and about the parameters of the recurrent one; `no_passing` has all of its parameters and no memory, `detached` has the
 memory and no gradient through it. All arms report the mutual information of neighbouring layers' first choices.
-
-Departures: bytes, 300 steps, a state of 32; the balance loss is each layer's own, where the paper pools all layers'.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower
 
 MOE = "model.blocks.moe.ffn"
@@ -34,6 +33,16 @@ STUDY = Study(
     title="RMoE: a layerwise recurrent router",
     arxiv="2408.06793",
     implements=("moejax.Recurrent", "moejax.ResidualLogits", "moejax.Witnessed"),
+    departures=Departures(
+        scale="bytes, 300 steps, six layers and a state of 32; the expert width of the paper preset is a guess from 0.91 "
+        "billion parameters",
+        method="two experts a token instead of four; the balance loss is each layer's own, where the paper pools all layers'",
+        left_out="other routers with a recurrence below them (XMoE, hyper networks), and fine-tuning with frozen routers",
+        capacity="none",
+        optimizer="the base's rates here; schedule and warm-up of the paper preset are ours",
+        decay="0.1 in both presets; the paper's is not known to us",
+        init="the library's; the paper's is not known to us",
+    ),
     base=base(),
     arms=(
         Arm("linear", router("linear"), note="the usual router"),

@@ -3,12 +3,10 @@
 Byte language models in which every feed-forward layer is cut into 8 experts. In training k goes from 2 to all 8, under a router that
 keeps its random start; weights are the softmax over the selected. At full capacity the control is the dense layer of the same
 parameters, plain and with dropout. The arms `..._kN` train nothing: they evaluate a finished run with N experts.
-
-Departures: bytes of prose, code and reference instead of enwik8; rotary attention over 64 bytes instead of Transformer-XL with a
-memory; the router has no bias, which moves its hyperplanes by at most one part in sqrt(d) of a token's length.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower
 
 MOE = "model.blocks.moe.ffn"
@@ -53,6 +51,18 @@ STUDY = Study(
     arxiv="2303.01610",
     implements=("moejax.ScheduledK", "moejax.Linear"),
     full_size=1e7,
+    departures=Departures(
+        scale="bytes of prose, code and reference instead of enwik8, of which none is seen twice; rotary attention over 64 "
+        "bytes instead of Transformer-XL with a memory",
+        method="8 experts instead of 16, so k goes from 2 to 8; the router has no bias, which moves its hyperplanes by at most "
+        "one part in sqrt(d) of a token's length",
+        left_out="THOR and concrete dropout, BERT and RoBERTa, fine-tuning downstream, and models of which only the first layers "
+        "are mixtures",
+        capacity="none",
+        optimizer="AdamW with a warm-up here; Adam's rate without one in the paper preset",
+        decay="0.1 here, none in the paper preset and in the paper",
+        init="none",
+    ),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense",)}, note="the same parameters as one wide layer"),

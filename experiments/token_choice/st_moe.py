@@ -6,11 +6,10 @@ evaluation. `no_z` leaves out the z-loss, `z_1e-2` takes ten times the paper's; 
 width. The group `hot` trains at ten times the learning rate, where stability is at stake: a run that diverges is reported as such.
 
 Serving first choices before second ones leaks the future in a decoder, so tokens compete across the batch, at one position each.
-
-Departures: a decoder instead of an encoder-decoder, next bytes instead of masked spans, AdamW instead of Adafactor.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, within
 
 BLOCK = "model.blocks.sparse"
@@ -49,6 +48,18 @@ STUDY = Study(
     title="ST-MoE: stable sparse models by router z-loss",
     arxiv="2202.08906",
     implements=("moejax.GShard", "moejax.ZLoss", "moejax.GLU", "moejax.FeedForward"),
+    departures=Departures(
+        scale="a decoder on bytes instead of an encoder-decoder on masked spans; 8 experts instead of 32; steps of the paper "
+        "preset are ours",
+        method="none",
+        left_out="fine-tuning (which parameters to update, batch size, learning rate, expert dropout), what experts of an encoder "
+        "specialise in, and the headline (SuperGLUE and other transfer, 269 billion parameters); update clipping",
+        capacity="tokens compete across the batch, at one position each: serving first choices before second ones leaks the future "
+        "in a decoder",
+        optimizer="AdamW with gradients clipped at 1 instead of Adafactor; a cosine here",
+        decay="0.1; Adafactor has none",
+        init="the library's; the paper's is not known to us",
+    ),
     base=base(),
     arms=(
         Arm("dense", DENSE, note="a dense layer of the same active width in the sparse layer's place"),

@@ -2,11 +2,10 @@
 
 Byte language models, 8 experts in every other feed-forward layer. Every arm but `top2` and `dense_top2_flops` computes per
 token what `dense` computes. Steps are fixed, so `faster` reads off how many steps an arm saves.
-
-Departures: bytes and decoder instead of C4 and T5; AdamW instead of Adafactor; gated experts; priority is token order, causal.
 """
 
 from configs import base_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, faster, lower
 
 MOE = "model.blocks.moe.ffn"
@@ -42,6 +41,15 @@ STUDY = Study(
     arxiv="2101.03961",
     implements=("moejax.TopK", "moejax.Balance", "moejax.MoE"),
     full_size=7e9,
+    departures=Departures(
+        scale="bytes and a decoder instead of C4 and T5; 8 experts instead of 64 and more",
+        method="none",
+        left_out="expert dropout in fine-tuning, distillation, 101 languages, and models of up to 1.6 trillion parameters",
+        capacity="tokens of one sequence compete, in their order, which is causal; in the paper those of a device",
+        optimizer="AdamW instead of Adafactor; a cosine from 3e-3 here, the paper's inverse square root in the paper preset",
+        decay="0.1; Adafactor has none",
+        init="routers alone start with the scale 0.1; the paper scales all weights",
+    ),
     base=base(),
     arms=(
         Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute per token"),

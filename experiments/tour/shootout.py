@@ -201,6 +201,7 @@ STUDY = Study(
     full_size=5e7,
     title="Shootout: token choice, expert choice and soft mixtures at equal compute",
     arxiv="",
+    departures=None,
     base=base(),
     arms=ARMS,
     claims=(

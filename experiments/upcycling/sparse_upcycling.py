@@ -3,14 +3,12 @@
 Byte language models. A dense one is trained at a constant rate; what continues it trains half as long again at a rate that falls linearly
 from there, without a new warm-up. Every other feed-forward layer becomes 8 experts, two per token, without drops. Two experts compute
 more than one layer, so the dense model that is merely continued trains for as many FLOPs.
-
-Departures: a decoder, so tokens choose in every layer; AdamW instead of Adafactor, and no arm resumes the optimizer's state (in
-language the paper finds no use in it).
 """
 
 import dataclasses
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, within
 
 FFN = "model.blocks.moe.ffn"
@@ -63,6 +61,18 @@ STUDY = Study(
     title="Sparse upcycling: mixtures from dense checkpoints",
     arxiv="2212.05055",
     implements=("moejax.Upcycle",),
+    departures=Departures(
+        scale="a decoder on bytes, in hundreds of steps, instead of T5 and ViT; 8 experts instead of 32",
+        method="none",
+        left_out="resuming Adam's moments (in language the paper finds no use in it), expert choice in encoders and vision, more "
+        "mixture layers, which would be stacked otherwise, and depth tiling. The second run reads the rows of the first "
+        "again",
+        capacity="nothing is dropped but in 'drops', where the paper has a capacity factor of 2",
+        optimizer="AdamW instead of Adafactor; the dense run is at a constant rate and what follows falls from it linearly, where "
+        "the paper continues an inverse square root: schedules of this library count a run's own steps",
+        decay="0.1; Adafactor has none",
+        init="none",
+    ),
     base=base(),
     arms=(
         Arm(

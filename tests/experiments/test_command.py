@@ -228,6 +228,8 @@ def test_the_report_holds_all_that_a_reader_needs_and_nothing_from_elsewhere(toy
     assert "model.pattern" in text
     assert "equal FLOPs per token" in text
     assert "table 3 is unclear" in text
+    assert "Departures from the paper" in text
+    assert "a tenth of the steps" in text
     assert "&quot;slug&quot;: &quot;toy&quot;" in text
     assert not re.findall(r'(?:src|href)="(?!data:|https://arxiv\.org)', text)
 
@@ -247,6 +249,7 @@ def test_one_study_is_shown_in_detail(toy, capsys):
     assert re.search(r"roomy\s+capacity", out)
     assert re.search(r"cpu\s+4, 6 \(headline 4, 6, 9, 13\)\s+100", out)
     assert "★ Switch beats dense" in out
+    assert re.search(r"scale\s+a tenth of the steps\s+train.steps 100 -> 1000", out)
 
 
 def test_the_list_is_quick_and_complete():

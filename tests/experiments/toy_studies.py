@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base_lm
 from experiments.cache import Run
+from experiments.departures import Departures
 from experiments.study import Arm, Preset, Study, higher, lower
 
 # What the made-up trainer adds to a final loss for each experts-per-token, so that every verdict can be arranged.
@@ -53,6 +54,15 @@ def make_study(slug: str = "toy", **changes: Any) -> Study:
             "cpu": Preset({"train.steps": 100}),
             "paper": Preset({"train.steps": 1000}),
         },
+        "departures": Departures(
+            scale="a tenth of the steps",
+            method="none",
+            left_out="translation",
+            capacity="none",
+            optimizer="none",
+            decay="none",
+            init="none",
+        ),
     }
     return Study(**{**fields, **changes})
 
