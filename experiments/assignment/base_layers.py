@@ -149,6 +149,13 @@ STUDY = Study(
             text="looking ahead in training buys nothing",
             matched=("flops", "params"),
         ),
+        lower(
+            "eval/bits_per_byte",
+            "base",
+            "wide_start",
+            text="centroids must start short: long ones saturate the gate and freeze routing",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": SMOKE,

@@ -6,7 +6,7 @@ compared at the active compute that they really use: 8 null experts and k = 4 ai
 
 from configs import small_lm
 from experiments.departures import Departures
-from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, within
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, lower, trend, within
 
 MOE = "model.blocks.moe.ffn"
 
@@ -63,8 +63,7 @@ STUDY = Study(
             Arm(f"normalise_{name}", {f"{MOE}.select.normalise": name}, note=note)
             for name, note in (("selected", "null experts' shares are lost"), ("none", "raw probabilities"))
         ),
-        "null_and_k": tuple(Arm(f"null_{m}_k_{k}", null(k, m)) for m, k in ((8, 2), (8, 3), (16, 2), (24, 4))),
-        "start": (Arm("copied", {f"{MOE}.router.null_start": "copied"}, note="null experts' router rows start as copies"),),
+        "null_and_k": tuple(Arm(f"null_{m}_k_{k}", null(k, m)) for m, k in ((8, 2), (8, 3), (24, 4))),
         "coef": tuple(Arm(f"coef_{c:g}", {f"{MOE}.losses.null_balance.coef": c}) for c in (1e-4, 1e-3)),
     },
     claims=(
@@ -89,7 +88,7 @@ STUDY = Study(
             "adamoe",
             "top2",
             text="at equal load, choosing how many experts to take is better than top-2",
-            matched=("flops",),
+            matched=("params",),
         ),
         lower(
             "eval/bits_per_byte",
@@ -125,6 +124,28 @@ STUDY = Study(
             "no_balance",
             "adamoe",
             text="without the loss, load collapses towards null experts",
+            matched=("flops", "params"),
+        ),
+        trend(
+            "eval/bits_per_byte",
+            {1.0: "null_8_k_2", 1.5: "null_8_k_3", 2.0: "adamoe"},
+            high=0,
+            text="k trades load for quality: with more true experts on average, fewer bits",
+            matched=("params",),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "null_24_k_4",
+            "null_8_k_2",
+            text="at one true expert on average, more null experts and a larger k leave more choice",
+            matched=("params",),
+        ),
+        trend(
+            "eval/stats/experts_per_token",
+            {1e-4: "coef_0.0001", 1e-3: "coef_0.001", 1e-2: "adamoe"},
+            low=0,
+            log=True,
+            text="the less the balance loss weighs, the more load is lost to null experts",
             matched=("flops", "params"),
         ),
     ),

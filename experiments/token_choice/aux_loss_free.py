@@ -68,13 +68,6 @@ STUDY = Study(
                 note="normalised softmax scores and a balance loss: the usual mixture",
             ),
         ),
-        "sequence": (
-            Arm(
-                "sequence_loss",
-                {f"{MOE}.losses.balance": {"coef": 1e-4, "over": "group"}},
-                note="DeepSeek-V3's small complementary loss within each sequence",
-            ),
-        ),
     },
     claims=(
         lower(
@@ -125,6 +118,13 @@ STUDY = Study(
             "loss_free",
             "speed_0.1",
             text="too fast an update never settles",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "loss_free",
+            "softmax",
+            text="sigmoid gates are better than softmax ones",
             matched=("flops", "params"),
         ),
     ),

@@ -8,7 +8,7 @@ the router chose, `similarity` the mean cosine of the two winners' outputs.
 
 from configs import small_lm
 from experiments.departures import Departures
-from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, trend
 
 MOE = "model.blocks.moe.ffn"
 AFFINITIES = ("norm", "sigmoid", "relu", "silu")
@@ -116,6 +116,22 @@ STUDY = Study(
             by=0.02,
             text="it is the router's loss that teaches it",
             matched=("flops", "params"),
+        ),
+        trend(
+            "eval/stats/agreement",
+            {0.01: "router_coef_0.01", 0.1: "router_coef_0.1", 1.0: "compete", 10.0: "router_coef_10"},
+            low=0,
+            log=True,
+            text="the router's loss is tiny, and has to be weighed up to teach it",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "compete",
+            "rate_1",
+            by=-0.02,
+            text="competing in 7 % of the steps is enough",
+            matched=("params",),
         ),
     ),
     presets={
