@@ -77,11 +77,6 @@ STUDY = Study(
             Arm("hash_e32", {f"{MOE}.num_experts": 32}, note="32 experts, balanced hash"),
             Arm("switch_e32", SWITCH | {f"{MOE}.num_experts": 32}, note="32 experts, learnt"),
         ),
-        "layers": (
-            Arm("first", {"model.pattern": ("moe", "dense", "dense", "dense")}, note="experts in the first block"),
-            Arm("last", {"model.pattern": ("dense", "dense", "dense", "moe")}, note="experts in the last block"),
-            Arm("all", {"model.pattern": ("moe",), f"{MOE}.num_experts": 2}, note="2 experts in each block: as many in all"),
-        ),
         "multi": (
             Arm(
                 "multi_2",
@@ -96,9 +91,10 @@ STUDY = Study(
         ),
         "parameters": (
             Arm(
-                "dense_wide", {MOE: {"kind": "ffn", "activation": "relu", "hidden": 2048}}, note="all 8 experts for all tokens"
+                "dense_deep",
+                {"model.pattern": ("dense",), "model.num_layers": 9},
+                note="as many parameters in five blocks more",
             ),
-            Arm("dense_deep", {"model.pattern": ("dense",), "model.num_layers": 6}, note="two blocks more"),
         ),
     },
     claims=(
@@ -159,6 +155,13 @@ STUDY = Study(
         ),
         lower("eval/bits_per_byte", "hash_e32", "hash", text="more experts help", matched=("flops",)),
         lower("eval/bits_per_byte", "multi_2", "hash_random", text="MultiHash adds a little", matched=("flops", "params")),
+        lower(
+            "eval/bits_per_byte",
+            "dense_deep",
+            "hash",
+            text="a deeper dense model of as many parameters is better, at more compute (22.72 against 23.16 in the paper)",
+            matched=("params",),
+        ),
     ),
     presets={
         "smoke": SMOKE,
@@ -190,16 +193,12 @@ STUDY = Study(
                 "dispersed": {f"{MOE}.router.clusters.clusters": 64},
                 "clustered": {f"{MOE}.router.clusters.clusters": 64},
                 **{name: {f"{MOE}.num_experts": 128} for name in ("hash_e32", "switch_e32")},
-                "first": {"model.pattern": ("moe", *("dense",) * 7)},
-                "last": {"model.pattern": (*("dense",) * 7, "moe")},
-                "all": {f"{MOE}.num_experts": 16},
                 **{name: {f"{MOE}.num_experts": 64, f"{MOE}.hidden": 4096} for name in ("multi_2", "multi_4")},
-                "dense_wide": {f"{MOE}.hidden": 65_536},
-                "dense_deep": {"model.num_layers": 22},
+                "dense_deep": {"model.num_layers": 50},
             },
         ),
     },
     metrics=("eval/stats/max_violation",),
     notes="With 256 byte values, 'hash' is close to a table of which expert handles which letters. Tokens are counted in 64 batches of the "
-    "training split when a training begins. Batch size and sequence length of the paper preset are ours.",
+    "training split when a training begins.",
 )

@@ -137,6 +137,13 @@ STUDY = Study(
             text="what begins as zeros must be exempt",
             matched=("flops", "params"),
         ),
+        lower(
+            "eval/bits_per_byte",
+            "lamb_capped",
+            "lamb",
+            text="a cap on the ratio keeps the noise of rarely used experts small",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": Preset(
@@ -173,7 +180,5 @@ STUDY = Study(
     },
     metrics=("eval/stats/max_violation",),
     notes="The claim that LAMB degrades least from the small to the large batch is one about four arms; here it is judged at the large "
-    "batch, with one claim on the way there. Ratios are per layer and per expert, never of a stack. Mixed batches (128 tokens first, then "
-    "512) and the Nesterov variants are left out. The paper preset's routers are gone: BERT is dense, and so is the paper preset of every "
-    "arm but those of 'zeros', which say nothing there.",
+    "batch, with one claim on the way there. Ratios are per layer and per expert, never of a stack.",
 )

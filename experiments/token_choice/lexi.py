@@ -86,8 +86,6 @@ STUDY = Study(
             ),
         ),
         "search": (Arm("evolution", allotted(12, search="evolution"), note="the paper's search instead of the exact one"),),
-        "relative": (Arm("relative", allotted(12, relative=True), note="changes as a share of the layer's output"),),
-        "draws": tuple(Arm(f"draws_{n}", allotted(12, draws=n), note=f"{n} Gaussian inputs instead of 4") for n in (1, 16)),
     },
     claims=(
         lower(
@@ -156,15 +154,11 @@ STUDY = Study(
             arms={
                 "uniform": {f"{MOE}.select.k": 4},
                 "uniform_3": {f"{MOE}.select.k": 6},
-                **{
-                    name: {"init.surgeries.allot.budget": PAPER[12]}
-                    for name in (*HOW, "evolution", "relative", "draws_1", "draws_16")
-                },
+                **{name: {"init.surgeries.allot.budget": PAPER[12]} for name in (*HOW, "evolution")},
                 **{f"{name}_{b}": {"init.surgeries.allot.budget": PAPER[b]} for name in HOW for b in BUDGETS},
             },
         ),
     },
     metrics=("eval/stats/experts_per_token",),
-    notes="Pruning whole experts, or parts of them, at equal throughput is the paper's control; it saves memory, and not active experts, "
-    "and is not an arm here. The k of each layer is in the metrics of a run, as experts_per_token of that layer.",
+    notes="The k of each layer is in the metrics of a run, as experts_per_token of that layer.",
 )
