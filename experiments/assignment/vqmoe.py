@@ -6,7 +6,7 @@ discrete path alone runs one, and its measure is the top-1 mixture.
 
 from configs import small_lm
 from experiments.departures import Departures
-from experiments.study import SMOKE, Arm, Preset, Study, above, lower
+from experiments.study import SMOKE, Arm, Preset, Study, above, higher, lower
 
 MOE = "model.blocks.moe.ffn"
 
@@ -66,7 +66,6 @@ STUDY = Study(
             Arm("stable_gate", RELEASED_GATE, note="top-1 with the release's gate: cosine, constant 1"),
             Arm("vqmoe_stable_gate", vq() | RELEASED_GATE, note="vqmoe with that gate"),
         ),
-        "coef": tuple(Arm(f"coef_{c:g}", vq(coef=c)) for c in (0.01, 1.0)),
         "experts": (
             Arm("smoe_4", {f"{MOE}.num_experts": 4}, note="top-1 of 4"),
             Arm("vqmoe_4", vq() | {f"{MOE}.num_experts": 4}, note="half the experts"),
@@ -97,6 +96,13 @@ STUDY = Study(
         ),
         lower(
             "eval/bits_per_byte", "vqmoe_stable_gate", "stable_gate", text="VQMoE beats the stable gate", matched=("params",)
+        ),
+        higher(
+            "eval/stats/code_perplexity",
+            "revive",
+            "vqmoe",
+            text="codes that move to tokens when they fall out of use stay in use",
+            matched=("flops", "params"),
         ),
     ),
     presets={

@@ -69,7 +69,7 @@ STUDY = Study(
         Arm("mha8", mha(8, 8), note="8 heads, all on"),
         Arm(
             "mha6",
-            mha(6, 8) | {"model.blocks.dense.ffn.hidden": 164},
+            mha(6, 8) | {"model.blocks.dense.ffn.hidden": 156},
             note="6 heads, as many as moh has on, and what is saved in a wider feed-forward layer",
         ),
         Arm("moh", moh(2, 4), note="2 shared heads and 4 of 6"),
@@ -168,7 +168,7 @@ STUDY = Study(
             },
             arms={
                 "mha8": mha(32, 128, num_kv_heads=8),
-                "mha6": mha(24, 128, num_kv_heads=8) | {"model.blocks.dense.ffn.hidden": 16_384},
+                "mha6": mha(24, 128, num_kv_heads=8) | {"model.blocks.dense.ffn.hidden": 15_360},
                 "moh": llama(16, 8),
                 "no_shared": llama(0, 24),
                 "no_balance": llama(16, 8, losses={}),

@@ -132,7 +132,7 @@ STUDY = Study(
             "mod25",
             0.03,
             text="a loss on the router itself costs little (0.2 to 0.3 % in the paper)",
-            matched=("flops",),
+            matched=("steps",),
         ),
     ),
     presets={

@@ -4,7 +4,7 @@ Small ViTs on real digits, 16 patches of 2 x 2, widths 16, 32 and 64. `mone` sta
 step) and then spends half of the width on average; `half`, `matformer` and `mod` spend as much at inference, in their own ways.
 Projections are what is saved: the products of attention itself cost all arms but `mod` the same. FLOPs of training count the widest
 network that a step may draw, so they are equal among arms that begin as a MatFormer, and to `dense`; arms of one width from the first
-step on, `no_pretraining` among them, train with about half of them.
+step on train with about half of them.
 """
 
 from configs import base_vit
@@ -123,13 +123,6 @@ STUDY = Study(
             "half",
             text="choosing widths beats one width for all, at equal FLOPs of inference",
             matched=("params",),
-        ),
-        higher(
-            "eval/accuracy",
-            "no_pretraining",
-            "half",
-            text="and so it does where training costs the same too",
-            matched=("flops", "params"),
         ),
         higher("eval/accuracy", "mone", "matformer", text="it beats the MatFormer at equal FLOPs", matched=("flops",)),
         higher("eval/accuracy", "mone", "random", text="learned experts beat random ones", matched=("flops", "params")),

@@ -166,7 +166,4 @@ STUDY = Study(
         ),
     },
     metrics=("eval/loss", "eval/stats/max_violation"),
-    notes="Left out: transfer sets without a class or with 3 % of the data (data sets here have fixed splits), and generalist with "
-    "specialists (a way of predicting, by a divergence minimised for each example). The paper's MNIST models have two layers of 1,200 units "
-    "and would fill no device; the paper preset is ours.",
 )

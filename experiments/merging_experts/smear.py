@@ -30,7 +30,6 @@ def base():
 
 
 SAME = {"kind": "same", "init": {"kind": "normal", "std": 0.01}}
-ATTENTION = smear({"kind": "attention", "num_heads": 4, "num_kv_heads": 2})
 
 STUDY = Study(
     slug="smear",
@@ -67,19 +66,6 @@ STUDY = Study(
         "start": (
             Arm("same_start", {f"{FFN}.bank.init_in": SAME, f"{FFN}.bank.init_out": SAME}, note="all adapters start equal"),
         ),
-        "segments": (
-            Arm("segment_8", {f"{FFN}.segment": 8}),
-            Arm("segment_32", {f"{FFN}.segment": 32}),
-            Arm("prefix", {f"{FFN}.route_by": "prefix"}, note="all later segments are routed by the first"),
-        ),
-        "places": (Arm("after_attention_too", {MIXER: ATTENTION}, note="also after attention, as in the paper"),),
-        "whole_experts": (
-            Arm(
-                "merged_ffn",
-                {f"{FFN}.layer": None, f"{FFN}.bank": {"kind": "glu", "hidden": 128}},
-                note="no adapters: three whole feed-forward layers are averaged",
-            ),
-        ),
     },
     claims=(
         lower(
@@ -106,6 +92,27 @@ STUDY = Study(
         ),
         lower("eval/bits_per_byte", "experts_6", "smear", text="twice the experts help", matched=()),
         lower("eval/bits_per_byte", "smear", "dropout_0", text="expert dropout helps", matched=("flops", "params")),
+        lower(
+            "eval/bits_per_byte",
+            "smear",
+            "single",
+            text="SMEAR beats one adapter of equal arithmetic",
+            matched=("active_params",),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "smear",
+            "router_scale_1",
+            text="routers have to start near uniform",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "same_start",
+            "smear",
+            text="adapters that start equal average better",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": SMOKE,

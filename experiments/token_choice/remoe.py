@@ -1,7 +1,8 @@
 """ReMoE (Wang et al. 2024): ReLU gates instead of top-k, and an L1 loss whose weight drives the mean number of experts to k.
 
 Byte language models with 8 experts in every other feed-forward layer. The number of active experts is about 4 at the start and
-is brought to k = 2 over all layers, so arms are compared at the active compute that they really use (`experts_per_token`).
+is brought to k = 2 over all layers, so arms are compared at equal parameters that a token uses at k; the FLOPs of a step are those of
+all experts, as none may be left out while many are active.
 """
 
 from configs import small_lm
@@ -84,7 +85,7 @@ STUDY = Study(
             "top2",
             headline=True,
             text="ReLU routing beats top-k at equal active compute",
-            matched=("flops",),
+            matched=("active_params", "params"),
         ),
         within(
             "eval/stats/experts_per_token",
@@ -107,10 +108,14 @@ STUDY = Study(
             "remoe_32",
             "top2_32",
             text="the gain is there with four times the experts",
-            matched=("flops",),
+            matched=("active_params", "params"),
         ),
         lower(
-            "eval/bits_per_byte", "remoe_fine", "top8_fine", text="and with experts of a quarter's width", matched=("flops",)
+            "eval/bits_per_byte",
+            "remoe_fine",
+            "top8_fine",
+            text="and with experts of a quarter's width",
+            matched=("active_params", "params"),
         ),
         within(
             "eval/bits_per_byte",
@@ -118,6 +123,21 @@ STUDY = Study(
             "start_1e-06",
             0.03,
             text="lambda's start does not matter over orders of magnitude",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "remoe_k1",
+            "top1",
+            text="and at one expert a token, the paper's own number",
+            matched=("active_params", "params"),
+        ),
+        within(
+            "eval/bits_per_byte",
+            "rate_1.05",
+            "rate_1.5",
+            0.03,
+            text="nor does its rate, from 1.05 to 1.5",
             matched=("flops", "params"),
         ),
     ),
@@ -140,12 +160,14 @@ STUDY = Study(
                 "optimizer.warmup_steps": 600,
             },
             arms={
-                "top2": top_k(1),
-                "remoe": {**target(1.0), **loss(coef=1e-8)},
-                "relu_l1": {**target(1.0), **loss(coef=1e-8)},
+                **{name: {f"{MOE}.select.k": 1} for name in ("top2", "top1", "top2_32")},
+                **{name: {**target(1.0), **loss(coef=1e-8)} for name in ("remoe", "relu_l1", "remoe_k1", "remoe_32")},
+                **{name: {**target(1.0), **loss(coef=1e-8)} for name in ("rate_1.02", "rate_1.05", "rate_1.5")},
+                **{f"start_{start:g}": target(1.0) for start in (1e-8, 1e-6, 1e-2)},
+                "top8_fine": {f"{MOE}.select.k": 4, f"{MOE}.bank.hidden": 512},
+                "remoe_fine": {**target(4.0), **loss(coef=1e-8), f"{MOE}.bank.hidden": 512},
             },
         ),
     },
     metrics=("eval/stats/experts_per_token", "eval/stats/unrouted"),
-    notes="The loss is summed over layers, as in the released code; the paper's mean over layers only rescales lambda.",
 )

@@ -1,12 +1,13 @@
 """Switch Transformers (Fedus et al. 2021): one expert per token, at the compute of the dense model.
 
-Byte language models, 8 experts in every other feed-forward layer. Every arm but `top2` and `dense_top2_flops` computes per
-token what `dense` computes. Steps are fixed, so `faster` reads off how many steps an arm saves.
+Byte language models, 8 experts in every other feed-forward layer. `dense` computes what `switch` computes: where the mixtures are it is
+as wide as an expert and its empty slots. Steps are fixed, so `faster` reads off how many steps an arm saves.
 """
 
 from configs import base_lm
 from experiments.departures import Departures
-from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, faster, lower
+from experiments.quantities import lowest
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, faster, lower, trend, within
 
 MOE = "model.blocks.moe.ffn"
 NO_BALANCE = {f"{MOE}.losses.balance.coef": 0.0}
@@ -31,6 +32,14 @@ def base():
     return config
 
 
+def twin(hidden: int, num_heads: int, num_kv_heads: int) -> dict:
+    """Dense, and this wide where the mixtures have their experts."""
+    mixer = {"kind": "attention", "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    ffn = {"kind": "ffn", "hidden": hidden, "activation": "relu"}
+    block = {"kind": "transformer", "norm": {"kind": "rms_norm"}, "mixer": mixer, "ffn": ffn}
+    return {"model.pattern": ("dense", "twin"), "model.blocks.twin": block}
+
+
 def capacity(factor: float) -> dict:
     return {f"{MOE}.select.capacity_factor": factor}
 
@@ -52,7 +61,7 @@ STUDY = Study(
     ),
     base=base(),
     arms=(
-        Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal compute per token"),
+        Arm("dense", twin(480, 2, 1), note="as wide as an expert and the empty slots that it computes: 1.25 times 384"),
         Arm("switch", note="8 experts, top-1, capacity factor 1.25, balance 0.01, init scale 0.1, jitter 0.01"),
         Arm("no_balance", NO_BALANCE, note="switch without its balance loss"),
         Arm(
@@ -104,6 +113,58 @@ STUDY = Study(
             needs="64 experts and 100,000 steps on C4",
             matched=("flops",),
         ),
+        lower(
+            "eval/bits_per_byte",
+            "switch",
+            "capacity_1.0",
+            text="room beyond an even share is worth it (-1.553 against -1.561)",
+            matched=("params",),
+        ),
+        within(
+            "eval/bits_per_byte",
+            "capacity_2.0",
+            "switch",
+            0.02,
+            text="but more of it is not (-1.554)",
+            matched=("params",),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "switch",
+            "init_1.0",
+            text="a tenth of the usual scale at the start is better early on (-2.72 against -3.60)",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "switch",
+            lowest("alpha_0.1", "alpha_0.001", "alpha_0.0001"),
+            text="of coefficients of the balance loss 0.01 is best",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "switch",
+            "argmax",
+            text="jitter is better than no exploration",
+            matched=("flops", "params"),
+        ),
+        trend(
+            "eval/bits_per_byte",
+            {2: "experts_2", 4: "experts_4", 8: "switch", 16: "experts_16"},
+            high=0,
+            log=True,
+            text="more experts are better",
+            matched=("flops",),
+        ),
+        within(
+            "eval/bits_per_byte",
+            "bfloat16",
+            "switch",
+            0.02,
+            text="a router in float32 is all the precision that is needed (-1.716 against -1.718)",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": SMOKE,
@@ -123,7 +184,8 @@ STUDY = Study(
                 "optimizer.learning_rate": 1e-2,
                 "optimizer.schedule": "rsqrt",
                 "optimizer.warmup_steps": 10_000,
-            }
+            },
+            arms={"dense": twin(3840, 12, 12)},
         ),
     },
     metrics=("eval/stats/entropy",),

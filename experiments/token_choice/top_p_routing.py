@@ -6,7 +6,7 @@ an entropy loss keeps the router from spreading. Compare quality at the mean num
 
 from configs import small_lm
 from experiments.departures import Departures
-from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, lower
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, lower, trend, within
 
 MOE = "model.blocks.moe.ffn"
 
@@ -65,6 +65,22 @@ STUDY = Study(
             matched=("flops", "params"),
         ),
         lower("eval/bits_per_byte", "top_p", "top1", text="top-p beats top-1", matched=("params",)),
+        within("eval/bits_per_byte", "p_0.3", "p_0.5", 0.03, text="a p between 0.3 and 0.5 works", matched=("flops", "params")),
+        trend(
+            "eval/stats/experts_per_token",
+            {0.2: "p_0.2", 0.3: "p_0.3", 0.4: "top_p", 0.5: "p_0.5", 0.6: "p_0.6"},
+            low=0,
+            text="a larger p costs compute, which the router does not learn to save",
+            matched=("flops", "params"),
+        ),
+        trend(
+            "eval/stats/experts_per_token",
+            {1e-4: "entropy_0.0001", 1e-3: "entropy_0.001", 1e-2: "top_p", 1e-1: "entropy_0.1"},
+            high=0,
+            log=True,
+            text="the more the entropy loss weighs, the fewer experts a token takes",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": SMOKE,
