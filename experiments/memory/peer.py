@@ -47,7 +47,7 @@ STUDY = Study(
         scale="bytes, 300 steps and 64^2 experts instead of 1024^2, in two layers of four instead of one in the middle",
         method="32 active units instead of 128; the coarse mixture is token choice, since expert choice leaks the future; usage "
         "is that of the last training batches",
-        left_out="isoFLOP curves, and the evaluation on other corpora; sub-keys of each head's own",
+        left_out="isoFLOP curves, and the evaluation on other corpora",
         capacity="the coarse mixture drops nothing, where the paper's expert choice has a fixed room",
         optimizer="the base's rates here; those of the paper preset are ours. The dense optimizer also moves experts that nobody "
         "picked (weight decay, momentum)",

@@ -30,7 +30,7 @@ def make_study(slug: str = "toy", **changes: Any) -> Study:
         "slug": slug,
         "title": "A toy: mixtures against dense",
         "arxiv": "2101.03961",
-        "base": base_lm.get_config(),
+        "base": _base(),
         "arms": (
             Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal FLOPs per token"),
             Arm("switch"),
@@ -65,6 +65,13 @@ def make_study(slug: str = "toy", **changes: Any) -> Study:
         ),
     }
     return Study(**{**fields, **changes})
+
+
+def _base() -> ConfigDict:
+    """With room for an even share, so that a mixture of one expert a token computes what the dense model does."""
+    config = base_lm.get_config()
+    config.model.blocks.moe.ffn.select.capacity_factor = 1.0
+    return config
 
 
 @dataclasses.dataclass
