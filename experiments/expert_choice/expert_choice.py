@@ -45,7 +45,7 @@ STUDY = Study(
         "experts instead of 64",
         method="every other layer a mixture of plain instead of gated experts",
         left_out="at most two or three experts a token (EC-CAP), hash layers, fine-tuning on GLUE and SuperGLUE, time per step",
-        capacity="the patches of one image compete, 16 of them; the paper mixes tokens of many sequences in a group. GShard's "
+        capacity="the patches of one image compete, 16 of them; the paper, as the paper preset, mixes tokens of many sequences in a group. GShard's "
         "capacity factor 2 is 1 here, as room is counted per choice, and Switch has 1.0",
         optimizer="AdamW with a cosine instead of Adafactor; the paper preset, of ImageNet, is ours",
         decay="0.05 instead of Adafactor's none",
@@ -113,6 +113,7 @@ STUDY = Study(
                 "model.blocks.dense.ffn.hidden": 3072,
                 f"{MOE}.bank.hidden": 3072,
                 f"{MOE}.num_experts": 64,
+                f"{MOE}.group_by": "batch",
                 "model.dtype": "bfloat16",
                 "data.name": "imagenet2012",
                 "data.batch_size": 4096,

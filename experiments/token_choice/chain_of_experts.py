@@ -171,10 +171,12 @@ STUDY = Study(
             },
             arms={
                 **{name: {f"{MOE}.select.k": 4} for name in ("coe", "shared_gating", "outer_residual", "no_residual")},
-                "moe_k8": {f"{MOE}.select.k": 24},
+                # The chain runs its shared expert twice.
+                "moe": shared(704, 2),
+                "coe_1x4": {f"{MOE}.select.k": 8, **shared(704, 2)},
+                "moe_k8": {f"{MOE}.select.k": 24, **shared(704, 2)},
                 "moe_deep": {"model.num_layers": 12},
-                "coe_2x4": {f"{MOE}.select.k": 8},
-                "coe_1x4": {f"{MOE}.select.k": 8},
+                "coe_2x4": {f"{MOE}.select.k": 12},
                 "coe_12": {f"{MOE}.num_experts": 47, f"{MOE}.select.k": 4},
                 "moe_all": {f"{MOE}.num_experts": 8},
                 "coe_all": {f"{MOE}.num_experts": 8, f"{MOE}.select.k": 8},

@@ -67,7 +67,11 @@ STUDY = Study(
     ),
     base=base(),
     arms=(
-        Arm("dense", {"model.pattern": ("dense",)}, note="a dense layer of the same active width (as published, half of it)"),
+        Arm(
+            "dense",
+            {"model.pattern": ("dense",)},
+            note="a dense layer of the same active width (the published one has half of it)",
+        ),
         Arm("gshard", gshard(128), note="4 experts of width 128, top-2"),
         Arm("fine", mixture(16, 8, 32), note="16 of width 32, top-8, none shared"),
         Arm("deepseekmoe", note="15 of width 32, top-7, and one shared"),
@@ -215,7 +219,7 @@ STUDY = Study(
                 "model.num_layers": 9,
                 "model.pattern": ("moe",),
                 **{f"model.blocks.{b}.mixer.{key}": 10 for b in ("dense", "moe") for key in ("num_heads", "num_kv_heads")},
-                "model.blocks.dense.ffn.hidden": 5120,
+                "model.blocks.dense.ffn.hidden": 10_240,
                 f"{MOE}.num_experts": 63,
                 f"{MOE}.bank.hidden": 1280,
                 f"{MOE}.shared.hidden": 1280,
