@@ -204,11 +204,16 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
 def _refuse_unmatched(
     study: Study, preset: str, configs: Mapping[str, ConfigDict], untrained: Sequence[str], own: bool, console: Console
 ) -> None:
-    """Stops before hours go into arms that a claim cannot compare; of an experiment of the user's `own` (arms, seeds or values chosen on
-    the command line) it says which claims will not be judged."""
+    """Stops before hours go into arms that a claim cannot compare.
+
+    Of an experiment of the user's `own` (arms, seeds or values chosen on the command line), and away from the preset and the machine that
+    studies are matched at, it only says which claims will not be judged: other backends execute other slots.
+    """
+    import jax
+
     concerned = [claim for claim in study.claims if set(claim.arms) & set(untrained)]
     found = [f"{claim.sentence}: {reason}" for claim, reason in matching.unjudgeable(concerned, preset, configs)]
-    if own:
+    if own or preset != "cpu" or jax.default_backend() != "cpu":
         for line in found:
             say(console, f"will not be judged: {line}")
     elif found:

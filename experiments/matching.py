@@ -1,8 +1,8 @@
 """Whether the arms of a claim are alike in what the claim says that they are.
 
 `matched=('flops', 'params')` of a claim names what its arms must have equally, up to 3 %. A claim whose arms differ is not judged: its
-verdict is *not matched*, with the two numbers and what to change. A study as it lies in the repository is not trained while one of its
-claims could not be judged.
+verdict is *not matched*, with the two numbers and what to change. A study's `cpu` preset is not trained while one of its claims could not
+be judged.
 
 FLOPs are those of the step as it is traced: all slots of experts with a capacity, empty ones too; all experts where a rule bounds
 nothing (ReLU gates, thresholds); of branches that a step draws, the longest. `active_params` has the mean number of experts that a rule

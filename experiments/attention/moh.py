@@ -109,7 +109,7 @@ STUDY = Study(
             "moh",
             "mha6",
             text="choosing heads beats having fewer of them, at equal compute",
-            matched=("flops", "params"),
+            matched=("flops",),
         ),
         lower("eval/bits_per_byte", "moh", "no_shared", text="shared heads help", matched=("flops", "params")),
         lower(
@@ -168,7 +168,7 @@ STUDY = Study(
             },
             arms={
                 "mha8": mha(32, 128, num_kv_heads=8),
-                "mha6": mha(24, 128, num_kv_heads=8) | {"model.blocks.dense.ffn.hidden": 15_360},
+                "mha6": mha(24, 128, num_kv_heads=8) | {"model.blocks.dense.ffn.hidden": 16_640},
                 "moh": llama(16, 8),
                 "no_shared": llama(0, 24),
                 "no_balance": llama(16, 8, losses={}),

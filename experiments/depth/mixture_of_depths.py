@@ -157,7 +157,7 @@ STUDY = Study(
                 "optimizer.warmup_steps": 1_000,
             },
             arms={
-                "dense5": {"model.num_layers": 14},
+                "dense5": {"model.num_layers": 13},
                 "mod12": {f"{MOD}.capacity_factor": 0.125},
                 "mod50": {f"{MOD}.capacity_factor": 0.5},
                 "dense6": {"model.num_layers": 18},

@@ -246,7 +246,7 @@ def test_differences_are_those_between_the_presets_base_and_the_arm(toy, tmp_pat
 
 
 def test_a_study_with_a_claim_that_cannot_be_judged_is_not_trained(toy, tmp_path, capsys, monkeypatch):
-    """But for what the user chose, which writes no entry anyway: that is told."""
+    """But for what the user chose, which writes no entry anyway, and at another preset, whose arms no test looks at: that is told."""
     width = "model.blocks.dense.ffn.hidden"
     monkeypatch.setattr(
         matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(config.model.blocks.dense.ffn.hidden))
@@ -260,6 +260,8 @@ def test_a_study_with_a_claim_that_cannot_be_judged_is_not_trained(toy, tmp_path
         outcome = executing.execute(wide, "cpu", runs=tmp_path, **chosen)
         assert "will not be judged: Switch beats dense at equal compute" in " ".join(capsys.readouterr().out.split())
         assert set(outcome.runs) >= {"dense", "switch"}
+    executing.execute(wide, "paper", runs=tmp_path)
+    assert "will not be judged: Switch beats dense at equal compute" in " ".join(capsys.readouterr().out.split())
     assert executing.execute(make_study(), "cpu", runs=tmp_path / "even").runs
 
 
