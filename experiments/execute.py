@@ -10,6 +10,7 @@ from rich.console import Console
 
 from experiments import canary, docs, environment, matching, record, report, tables
 from experiments.cache import Cache, Run, train_in
+from experiments.overrides import PLACE
 from experiments.progress import Board, Line
 from experiments.record import Outcome
 from experiments.seeds import next_runs
@@ -64,7 +65,9 @@ def execute(
     cached = any(cache.load(configs[arm], seed, arm) for arm, seed in first)
     fit = fit or _prepared_fit(configs, cache, console)
     if real and preset in record.LEDGER_PRESETS:
-        _warn_of_unmatched(study, configs, [arm for arm, seed in first if not cache.has(configs[arm], seed)], console)
+        untrained = [arm for arm, seed in first if not cache.has(configs[arm], seed)]
+        own = bool(arms or seeds or any(key.split(".")[0] not in PLACE for key in overrides or {}))
+        _refuse_unmatched(study, preset, configs, untrained, own, console)
     # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
     # run starts at once.
     if real and (cached or accept_numerics):
@@ -198,18 +201,27 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
     return fit
 
 
-def _warn_of_unmatched(study: Study, configs: Mapping[str, ConfigDict], untrained: Sequence[str], console: Console) -> None:
-    """Says which claims will not be judged for their arms differ, before hours go into them: their steps are traced, not compiled."""
-    concerned = [
-        claim
-        for claim in study.claims
-        if claim.matched and set(claim.arms) <= set(configs) and set(claim.arms) & set(untrained)
-    ]
-    arms = dict.fromkeys(arm for claim in concerned for arm in claim.arms)
-    measured = {arm: matching.of_config(configs[arm]) for arm in arms}
-    for claim in concerned:
-        if reason := matching.unmatched(claim.matched, {arm: measured[arm] for arm in claim.arms}):
-            say(console, f"will not be judged: {claim.sentence}: {reason}")
+def _refuse_unmatched(
+    study: Study, preset: str, configs: Mapping[str, ConfigDict], untrained: Sequence[str], own: bool, console: Console
+) -> None:
+    """Stops before hours go into arms that a claim cannot compare.
+
+    Of an experiment of the user's `own` (arms, seeds or values chosen on the command line), and away from the preset and the machine that
+    studies are matched at, it only says which claims will not be judged: other backends execute other slots.
+    """
+    import jax
+
+    concerned = [claim for claim in study.claims if set(claim.arms) & set(untrained)]
+    found = [f"{claim.sentence}: {reason}" for claim, reason in matching.unjudgeable(concerned, preset, configs)]
+    if own or preset != "cpu" or jax.default_backend() != "cpu":
+        for line in found:
+            say(console, f"will not be judged: {line}")
+    elif found:
+        raise ConfigError(
+            f"study '{study.slug}' has claims that its arms at preset '{preset}' do not allow to judge, so nothing is trained: "
+            f"{'; '.join(found)}. Mend the arms, or name in matched= what they do have equally; with --arms, --seeds or "
+            "--config.KEY=VALUE arms are trained all the same"
+        )
 
 
 def _ask_canary(cache: Cache, fit: Fit, accept: bool, recorded: bool, console: Console) -> None:
