@@ -30,7 +30,7 @@ from moejax.train import identity
 
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 SIZES = ("params", "active_params", "trainable_params", "flops_per_step", "steps")
 RESULT_FIELDS = (*SIZES, "tokens_per_step", "state_bytes", "seconds", "first_step_seconds")
 FILES = ("result.json", "metrics.jsonl", "timings.jsonl")  # what `run.json` vouches for, as far as it is there

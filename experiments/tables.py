@@ -86,9 +86,16 @@ def arms(outcome: Outcome) -> Table:
                 *([", ".join(dict.fromkeys(filter(None, map(backend_of, seeds.values())))) or "-"] if backends else []),
             )
         )
+    for name, scores in outcome.baselines.items():
+        if any(metric in scores for metric in metrics):
+            reached = (number(scores[metric]) if metric in scores else "-" for metric in metrics)
+            rows.append((f"({name})", "-", *reached, *["-"] * (len(sizes) + drops + backends)))
     columns = ("arm", "seeds", *metrics, *(title for title, _ in sizes), *(["drop_rate"] if drops else []))
     columns += ("backend",) if backends else ()
-    return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows), notes=legend(columns))
+    notes = legend(columns) + (
+        ("in brackets: what is reached without a network on the same data",) if outcome.baselines else ()
+    )
+    return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows), notes=notes)
 
 
 def legend(columns: Sequence[str]) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ STUDY = Study(
     arxiv="2411.19402",
     implements=("moejax.VQMoE",),
     departures=Departures(
-        scale="bytes, 300 steps and rotary attention; 8 experts in every other layer instead of 16 in all of them",
+        scale="bytes, one epoch and rotary attention; 8 experts in every other layer instead of 16 in all of them",
         method="true straight-through quantisation is the default, and the release's blend an arm",
         left_out="vision, residual and lookup-free codebooks, and robustness: how many tokens change their expert between "
         "checkpoints, or under corrupted input, is what `--analyse` shows",

@@ -25,8 +25,8 @@ def base():
     }
     config.model.pattern = ("dense", "mod")
     config.data.seq_len, config.data.batch_size = 128, 8
-    config.train = {"steps": 300, "accumulation": 1, "log_every": 20}
-    config.eval = {"every": 100, "batches": 12, "split": "validation"}
+    config.train = {"steps": 3000, "accumulation": 1, "log_every": 100}
+    config.eval = {"every": 500, "batches": 0, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config
 
@@ -38,7 +38,7 @@ STUDY = Study(
     implements=("moejax.MixtureOfDepths",),
     full_size=1e9,
     departures=Departures(
-        scale="bytes, 8 blocks and 300 steps; the paper's models have up to 3 billion parameters and are compared along isoFLOP "
+        scale="bytes, 8 blocks and one epoch; the paper's models have up to 3 billion parameters and are compared along isoFLOP "
         "curves",
         method="a predictor decides at evaluation in all arms but those that say otherwise",
         left_out="isoFLOP curves, mixtures of experts within (MoDE), and the sigmoid in the weight's place, a common port",

@@ -44,7 +44,7 @@ STUDY = Study(
     arxiv="2407.04153",
     implements=("moejax.ProductKeys",),
     departures=Departures(
-        scale="bytes, 300 steps and 64^2 experts instead of 1024^2, in two layers of four instead of one in the middle",
+        scale="bytes, one epoch and 64^2 experts instead of 1024^2, in two layers of four instead of one in the middle",
         method="32 active units instead of 128; the coarse mixture is token choice, since expert choice leaks the future; usage "
         "is that of the last training batches",
         left_out="isoFLOP curves, and the evaluation on other corpora",

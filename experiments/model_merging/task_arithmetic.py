@@ -22,9 +22,9 @@ def tuned(*domains: str) -> dict:
     return {
         **START,
         "data.domains": domains,
-        "train.steps": 150,
+        "train.steps": 1500,
         "optimizer.learning_rate": 1e-3,
-        "optimizer.warmup_steps": 10,
+        "optimizer.warmup_steps": 50,
     }
 
 
@@ -51,7 +51,6 @@ def base():
     """The start."""
     config = small_lm.get_config()
     config.data.domains = DOMAINS
-    config.train.steps = 300
     return config
 
 

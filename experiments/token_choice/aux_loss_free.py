@@ -38,7 +38,7 @@ STUDY = Study(
     arxiv="2408.15664",
     implements=("moejax.LossFree", "moejax.TopK", "moejax.MoE"),
     departures=Departures(
-        scale="bytes and 300 steps instead of 100 billion tokens; every other layer a mixture, 16 experts instead of 64",
+        scale="bytes and one epoch instead of 100 billion tokens; every other layer a mixture, 16 experts instead of 64",
         method="the bias moves 10 times as fast, as there are so few steps; two experts a token and no shared ones, where the "
         "paper has six and two",
         left_out="the 3B model, the measure of the leak of expert choice, and DeepSeek-V3's small loss within each sequence",

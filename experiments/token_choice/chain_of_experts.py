@@ -39,7 +39,7 @@ STUDY = Study(
     arxiv="2506.18945",
     implements=("moejax.ChainOfExperts",),
     departures=Departures(
-        scale="bytes of text instead of problems of mathematics and SlimPajama; 300 steps, three layers, 16 experts instead of "
+        scale="bytes of text instead of problems of mathematics and SlimPajama; one epoch, three layers, 16 experts instead of "
         "63",
         method="4 experts a token instead of 8, and no shared expert but in 'shared_expert' (the chain runs it twice, so the "
         "mixture there has two)",

@@ -53,7 +53,7 @@ STUDY = Study(
     arxiv="2402.02526",
     implements=("moejax.Competition",),
     departures=Departures(
-        scale="bytes and 300 steps; 8 experts instead of the second version's 4 of an upcycled Phi-3.5-mini, or the first's 16",
+        scale="bytes and one epoch; 8 experts instead of the second version's 4 of an upcycled Phi-3.5-mini, or the first's 16",
         method="the router's loss weighs 1 here and 0.01 in the paper: a mean of squared differences of probabilities, it "
         "teaches nothing in 20 competition steps; layers draw independently, without the cap on how many compete in one "
         "step, which bounds memory and not what is learnt",

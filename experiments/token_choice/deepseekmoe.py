@@ -55,7 +55,7 @@ STUDY = Study(
     arxiv="2401.06066",
     implements=("moejax.MoE", "moejax.TopK", "moejax.Balance", "moejax.DeviceBalance"),
     departures=Departures(
-        scale="bytes and 300 steps; experts of one coarse expert's quarter, 4 coarse experts instead of 16",
+        scale="bytes and one epoch; experts of one coarse expert's quarter, 4 coarse experts instead of 16",
         method="numbers of masked experts and of devices are as much smaller as the number of experts",
         left_out="the random second expert of GShard; the 16B and 145B models, which are configs "
         "(configs/pods/deepseek_moe_16b.py) and no arms; the gates of DeepSeek-V2 and V3, which `sigmoid_gating` and "

@@ -22,7 +22,6 @@ def base():
     ffn.num_experts = 16
     ffn.select = {"kind": "top_k", "k": K, "score": "softmax_selected"}
     ffn.bank.hidden = 32
-    config.train.steps = 600
     return config
 
 

@@ -43,8 +43,8 @@ def base():
     ffn.losses = {"balance": {"coef": 0.01, "over": "batch"}}
     ffn.group_by = "position"
     config.data.batch_size, config.data.seq_len = 32, 64
-    config.train = {"steps": 300, "accumulation": 1, "log_every": 20}
-    config.eval = {"every": 50, "batches": 12, "split": "validation"}
+    config.train = {"steps": 1500, "accumulation": 1, "log_every": 50}
+    config.eval = {"every": 150, "batches": 0, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config
 

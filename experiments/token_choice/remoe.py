@@ -43,7 +43,7 @@ STUDY = Study(
     arxiv="2412.14711",
     implements=("moejax.ReLU", "moejax.AdaptiveL1", "moejax.core.control.control", "moejax.MoE"),
     departures=Departures(
-        scale="bytes and 300 steps instead of 30 billion tokens; every other layer a mixture",
+        scale="bytes and one epoch instead of 30 billion tokens; every other layer a mixture",
         method="k = 2 instead of 1 but in 'active', and lambda starts at 1e-4: from 1e-8 it takes a third of the run to act; the "
         "loss is summed over layers, as in the released code, which only rescales lambda",
         left_out="hash layers, Lory, SparseMixer and expert choice as baselines; zero-shot tasks; speed",

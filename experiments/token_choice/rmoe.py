@@ -34,7 +34,7 @@ STUDY = Study(
     arxiv="2408.06793",
     implements=("moejax.Recurrent", "moejax.ResidualLogits", "moejax.Witnessed"),
     departures=Departures(
-        scale="bytes, 300 steps, six layers and a state of 32; the expert width of the paper preset is a guess from 0.91 "
+        scale="bytes, one epoch, six layers and a state of 32; the expert width of the paper preset is a guess from 0.91 "
         "billion parameters",
         method="two experts a token instead of four; the balance loss is each layer's own, where the paper pools all layers'",
         left_out="other routers with a recurrence below them (XMoE, hyper networks), and fine-tuning with frozen routers",

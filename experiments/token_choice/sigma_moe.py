@@ -65,7 +65,7 @@ STUDY = Study(
     arxiv="2310.10837",
     implements=("moejax.ExpertDropout", "moejax.EqualNorm", "moejax.Spread", "moejax.DenseMatched", "moejax.TopK"),
     departures=Departures(
-        scale="bytes and 300 steps, rotary attention instead of Transformer-XL; 16 experts of 16",
+        scale="bytes and one epoch, rotary attention instead of Transformer-XL; 16 experts of 16",
         method="gamma is 1e-3, since 1e-4 acts over 100k steps; no dropout but that of experts (0.05, as on enwik8; 0.1 in the "
         "paper preset)",
         left_out="top-K of the dense layer's own activations, which saves half of the arithmetic at most; S-BASE",

@@ -44,7 +44,7 @@ STUDY = Study(
     arxiv="2505.10860",
     implements=("moejax.MoE", "moejax.TopK", "moejax.routing.routing_overlap"),
     departures=Departures(
-        scale="bytes and 300 steps; 16 experts instead of 66; width, depth and batch of the paper preset are ours, chosen to "
+        scale="bytes and one epoch; 16 experts instead of 66; width, depth and batch of the paper preset are ours, chosen to "
         "give its numbers of parameters and tokens",
         method="four active experts of which one is shared, where the paper has eight and two",
         left_out="the rates of convergence themselves (Gaussian mixtures of regressions), vision-language models, saturation and "

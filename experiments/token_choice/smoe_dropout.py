@@ -10,7 +10,7 @@ from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower
 
 MOE = "model.blocks.moe.ffn"
-STEPS = 400
+STEPS = 3000
 FROZEN = {"trainable": {"rest": {"what": ("*",), "but": ("routers",)}}}
 INFERENCE = (1, 2, 4, 8)
 

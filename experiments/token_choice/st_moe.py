@@ -226,5 +226,5 @@ STUDY = Study(
     notes="The paper counts diverged runs of six; a few seeds can only show where some diverge. Where logits do not grow by "
     "themselves, as in the short runs of the CPU preset, the z-loss makes the largest magnitude larger: its minimum is not at logits of 0 "
     "but of -log e, where the sum of their exponentials is 1, so it moves all of them down together by 2, which changes no routing. What it "
-    "bounds is growth; after 300 steps logits are still small without it, even at ten times the learning rate without clipping (`hot`).",
+    "bounds is growth; after 300 steps logits were still small without it, even at ten times the learning rate without clipping (`hot`).",
 )
