@@ -25,26 +25,31 @@ ENOUGH = 20_000_000  # tokens or images that are read, of data that have more
 Scores = dict[str, dict[str, float]]  # baseline -> metric -> value
 
 
-def baselines(config: ConfigDict, folder: Path) -> Scores:
+def baselines(config: ConfigDict, runs: Path, known: bool = False) -> Scores:
     """The baselines of the data that `config` is trained on and evaluated with, in this order; none for other data.
 
     Args:
       config: of a run whose data have been read before.
-      folder: where they are kept from one command to the next.
+      runs: the folder of runs, in which they are kept from one command to the next.
+      known: only what is kept there; nothing is read or computed.
     """
     from moejax.train.settings import normalized, plain
 
     config = plain(normalized(config))
     split = config["eval"]["split"]
     what = {"data": config["data"], "split": split, "version": VERSION}
-    file = folder / f"{hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]}.json"
+    file = (
+        runs / "baselines" / f"{hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]}.json"
+    )
     if file.exists():
         return json.loads(file.read_text())
+    if known:
+        return {}
     kind = config["task"]["kind"]
     found = (
         {"next_token": _ngrams, "classify": _linear}[kind](config["data"], split) if kind in ("next_token", "classify") else {}
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, found)
     return found
 
