@@ -340,7 +340,7 @@ def test_a_corpus_that_is_not_there_is_one_line(capsys, tmp_path):
             "README.md",
             r"'README\.md' is no Python file; did you mean|'README\.md' is no Python file; valid names: configs/base_lm\.py",
         ),
-        ("configs", r"'configs' is a folder, and no config; did you mean 'configs/base_lm\.py'"),
+        ("configs", r"'configs' is a folder, and no config; did you mean 'configs/\w+\.py'"),
         ("configs/base_ml.py", r"'configs/base_ml\.py' does not exist; did you mean 'configs/base_lm\.py'"),
     ],
 )
