@@ -1,6 +1,6 @@
 """Mixture of nested experts (Jain et al. 2024): each patch of an image uses an eighth, a quarter, half or all of one ViT's width.
 
-Small ViTs on real digits, 16 patches of 2 x 2, widths 16, 32 and 64. `mone` starts as a MatFormer (one width for all patches, drawn each
+Small ViTs on real digits, 16 patches of 7 x 7, widths 16, 32 and 64. `mone` starts as a MatFormer (one width for all patches, drawn each
 step) and then spends half of the width on average; `half`, `matformer` and `mod` spend as much at inference, in their own ways.
 Projections are what is saved: the products of attention itself cost all arms but `mod` the same. FLOPs of training count the widest
 network that a step may draw, so they are equal among arms that begin as a MatFormer, and to `dense`; arms of one width from the first
@@ -13,7 +13,7 @@ from experiments.study import SMOKE, Arm, Preset, Study, higher, lower, within
 
 BLOCK = "model.blocks.nested"
 NORM = {"kind": "layer_norm"}
-STEPS = 300
+STEPS = 1000
 
 
 def mod(d_heads: int, hidden: int) -> dict:
@@ -59,7 +59,7 @@ STUDY = Study(
         "moejax.layers.depth.nested_budget.expert_preferred",
     ),
     departures=Departures(
-        scale="digits, 300 steps and three experts; the paper's models see ImageNet-21k and video",
+        scale="digits, 1,000 steps and three experts; the paper's models see ImageNet-21k and video",
         method="the MatFormer's steps and those of the nested experts are the halves of one run, where the paper starts from a "
         "trained model; which layer's tokens the router reads and where alpha lives are the card's reading of third-party "
         "code",

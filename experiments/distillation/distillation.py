@@ -35,12 +35,10 @@ def ensemble(*seeds: int) -> dict:
 def base():
     """The student: two layers of width 32 over 16 patches of 7 x 7, the second of them a mixture."""
     config = base_vit.get_config()
-    config.model.image_size, config.model.patch_size = 28, 7
     config.model.d_model, config.model.num_layers = 32, 2
     config.model.blocks.dense.ffn.hidden = 64
     ffn = config.model.blocks.moe.ffn
     ffn.num_experts, ffn.bank.hidden = 4, 64
-    config.data.name = "embedded_mnist"
     config.train.steps = 600
     config.eval = {"every": 0, "batches": 0, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}

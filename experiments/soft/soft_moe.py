@@ -26,8 +26,8 @@ def base():
     config.model.blocks.moe.ffn.select.capacity_factor = 1.0
     config.model.blocks.moe.ffn.losses = {"balance": {"coef": 0.01}}
     config.data.batch_size = 32
-    config.train = {"steps": 400, "accumulation": 1, "log_every": 20}
-    config.eval = {"every": 50, "batches": 0, "split": "validation"}
+    config.train = {"steps": 1500, "accumulation": 1, "log_every": 50}
+    config.eval = {"every": 150, "batches": 0, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config
 

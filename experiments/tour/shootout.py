@@ -48,11 +48,9 @@ def wide(kind: str, num_experts: int, **fields: Any) -> dict[str, Any]:
 def base():
     """Four layers of width 64, the second and the fourth mixtures."""
     config = base_vit.get_config()
-    config.model.image_size, config.model.patch_size = 28, 7
     config.model.pattern = ("dense", "moe")
     config.data = {"name": "embedded_mnist", "batch_size": 64}
-    config.optimizer.warmup_steps = 30
-    config.train = {"steps": 300, "accumulation": 1, "log_every": 20}
+    config.train = {"steps": 1000, "accumulation": 1, "log_every": 50}
     config.eval = {"every": 0, "batches": 0, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config

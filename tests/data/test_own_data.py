@@ -318,7 +318,7 @@ def test_a_language_model_is_trained_on_files(corpus, tmp_path):
 def test_a_vision_model_is_trained_on_folders_of_images(tmp_path):
     config = small(base_vit.get_config())
     config.data.name, config.data.path = "image_files", str(gallery(tmp_path / "g"))
-    config.model.channels, config.model.patch_size = 3, 4
+    config.model.image_size, config.model.channels, config.model.patch_size = 8, 3, 4
     result = fit(config, 0, tmp_path / "run")
     assert 0 <= result.metrics["eval/accuracy"] <= 1
 
