@@ -370,6 +370,6 @@ class TestMistakes:
 def test_the_jobs_of_the_pages_are_right(capsys):
     page = (launch.REPOSITORY / "docs/meshes_and_pods.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("python -m experiments.launch")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         shown(capsys, *shlex.split(line.partition("#")[0])[3:])
