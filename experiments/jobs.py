@@ -93,7 +93,15 @@ def mount(bucket: str, several: bool) -> tuple[str, dict[str, dict[str, str]]]:
 
 
 def batch_script(
-    name: str, command: Sequence[str], logs: Path, nodes: int, gpus: int, cpus: int, restarts: int, options: Sequence[str] = ()
+    name: str,
+    command: Sequence[str],
+    logs: Path,
+    nodes: int,
+    gpus: int,
+    cpus: int,
+    restarts: int,
+    array: int = 0,
+    options: Sequence[str] = (),
 ) -> str:
     """The Slurm script that runs a command: one process a GPU, or one a node where there are none.
 
@@ -103,14 +111,16 @@ def batch_script(
       logs: folder of the logs; Slurm does not make it.
       gpus, cpus: GPUs of a node, and cores of a process.
       restarts: how often the job may requeue itself.
+      array: jobs that share the runs of the command, each as large as one would be; 0 for one that is no array.
       options: more of sbatch's, 'time=24:00:00'.
     """
-    places = {"chdir": REPOSITORY, "output": logs / "%j.log"}
+    places = {"chdir": REPOSITORY, "output": logs / ("%A_%a.log" if array else "%j.log")}
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={name}",
         *(f"#SBATCH --{option}={shlex.quote(str(place))}" for option, place in places.items()),
         "#SBATCH --open-mode=append",
+        *([f"#SBATCH --array=0-{array - 1}"] if array else []),
         f"#SBATCH --nodes={nodes}",
         f"#SBATCH --ntasks-per-node={max(gpus, 1)}",
         *([f"#SBATCH --gpus-per-node={gpus}"] if gpus else []),

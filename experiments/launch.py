@@ -2,6 +2,7 @@
 
     python -m experiments.launch --sky=tpu-v5litepod-256 --spot --config=configs/pods/vmoe_l16.py --runs=gs://bucket/runs
     python -m experiments.launch --slurm --nodes=4 --config=configs/pods/vmoe_l16.py --runs=/shared/runs
+    python -m experiments.launch --slurm --array=8 --gpus_per_node=1 --study=switch --runs=/shared/runs    # eight share its runs
     python -m experiments.launch ... --dry_run      # prints what would be submitted, and how
 
 What is not a flag of the launcher goes to `experiments.run` and is checked as there before anything is submitted. `--runs` (or
@@ -45,11 +46,13 @@ ONLY = {
     "gpus_per_node": ("slurm", 8),
     "cpus_per_task": ("slurm", 8),
     "sbatch": ("slurm", ()),
+    "array": ("slurm", 0),
     "restarts": ("slurm", 100),
 }
 # The launcher says these itself.
 TAKEN = [
     "job-name",
+    "array",
     "chdir",
     "nodes",
     "ntasks-per-node",
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             logs = Path(options.workdir or options.runs) / "logs"
             sizes = own.nodes, own.gpus_per_node, own.cpus_per_task, own.restarts
-            text = batch_script(name, command, logs, *sizes, own.sbatch)
+            text = batch_script(name, command, logs, *sizes, own.array, own.sbatch)
         suffix, submit = ("yaml", "sky jobs launch") if own.sky else ("sh", "sbatch")
         file = WRITTEN / f"{name}.{suffix}"
         if own.dry_run:
@@ -121,6 +124,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"with --slurm (default {ONLY['gpus_per_node'][1]}; 0 to compute on CPUs)",
     )
     add("--cpus_per_task", type=int, metavar="N", help=f"with --slurm: cores of a process (default {ONLY['cpus_per_task'][1]})")
+    add(
+        "--array", type=int, metavar="N", help="with --slurm: N jobs, which share the runs of a study, or the seeds of a config"
+    )
     add("--sbatch", action="append", metavar="OPTION", help="with --slurm: time=24:00:00, partition=a100 ...; again for more")
     add("--restarts", type=int, metavar="N", help=f"with --slurm: how often to requeue (default {ONLY['restarts'][1]})")
     add("--dry_run", action="store_true", help="print what would be submitted, and submit nothing")
@@ -128,6 +134,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if bool(own.sky) == own.slurm:
         raise ConfigError("a job needs one place: --sky=ACCELERATORS or --slurm")
     place = "sky" if own.sky else "slurm"
+    if own.array is not None and own.array < 1:
+        raise ConfigError(f"--array={own.array} is too few; give 1 or more, or leave it out")
     for name, (where, default) in ONLY.items():
         if getattr(own, name) is None:
             setattr(own, name, default)
@@ -166,6 +174,12 @@ def _check(command: Sequence[str], own: argparse.Namespace) -> Options:
             raise ConfigError(f"--{name} does not go with the launcher, which tells every process where the others are")
     if options.fresh:
         raise ConfigError("--fresh would train again what is finished whenever the job is started again; give another --runs")
+    if own.array and options.workdir:
+        raise ConfigError(
+            f"--array={own.array} does not go with --workdir={options.workdir}; jobs share the runs of a --runs=DIR"
+        )
+    if own.array > 1 and options.mode == "config" and (options.seeds or 1) < 2:
+        raise ConfigError(f"--array={own.array} has one run to share; add --seeds=N, or leave it out")
     _check_place(options, own)
     configs = run.configs_of(options)
 

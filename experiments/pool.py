@@ -190,6 +190,8 @@ class Pool:
                 hurry = hurry or kind == "signal"
                 if kind == "stopped":
                     self._workers[number].step = value
+                elif kind == "done" and (job := self._workers[number].job):
+                    self._workers[number].step = int(job.config.train.steps)
 
 
 class _Worker:

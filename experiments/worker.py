@@ -4,6 +4,7 @@ It is told what to train through a connection, file descriptor FD, and answers t
 connection ends, because the command has or was killed, so does the worker: a run that is under way saves a checkpoint if it can soon.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -32,23 +33,25 @@ def main(descriptor: int) -> None:
     from moejax.core.errors import ConfigError
     from moejax.train.stops import Interrupted
 
+    def answer(kind: str, value: Any = None) -> None:
+        with contextlib.suppress(OSError):  # the command is gone, and `_listen` knows
+            connection.send((kind, value))
+
     jax.devices()
     environment.keep_freed_memory()
     while (message := inbox.get()) is not None:
         job = pickle.loads(message)
         try:
-            run = trainer.train(job, lambda report: connection.send(("progress", report)))
-            answer: tuple[str, Any] = ("done", run.cached)
+            answer("done", trainer.train(job, lambda report: answer("progress", report)).cached)
         except Busy:
-            answer = ("busy", None)
+            answer("busy")
         except Interrupted as stop:
-            connection.send(("stopped", stop.step))
+            answer("stopped", stop.step)
             _leave(128 + stop.signum)
         except ConfigError as error:
-            answer = ("mistake", str(error))
+            answer("mistake", str(error))
         except Exception as error:
-            answer = ("failed", trainer.describe(error, job))
-        connection.send(answer)
+            answer("failed", trainer.describe(error, job))
     _leave(0)
 
 

@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ SBATCH = {
     "gpus-per-node": rf"(\w+:)?{NUMBER}",
     "cpus-per-task": NUMBER,
     "requeue": None,
+    "array": r"0-\d+",
     "signal": r"([BR]+:)?([A-Z]+|\d+)(@\d+)?",
     "time": TIME,
     "partition": r"\w+",
@@ -60,15 +62,34 @@ def sbatch(arguments: list[str]) -> int:
     if not folder.is_dir() or not log.parent.is_dir():
         return refuse(f"cannot open {log} in {folder}: No such file or directory")  # Slurm's job fails without a word
     print(f"Submitted batch job {JOB}")
-    restarts = 0
+    if "array" not in options:
+        return run(script, options, log, JOB, {})
+    if "%A" not in options["output"] or "%a" not in options["output"]:
+        return refuse("tasks of an array would write one log")
+    threads = []
+    for task in range(int(options["array"].removeprefix("0-")) + 1):
+        # Each task is a job of its own, with a number of its own.
+        own = {"SLURM_ARRAY_JOB_ID": JOB, "SLURM_ARRAY_TASK_ID": str(task)}
+        file = log.with_name(log.name.replace("%A", JOB).replace("%a", str(task)))
+        threads.append(threading.Thread(target=run, args=(script, options, file, str(int(JOB) + task), own)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    return 0
+
+
+def run(script: str, options: dict[str, str], log: Path, job: str, more: dict[str, str]) -> int:
+    """One job, until it has ended for good."""
+    folder, restarts = options.get("chdir", "."), 0
     while True:
-        environment = {**os.environ, "SLURM_JOB_ID": JOB} | ({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {})
+        environment = {**os.environ, **more, "SLURM_JOB_ID": job} | ({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {})
         with log.open("a" if options.get("open-mode") == "append" else "w") as stream:
             done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, stdout=stream, stderr=stream)
         note("ended", done.returncode)
-        if not (FOLDER / "requeued").exists():
+        requeued = FOLDER / f"requeued.{job}"
+        if not requeued.exists():
             return 0
-        (FOLDER / "requeued").unlink()
+        requeued.unlink()
         restarts += 1
 
 
@@ -89,9 +110,9 @@ def srun(arguments: list[str]) -> int:
 
 
 def scontrol(arguments: list[str]) -> int:
-    if arguments != ["requeue", JOB]:
+    if len(arguments) != 2 or arguments[0] != "requeue" or arguments[1] != os.environ["SLURM_JOB_ID"]:
         return refuse(f"invalid: {arguments}")
-    (FOLDER / "requeued").touch()
+    (FOLDER / f"requeued.{arguments[1]}").touch()
     return 0
 
 

@@ -45,6 +45,13 @@ WRONG = {
     ),
     "seeds in words": (["--study=toy", "--seeds=three"], r"--seeds: invalid int value: 'three'"),
     "no seeds": (["--study=toy", "--seeds=0"], r"--seeds=0 is not a number of runs"),
+    "no jobs": (["--study=toy", "--jobs=0"], r"--jobs=0 is not a number of runs side by side; give 1 or more"),
+    "jobs and devices": (["--study=toy", "--jobs=2", "--devices=8"], r"--jobs=2 does not go with --devices=8"),
+    "jobs where a run has all devices": (
+        ["--study=toy", "--jobs=2"],
+        r"--jobs=2 .* since each run has all devices of this process",
+    ),
+    "jobs of a list": (["--list", "--jobs=2"], r"--jobs=2 does not go with --list"),
     "unknown flag": (["--studdy=toy"], r"unknown argument '--studdy=toy'; did you mean '--study'"),
     "stray word": (["toy"], r"unknown argument 'toy'"),
     "unknown key": (["--study=toy", "--config.train.step=3"], r"unknown key 'step' in config\.train .*did you mean 'steps'"),

@@ -9,16 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from toy_fits import Mistaken, Slow, Sometimes, Started
 from toy_studies import FakeFit, make_study
 
-from experiments import claims
+from experiments import canary, claims
+from experiments import execute as execute_module
 from experiments.execute import execute, execute_config
 from experiments.schedule import RunsFailed
 from experiments.study import Preset
 from experiments.terminal import PlainConsole
 from moejax.core.errors import ConfigError
+from moejax.train.checkpoints import load
 
 pytestmark = pytest.mark.slow  # workers import JAX: seconds each
 HERE = Path(__file__).parent
@@ -162,3 +166,47 @@ def test_a_signal_to_the_command_ends_its_workers(tmp_path, monkeypatch, signum)
         assert "seed 0 after step" in err
     claimed = list((tmp_path / "runs").rglob("*.claim*"))
     assert not claimed
+
+
+BITS = """
+import os, sys
+from pathlib import Path
+if sys.argv[3] == "one core":
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+from experiments.execute import execute_config
+from experiments.study import load, resolve
+changes = {"train.steps": 4, "train.log_every": 1, "optimizer.warmup_steps": 1, "eval.every": 0, "eval.batches": 1}
+execute_config("wide", resolve(load("first_mixture"), "cpu", "wide", changes), runs=Path(sys.argv[1]), seeds=2, jobs=int(sys.argv[2]))
+"""
+
+
+def test_a_run_has_the_same_bits_however_many_run_and_on_however_many_cores(tmp_path):
+    """With XLA's default, a thread a core, it has not: sums are shared out among threads."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+    for jobs, cores in (("1", "one core"), ("2", "all")):
+        done = subprocess.run(
+            [sys.executable, "-c", BITS, str(tmp_path / jobs), jobs, cores],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    runs = [sorted((tmp_path / jobs / "trained").glob("*/")) for jobs in ("1", "2")]
+    assert [run.name for run in runs[0]] == [run.name for run in runs[1]]
+    assert len(runs[0]) == 2
+    for one, two in zip(*runs, strict=True):
+        assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+        arrays = [jax.tree.leaves(load(run).variables) for run in (one, two)]
+        assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*arrays, strict=True))
+        assert len(arrays[0]) > 10
+
+
+def test_no_more_runs_than_there_is_memory_for(monkeypatch):
+    console = plain_console()
+    monkeypatch.setattr(execute_module.environment, "cores", lambda: 8)
+    monkeypatch.setattr(execute_module.environment, "free_memory", lambda: 2e9)
+    assert execute_module._room(canary.config(), console) == 3
+    assert lines_of(console) == ["memory for 3 runs at a time: 2.0 GB, and about 0.6 GB each (--jobs=N takes N)"]
+    monkeypatch.setattr(execute_module.environment, "free_memory", lambda: 1e6)
+    assert execute_module._room(canary.config(), plain_console()) == 1

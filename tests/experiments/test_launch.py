@@ -213,6 +213,32 @@ class TestSlurm:
         started = (cluster / "started").read_text().splitlines()
         assert started == [f"{sys.executable} -m experiments.run {RUN[0]} --runs={tmp_path}/new/runs"] * starts
 
+    def test_each_job_of_an_array_is_requeued_by_itself_and_has_a_log_of_its_own(self, cluster, tmp_path):
+        (cluster / "status").write_text(str(run.LOST))
+        place = ["--slurm", "--array=3", "--gpus_per_node=1", "--restarts=1"]
+        assert launch.main([*place, RUN[0], "--seeds=4", f"--runs={tmp_path}/runs"]) == 0
+        assert (cluster / "ended").read_text().split() == [str(run.LOST)] * 6
+        started = (cluster / "started").read_text().splitlines()
+        assert started == [f"{sys.executable} -m experiments.run {RUN[0]} --seeds=4 --runs={tmp_path}/runs"] * 6
+        assert sorted(path.name for path in (tmp_path / "runs" / "logs").iterdir()) == ["12_0.log", "12_1.log", "12_2.log"]
+
+    @pytest.mark.slow
+    def test_the_jobs_of_an_array_share_the_runs(self, cluster, tmp_path):
+        small = ["--config.model.d_model=16", "--config.data.seq_len=16", "--config.data.batch_size=2"]
+        steps = ["--config.train.steps=60", "--config.train.log_every=10", "--config.eval.batches=1"]
+        place = ["--slurm", "--array=2", "--gpus_per_node=0", "--cpus_per_task=1"]
+        assert launch.main([*place, RUN[0], "--seeds=4", f"--runs={tmp_path}/runs", *small, *steps]) == 0
+        assert (cluster / "ended").read_text().split() == ["0", "0"]
+        logs = [(tmp_path / "runs" / "logs" / f"12_{task}.log").read_text() for task in range(2)]
+        done, cached = ([re.findall(rf"seed (\d).*{word}$", log, re.M) for log in logs] for word in ("done", "cached"))
+        assert sorted(done[0] + done[1]) == ["0", "1", "2", "3"]
+        assert all(done)
+        for task in range(2):
+            assert sorted(done[task] + cached[task]) == ["0", "1", "2", "3"]
+        assert len(list((tmp_path / "runs").glob("trained/*/run.json"))) == 4
+        # Both end with the same summary.
+        assert len({log[log.index("eval/bits_per_byte  ") :] for log in logs}) == 1
+
     def test_a_job_that_is_cancelled_is_not_requeued(self, cluster, capsys):
         (cluster / "bin" / "srun").write_text(f"#!/bin/bash\ntouch {cluster}/running\nsleep 60\n")
         script, _ = shown(capsys, *SLURM)
@@ -221,7 +247,7 @@ class TestSlurm:
             time.sleep(0.01)
         os.killpg(job.pid, signal.SIGTERM)
         assert job.wait(timeout=20) == -signal.SIGTERM
-        assert not (cluster / "requeued").exists()
+        assert not list(cluster.glob("requeued*"))
 
     def test_it_has_the_checkout_its_python_and_cores_for_every_process(self, capsys):
         text, submit = shown(capsys, *SLURM, "--nodes=4", "--gpus_per_node=6", "--cpus_per_task=12", "--sbatch=--partition=a")
@@ -249,6 +275,10 @@ class TestMistakes:
             ([*SLURM, "--nodes=two"], "--nodes: invalid int value: 'two'"),
             ([*SLURM, "--gpus_per_node=-1"], "--gpus_per_node=-1 is too few"),
             ([*SLURM, "--cpus_per_task=0"], "--cpus_per_task=0 is too few"),
+            ([*SLURM, "--array=0"], "--array=0 is too few; give 1 or more"),
+            ([*SLURM, "--array=2"], "--array=2 has one run to share; add --seeds=N"),
+            (["--slurm", "--array=2", RUN[0], "--workdir=/shared/x"], "--array=2 does not go with --workdir=/shared/x"),
+            ([*SKY, "--array=2"], "--array does not go with --sky; it belongs to --slurm"),
             ([*SLURM, "--restarts=-1"], "--restarts=-1 is too few"),
             ([*SLURM, "--spot"], "--spot does not go with --slurm; it belongs to --sky"),
             ([*SKY, "--restarts=3"], "--restarts does not go with --sky; it belongs to --slurm"),
@@ -340,6 +370,6 @@ class TestMistakes:
 def test_the_jobs_of_the_pages_are_right(capsys):
     page = (launch.REPOSITORY / "docs/meshes_and_pods.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("python -m experiments.launch")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         shown(capsys, *shlex.split(line.partition("#")[0])[3:])
