@@ -108,7 +108,7 @@ def save_adapter(adapter: PeftAdapter, base: Pretrained, folder: str | Path, dty
         wrong = sorted(path for path in {*arrays, *shapes} if path not in arrays or arrays[path].shape != shapes.get(path))
         raise ConfigError(f"the adapter's parameters are not those of its config: {listed(wrong)}")
     rows = {their: our for their, our in _linear(family, base.model).items() if _scope(our[1], name) in _modules(shapes)}
-    table = tuple(row for their, (_, our) in rows.items() for row in _factors(their, our, name))
+    table = tuple(row for their, (_, our) in rows.items() for row in _factors(f"{BASE}{their}", our, name))
     found = links(table, family.stacks(build(base.model)), shapes)
     rank, rooted = spec["rank"], kinds[spec["kind"]]
     settings = {

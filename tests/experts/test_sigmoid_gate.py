@@ -1,6 +1,7 @@
 """Experts behind a sigmoid gate, on rows one after the other."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,11 +18,12 @@ def test_each_row_and_expert_has_its_gate(rng: np.random.Generator, key: jax.Arr
         backend="reference",
     )
     x = rng.normal(size=(1, 5, 6)).astype(np.float32)
-    variables = layer.init(key, x)
+    tokens = jnp.asarray(x)
+    variables = layer.init(key, tokens)
     without = mj.MoE(mj.Linear(2), mj.TopK(k=1), mj.FFN(hidden=4, num_experts=2), backend="reference")
     shared = variables["params"]["shared"]
     rest = {name: tree for name, tree in variables["params"].items() if name != "shared"}
-    added = np.asarray(layer.apply(variables, x)) - np.asarray(without.apply({"params": rest}, x))
+    added = np.asarray(layer.apply(variables, tokens)) - np.asarray(without.apply({"params": rest}, tokens))
     p = {name: np.asarray(w[0], np.float64) for name, w in shared["bank"].items()}
     for row, y in zip(x[0].astype(np.float64), added[0], strict=True):
         hidden = row @ p["w_gate"]
