@@ -1,4 +1,4 @@
-"""The small byte language model that the studies of single methods start from: seconds a run on two cores.
+"""The small byte language model that the studies of single methods start from: two minutes a run on one core.
 
     python -m experiments.run --config=configs/small_lm.py
 
@@ -22,8 +22,10 @@ def get_config() -> ConfigDict:
     ffn.select = {"kind": "top_k", "k": 2, "normalise": True}
     ffn.losses = {"balance": {"coef": 1e-2, "over": "batch"}}
     config.data.seq_len = 64
-    config.optimizer.warmup_steps = 30
-    config.train = {"steps": 300, "accumulation": 1, "log_every": 20}
-    config.eval = {"every": 0, "batches": 16, "split": "validation"}
+    # One epoch of the embedded text, and all of what is held out: a dense model ends at 2.13 bits a byte, where trigrams have 2.84.
+    # Rate and warm-up by trying: 2e-3 ends at 2.17, 8e-3 at 2.14; 1,500 steps of twice the batch at 2.14.
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 4e-3, 100
+    config.train = {"steps": 3000, "accumulation": 1, "log_every": 100}
+    config.eval = {"every": 0, "batches": 0, "split": "validation"}
     config.checkpoint = {"every": 0, "keep": 1, "asynchronous": True}
     return config

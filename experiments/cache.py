@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import environment
-from moejax.core.files import changed, digest, locked, read_lines, read_sealed, set_aside, write_sealed
+from experiments.claims import Busy, claimed
+from moejax.core.files import changed, digest, read_lines, read_sealed, set_aside, write_sealed
 from moejax.train import identity
 
 # Bump when a change to the library changes the numbers of a training: every cached run is then trained afresh.
 # `canary.py` notices when this was forgotten.
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 SIZES = ("params", "active_params", "trainable_params", "flops_per_step", "steps")
 RESULT_FIELDS = (*SIZES, "tokens_per_step", "state_bytes", "seconds", "first_step_seconds")
 FILES = ("result.json", "metrics.jsonl", "timings.jsonl")  # what `run.json` vouches for, as far as it is there
@@ -115,35 +116,39 @@ class Cache:
         fit: Callable[..., Any],
         progress: Callable[..., None],
         label: str = "",
-        wait: Callable[[], None] | None = None,
+        wait: bool = False,
     ) -> Run:
         """Trains what is not finished yet, or goes on with it, and returns the run.
 
         Args:
           label: of the run in progress reports; its arm and seed if left out.
-          wait: called again and again while another process trains the run; without it, that is an error.
+          wait: for another process that trains the run, or one that it starts from; without it, that is an error.
+
+        Raises:
+          Busy: another process trains it, or has taken it over.
         """
         from moejax.parallel import hosts
 
-        path = self.path(config, seed)
-        with _claimed(path, wait) if hosts.is_first() else contextlib.nullcontext():
+        path, label = self.path(config, seed), label or run_label(arm, seed)
+        with self._claimed(path, _waiting(progress, label, config) if wait else None) as check:
             # Another process may have finished it while this one was busy with other arms.
             if hosts.share(self.has(config, seed)):
                 return read_run(path, arm, seed, cached=True)
             if hosts.is_first() and (path / "run.json").exists():
                 set_aside(path / "run.json", "run", find_damage(path) or "")
-            return train_in(path, config, seed, arm, fit, progress, self.starts(fit), label)
 
-    def starts(self, fit: Callable[..., Any]) -> Callable[..., Path]:
+            def report(state: Any) -> None:
+                check()
+                progress(state)
+
+            return train_in(path, config, seed, arm, fit, report, self.starts(fit, wait), label)
+
+    def starts(self, fit: Callable[..., Any], wait: bool = False) -> Callable[..., Path]:
         """What `fit` is given as `resolve`: trains, or finds, the runs that others start from, and gives their folders."""
 
         def resolve(config: Mapping[str, Any], seed: int, progress: Callable[..., None], label: str) -> Path:
             from moejax.parallel import hosts
             from moejax.train import StartDiverged
-            from moejax.train.results import Progress
-
-            def wait() -> None:
-                progress(Progress(label, 0, int(config["train"]["steps"]), "waiting"))
 
             config = ConfigDict(dict(config))
             found = self.load(config, seed, label) if hosts.share(self.has(config, seed)) else None
@@ -155,15 +160,42 @@ class Cache:
         return resolve
 
     def forget(self, config: ConfigDict, seed: int) -> None:
-        """Deletes a finished run, so that it is trained again. An interrupted one stays, for the same command to go on with."""
+        """Deletes a finished run, so that it is trained again. An interrupted one stays, for the same command to go on with.
+
+        Raises:
+          Busy: another process trains it.
+        """
         from moejax.parallel import hosts
 
         path = self.path(config, seed)
-        if hosts.is_first():
-            with _claimed(path):
-                if (path / "run.json").exists():
-                    shutil.rmtree(path)
-        hosts.barrier()
+        with self._claimed(path):
+            if hosts.is_first() and (path / "run.json").exists():
+                shutil.rmtree(path)
+            hosts.barrier()
+
+    @contextlib.contextmanager
+    def _claimed(self, path: Path, wait: Callable[[], None] | None = None) -> Iterator[Callable[[], None]]:
+        """Has the run in `path` for this process, or for those that train together, of which the first one holds the claim."""
+        from moejax.parallel import hosts
+
+        with contextlib.ExitStack() as stack:
+            check, refused = (lambda: None), ""
+            if hosts.is_first():
+                busy = f"another process is training in {path}; wait for it, or choose another --runs=DIR"
+                try:
+                    check = stack.enter_context(claimed(path.with_suffix(".claim"), busy, wait))
+                except Busy as error:
+                    refused = str(error)
+            if refused := hosts.share(refused):
+                raise Busy(refused)
+            yield check
+
+
+def _waiting(progress: Callable[..., None], label: str, config: ConfigDict) -> Callable[[], None]:
+    """Reports that a run waits for another process."""
+    from moejax.train.results import Progress
+
+    return lambda: progress(Progress(label, 0, int(config.train.steps), "waiting"))
 
 
 def train_in(
@@ -295,9 +327,3 @@ def _strings(value: Any) -> set[str]:
         case list() | tuple():
             return set().union(*map(_strings, value))
     return set()
-
-
-def _claimed(path: Path, wait: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
-    """Refuses to train where another process of this machine is training, or waits for it; the claim ends with the process."""
-    busy = f"another process is training in {path}; wait for it, or choose another --runs=DIR"
-    return locked(path.with_suffix(".lock"), busy, wait)

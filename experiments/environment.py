@@ -1,8 +1,10 @@
 """Where a run was made: commit, versions, device, date. Written into every run, so that a ledger entry can name them."""
 
+import contextlib
 import ctypes
 import datetime
 import functools
+import math
 import os
 import platform
 import subprocess
@@ -67,6 +69,23 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> float:
+    """Bytes that this process and those that it starts may still take; infinity where nobody tells."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):  # 'max' is no number: a container without a limit
+        limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(float(limit - used))
+    return min(free, default=math.inf)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Training the arms of a study, or one config, through the cache and under live progress."""
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,22 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from experiments import canary, docs, environment, matching, record, report, tables
-from experiments.cache import Cache, Run, train_in
-from experiments.progress import Board, Line
+from experiments.baselines import baselines
+from experiments.cache import Cache, Run
+from experiments.overrides import PLACE
+from experiments.pool import Here, Place, Pool
+from experiments.progress import Board
 from experiments.record import Outcome
+from experiments.schedule import Found, Wanted, train_all
 from experiments.seeds import next_runs
 from experiments.study import Study, resolve
 from experiments.terminal import curves, make_console, say, short, show
+from experiments.trainer import Trainer
 from moejax.core.errors import ConfigError
 
 Fit = Callable[..., Any]
-Found = Mapping[str, Mapping[int, Run]]  # [arm][seed]
-Wanted = Callable[[Found], list[tuple[str, int]]]  # what is to be trained next, of what is there
+# What a worker needs at least, and how many times as much as a state a step holds, roughly: gradients, activations, the next state.
+WORKER_BYTES, STATES = 600e6, 4
 
 
 def execute(
@@ -34,6 +40,7 @@ def execute(
     fresh: bool = False,
     accept_numerics: bool = False,
     recorded: bool = False,
+    jobs: int | None = None,
     fit: Fit | None = None,
     console: Console | None = None,
 ) -> Outcome:
@@ -47,10 +54,13 @@ def execute(
       fresh: train again what is finished.
       accept_numerics: record the canary's numbers, whatever they were.
       recorded: the results are for the repository's ledger, and the canary's numbers too.
-      fit: takes the place of `moejax.train.fit`; the models and the canary are then not checked.
+      jobs: runs side by side, in processes of one thread each; if None, as many as there are cores and memory for, or in this process
+        if it has an accelerator or several devices.
+      fit: takes the place of `moejax.train.fit`; the models and the canary are then not checked, and without `jobs` it is called here.
 
     Raises:
       ConfigError: a name or a config that cannot be used; names and models are checked before anything is trained.
+      RunsFailed: runs ended with an error. The others were trained.
     """
     console = console or make_console()
     configs = {arm: resolve(study, preset, arm, overrides) for arm in choose(study, ablation, arms)}
@@ -62,17 +72,21 @@ def execute(
     real = fit is None
     first = wanted({})
     cached = any(cache.load(configs[arm], seed, arm) for arm, seed in first)
-    fit = fit or _prepared_fit(configs, cache, console)
-    if real and preset in record.LEDGER_PRESETS:
-        _warn_of_unmatched(study, configs, [arm for arm, seed in first if not cache.has(configs[arm], seed)], console)
-    # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
-    # run starts at once.
-    if real and (cached or accept_numerics):
-        _ask_canary(cache, fit, accept_numerics, recorded, console)
-    trained = _train_all(wanted, configs, cache, fit, fresh, console)
+    trainer = Trainer(runs, fit or _prepared_fit(configs, cache, console))
+    untrained = [(arm, seed) for arm, seed in first if fresh or not cache.has(configs[arm], seed)]
+    with _place(trainer, jobs, real, [configs[arm] for arm, _ in untrained], console) as place:
+        if real and preset in record.LEDGER_PRESETS:
+            own = bool(arms or seeds or any(key.split(".")[0] not in PLACE for key in overrides or {}))
+            _refuse_unmatched(study, preset, configs, [arm for arm, _ in untrained], own, console)
+        # Before training where cached runs will stand beside new ones; afterwards where it only guards the ledger, so that a first
+        # run starts at once.
+        if real and (cached or accept_numerics):
+            _ask_canary(cache, trainer.fit, accept_numerics, recorded, console)
+        trained = _train_all(wanted, configs, trainer, place, fresh, console)
     if real and preset in record.LEDGER_PRESETS and not (cached or accept_numerics):
-        _ask_canary(cache, fit, False, recorded, console)
-    return Outcome(study, preset, ablation, trained, configs, overrides or {}, seeds)
+        _ask_canary(cache, trainer.fit, False, recorded, console)
+    reached = baselines(next(iter(configs.values())), cache.root) if real and preset in record.LEDGER_PRESETS else {}
+    return Outcome(study, preset, ablation, trained, configs, overrides or {}, seeds, reached)
 
 
 def execute_config(
@@ -85,28 +99,23 @@ def execute_config(
     fresh: bool = False,
     accept_numerics: bool = False,
     recorded: bool = False,
+    jobs: int | None = None,
     fit: Fit | None = None,
     console: Console | None = None,
 ) -> dict[int, Run]:
-    """Trains one config with each seed, in the cache or in `workdir` (one folder a seed if there are several)."""
+    """Trains one config with each seed, in the cache or in `workdir` (one folder a seed if there are several). See `execute`."""
     console = console or make_console()
-    configs, cache = {name: config}, Cache(runs)
+    configs, cache, real = {name: config}, Cache(runs), fit is None
 
     def wanted(found: Found) -> list[tuple[str, int]]:
         return [(name, seed) for seed in range(seeds) if seed not in found.get(name, {})]
 
-    if fit is None:
-        fit = _prepared_fit(configs, cache, console, False)
-        if accept_numerics or any(cache.load(config, seed, name) for _, seed in wanted({})):
-            _ask_canary(cache, fit, accept_numerics, recorded, console)
-    if workdir is None:
-        return _train_all(wanted, configs, cache, fit, fresh, console)[name]
-
-    def train(arm: str, seed: int, line: Line) -> Run:
-        folder = workdir / f"seed{seed}" if seeds > 1 else workdir
-        return train_in(folder, config, seed, arm, fit, line, cache.starts(fit))
-
-    return _with_board(wanted, configs, train, console)[name]
+    trainer = Trainer(runs, fit or _prepared_fit(configs, cache, console, False), workdir, apart=seeds > 1)
+    untrained = [seed for seed in range(seeds) if fresh or workdir or not cache.has(config, seed)]
+    with _place(trainer, jobs, real, [config] * len(untrained), console) as place:
+        if real and (accept_numerics or any(cache.load(config, seed, name) for _, seed in wanted({}))):
+            _ask_canary(cache, trainer.fit, accept_numerics, recorded, console)
+        return _train_all(wanted, configs, trainer, place, fresh, console)[name]
 
 
 def finished(study: Study, preset: str, ablation: str, runs: Path) -> Outcome | None:
@@ -125,7 +134,10 @@ def finished(study: Study, preset: str, ablation: str, runs: Path) -> Outcome | 
             break
     found = {arm: seeds for arm, seeds in found.items() if seeds}
     wanted = study.ablations[ablation] if ablation else study.arms
-    return Outcome(study, preset, ablation, found, configs) if any(arm.name in found for arm in wanted) else None
+    if not any(arm.name in found for arm in wanted):
+        return None
+    reached = baselines(next(iter(configs.values())), cache.root, known=True)
+    return Outcome(study, preset, ablation, found, configs, baselines=reached)
 
 
 def finish(outcome: Outcome, runs: Path, ledger: Path, console: Console) -> int:
@@ -198,18 +210,27 @@ def _prepared_fit(configs: Mapping[str, ConfigDict], cache: Cache, console: Cons
     return fit
 
 
-def _warn_of_unmatched(study: Study, configs: Mapping[str, ConfigDict], untrained: Sequence[str], console: Console) -> None:
-    """Says which claims will not be judged for their arms differ, before hours go into them: their steps are traced, not compiled."""
-    concerned = [
-        claim
-        for claim in study.claims
-        if claim.matched and set(claim.arms) <= set(configs) and set(claim.arms) & set(untrained)
-    ]
-    arms = dict.fromkeys(arm for claim in concerned for arm in claim.arms)
-    measured = {arm: matching.of_config(configs[arm]) for arm in arms}
-    for claim in concerned:
-        if reason := matching.unmatched(claim.matched, {arm: measured[arm] for arm in claim.arms}):
-            say(console, f"will not be judged: {claim.sentence}: {reason}")
+def _refuse_unmatched(
+    study: Study, preset: str, configs: Mapping[str, ConfigDict], untrained: Sequence[str], own: bool, console: Console
+) -> None:
+    """Stops before hours go into arms that a claim cannot compare.
+
+    Of an experiment of the user's `own` (arms, seeds or values chosen on the command line), and away from the preset and the machine that
+    studies are matched at, it only says which claims will not be judged: other backends execute other slots.
+    """
+    import jax
+
+    concerned = [claim for claim in study.claims if set(claim.arms) & set(untrained)]
+    found = [f"{claim.sentence}: {reason}" for claim, reason in matching.unjudgeable(concerned, preset, configs)]
+    if own or preset != "cpu" or jax.default_backend() != "cpu":
+        for line in found:
+            say(console, f"will not be judged: {line}")
+    elif found:
+        raise ConfigError(
+            f"study '{study.slug}' has claims that its arms at preset '{preset}' do not allow to judge, so nothing is trained: "
+            f"{'; '.join(found)}. Mend the arms, or name in matched= what they do have equally; with --arms, --seeds or "
+            "--config.KEY=VALUE arms are trained all the same"
+        )
 
 
 def _ask_canary(cache: Cache, fit: Fit, accept: bool, recorded: bool, console: Console) -> None:
@@ -226,33 +247,54 @@ def _ask_canary(cache: Cache, fit: Fit, accept: bool, recorded: bool, console: C
     canary.check(cache.root, own, fit, accept, lambda text: say(console, text), shipped)
 
 
+@contextlib.contextmanager
+def _place(trainer: Trainer, jobs: int | None, real: bool, configs: Sequence[ConfigDict], console: Console) -> Iterator[Place]:
+    """Where runs of `configs` are trained. Workers start at once, and are ready when all is checked.
+
+    Raises:
+      ConfigError: jobs side by side, where one run has the machine for itself.
+    """
+    import jax
+
+    together = jax.process_count() > 1
+    alone = {
+        "several processes train each run together": together,
+        "each run has the accelerator for itself": jax.default_backend() != "cpu",
+        "each run has all devices of this process": jax.device_count() > 1,
+    }
+    reason = next((reason for reason, applies in alone.items() if applies), "")
+    if (not real and jobs is None) or (real and reason):
+        if (jobs or 1) > 1:
+            raise ConfigError(f"--jobs={jobs} runs side by side cannot be, since {reason}; leave it out")
+        yield Here(trainer, together)
+        return
+    environment_of_workers = {"JAX_PLATFORMS": "cpu"}
+    if jax.config.jax_compilation_cache_dir:
+        environment_of_workers["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    with Pool(trainer, jobs or environment.cores(), environment_of_workers) as pool:
+        pool.ensure(min(1, len(configs)))
+        if jobs is None and len(configs) > 1:
+            pool.most = min(pool.most, _room(configs[0], console))
+        pool.ensure(len(configs))
+        yield pool
+
+
+def _room(config: ConfigDict, console: Console) -> int:
+    """How many runs such as that of `config` there is memory for."""
+    from moejax.aot.ahead import program_of
+
+    each, free = WORKER_BYTES + STATES * program_of(config).state_bytes, environment.free_memory()
+    room = max(int(min(free / each, 1e6)), 1)
+    if room < environment.cores():
+        say(
+            console,
+            f"memory for {room} runs at a time: {free / 1e9:.1f} GB, and about {each / 1e9:.1f} GB each (--jobs=N takes N)",
+        )
+    return room
+
+
 def _train_all(
-    wanted: Wanted, configs: Mapping[str, ConfigDict], cache: Cache, fit: Fit, fresh: bool, console: Console
+    wanted: Wanted, configs: Mapping[str, ConfigDict], trainer: Trainer, place: Place, fresh: bool, console: Console
 ) -> dict[str, dict[int, Run]]:
-    from moejax.parallel import hosts
-
-    def train(arm: str, seed: int, line: Line) -> Run:
-        found = cache.load(configs[arm], seed, arm) if hosts.share(cache.has(configs[arm], seed)) else None
-        return found or cache.train(configs[arm], seed, arm, fit, line)
-
-    def fresher(found: Found) -> list[tuple[str, int]]:
-        todo = wanted(found)
-        for arm, seed in todo if fresh else ():
-            cache.forget(configs[arm], seed)
-        return todo
-
-    return _with_board(fresher, configs, train, console)
-
-
-def _with_board(
-    wanted: Wanted, configs: Mapping[str, ConfigDict], train: Callable[[str, int, Line], Run], console: Console
-) -> dict[str, dict[int, Run]]:
-    """Runs `train(arm, seed, line)` for all that is `wanted`, until nothing is; returns `[arm][seed]`, arms in the order of `configs`."""
-    found: dict[str, dict[int, Run]] = {arm: {} for arm in configs}
-    with Board(console, max(map(len, configs))) as board:
-        while todo := wanted(found):
-            lines = {(arm, seed): board.line(arm, seed, int(configs[arm].train.steps)) for arm, seed in todo}
-            for arm, seed in todo:
-                found[arm][seed] = train(arm, seed, lines[arm, seed])
-                lines[arm, seed].finish(tables.ending(found[arm][seed]))
-    return found
+    with Board(console, max(map(len, configs))) as board, place.signals():
+        return train_all(wanted, configs, trainer, place, board, fresh)

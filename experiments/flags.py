@@ -21,6 +21,7 @@ MODES = {
     "analyse": ("study",),
     "record": ("study", "config"),
     "fresh": ("study", "config"),
+    "jobs": ("study", "config"),
     "accept_numerics": ("study", "config"),
     "overrides": ("study", "config", "compile_for"),
     "family": ("list",),
@@ -41,6 +42,7 @@ EPILOG = """examples:
   python -m experiments.run --study=switch --preset=smoke     one study, a few steps
   python -m experiments.run --study=switch --ablation=capacity
   python -m experiments.run --study=switch --record           into the repository's ledger and docs
+  python -m experiments.run --study=switch --jobs=4           four runs side by side
   python -m experiments.run --study=switch --analyse          what its routers learnt
   python -m experiments.run --config=configs/base_lm.py --config.train.steps=50
   python -m experiments.run --config=configs/base_lm.py --config.mesh='data=2,expert=4' --devices=8
@@ -70,6 +72,7 @@ class Options:
     record: bool = False
     fresh: bool = False
     accept_numerics: bool = False
+    jobs: int | None = None
     devices: int | None = None
     coordinator: str = ""
     processes: int | None = None
@@ -101,10 +104,15 @@ def parse(argv: Sequence[str], also: Collection[str] = ()) -> Options:
         raise ConfigError(f"--fresh does not go with --workdir={values['workdir']}; remove that folder or choose another")
     if values["workdir"] and values["runs"]:
         raise ConfigError(f"--runs={values['runs']} does not go with --workdir={values['workdir']}; give one of them")
-    if values["seeds"] is not None and values["seeds"] < 1:
-        raise ConfigError(f"--seeds={values['seeds']} is not a number of runs; give 1 or more")
-    if values["devices"] is not None and values["devices"] < 1:
-        raise ConfigError(f"--devices={values['devices']} is not a number of devices; give 1 or more")
+    for name, what in {"seeds": "runs", "jobs": "runs side by side", "devices": "devices"}.items():
+        if values[name] is not None and values[name] < 1:
+            raise ConfigError(f"--{name}={values[name]} is not a number of {what}; give 1 or more")
+    if values["jobs"] is not None:
+        for name in ("devices", "coordinator", "processes", "process"):
+            if values[name] not in (None, ""):
+                raise ConfigError(
+                    f"--jobs={values['jobs']} does not go with --{name}={values[name]}, with which each run has all devices"
+                )
     arms = tuple(name.strip() for name in values["arms"].split(",") if name.strip())
     values |= {"arms": arms, "mode": mode}
     return Options(**{name: values[name] for name in Options.__dataclass_fields__})
@@ -180,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", default="", metavar="DIR", help="with --config: train here instead of in the cache")
     add("--fresh", action="store_true", help="train again what is finished")
     add("--accept_numerics", action="store_true", help="record the canary's new numbers")
+    add(
+        "--jobs", type=int, default=None, metavar="N", help="runs side by side, on a thread each (default: one a core, on CPUs)"
+    )
     add("--devices", type=int, default=None, metavar="N", help="simulate N devices on the CPU (with --config.mesh)")
     add("--coordinator", default="", metavar="HOST:PORT|auto", help="process 0 of several ($MOEJAX_COORDINATOR)")
     add("--processes", type=int, default=None, metavar="N", help="how many they are ($MOEJAX_PROCESSES)")

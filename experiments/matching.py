@@ -1,16 +1,30 @@
 """Whether the arms of a claim are alike in what the claim says that they are.
 
 `matched=('flops', 'params')` of a claim names what its arms must have equally, up to 3 %. A claim whose arms differ is not judged: its
-verdict is *not matched*, with the two numbers and what to change.
+verdict is *not matched*, with the two numbers and what to change. A study's `cpu` preset is not trained while one of its claims could not
+be judged.
+
+FLOPs are those of the step as it is traced: all slots of experts with a capacity, empty ones too; all experts where a rule bounds
+nothing (ReLU gates, thresholds); of branches that a step draws, the longest. `active_params` has the mean number of experts that a rule
+aims at.
+
+python -m experiments.matching [--preset=paper] [STUDY...]     claims of all studies, or of some, that could not be judged
 """
 
+import argparse
+import functools
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from experiments.cache import Run
+
+if TYPE_CHECKING:
+    from experiments.study import Claim
 
 TOLERANCE = 0.03
 
@@ -53,20 +67,21 @@ def of_runs(runs: Mapping[str, Run]) -> dict[str, Measured]:
     return found
 
 
-def of_config(config: ConfigDict) -> Measured:
-    """What a run of `config` will have, found by tracing its step: seconds, and nothing is compiled."""
+def of_config(config: ConfigDict, kinds: Iterable[str] = tuple(KINDS)) -> Measured:
+    """What of `kinds` a run of `config` will have, found by tracing its step: a second for FLOPs, and nothing is compiled."""
     from moejax.aot.ahead import program_of
 
-    program = program_of(config)
-    return {
-        "flops": program.flops / program.task.size(program.batch),
-        "compute": program.flops * int(config.train.steps),
-        "active_params": program.active_params,
-        "params": program.params,
-        "trainable_params": program.trainable_params,
-        "memory": program.state_bytes,
-        "steps": int(config.train.steps),
+    program, steps = program_of(config), int(config.train.steps)
+    measure: dict[str, Callable[[], float]] = {
+        "flops": lambda: program.flops / program.task.size(program.batch),
+        "compute": lambda: program.flops * steps,
+        "active_params": lambda: program.active_params,
+        "params": lambda: program.params,
+        "trainable_params": lambda: program.trainable_params,
+        "memory": lambda: program.state_bytes,
+        "steps": lambda: steps,
     }
+    return {kind: measure[kind]() for kind in kinds}
 
 
 def unmatched(kinds: tuple[str, ...], arms: Mapping[str, Measured]) -> str:
@@ -90,5 +105,43 @@ def unmatched(kinds: tuple[str, ...], arms: Mapping[str, Measured]) -> str:
     return ""
 
 
+def unjudgeable(claims: Iterable["Claim"], preset: str, configs: Mapping[str, ConfigDict]) -> list[tuple["Claim", str]]:
+    """Claims about arms of `configs` that differ in what the claim says they have equally, each with the reason; traces their steps."""
+    measured = functools.cache(lambda arm, kind: of_config(configs[arm], (kind,))[kind])
+    judged = [
+        claim
+        for claim in claims
+        if claim.matched and (preset == "paper" or not claim.needs) and set(claim.arms) <= set(configs)
+    ]
+    found = (
+        (claim, unmatched(claim.matched, {arm: {kind: measured(arm, kind) for kind in claim.matched} for arm in claim.arms}))
+        for claim in judged
+    )
+    return [(claim, reason) for claim, reason in found if reason]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the claims that could not be judged; returns 1 if there are any."""
+    from experiments.study import load, resolve, study_files
+
+    parser = argparse.ArgumentParser(prog="python -m experiments.matching", description="Claims whose arms do not match.")
+    parser.add_argument("--preset", choices=("cpu", "paper"), default="cpu")
+    parser.add_argument("studies", nargs="*", help="all of them if none is named")
+    given = parser.parse_args(argv)
+    wrong = 0
+    for slug in given.studies or sorted(study_files()):
+        study = load(slug)
+        configs = {arm: resolve(study, given.preset, arm) for arm in study.every_arm}
+        for claim, reason in unjudgeable(study.claims, given.preset, configs):
+            wrong += 1
+            print(f"{slug}: {claim.sentence}: {reason}", flush=True)
+    print(f"{wrong} claims could not be judged at preset '{given.preset}'")
+    return int(wrong > 0)
+
+
 def _short(number: float) -> str:
     return f"{number:.4g}" if number < 1e4 else f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.4g}M"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

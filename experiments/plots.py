@@ -19,6 +19,7 @@ from experiments.record import Outcome
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Past the last colour they begin again, with another stroke that also stands before the name.
 STROKES = (("-", ""), ("--", "╌ "), (":", "┈ "))
+SOFT = "#666666"  # of what is no arm
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -43,6 +44,8 @@ MAX_LAYERS = 12  # rows of a heat map; a deeper model shows layers spread over i
 
 def curves(outcome: Outcome, path: Path) -> Path | None:
     """Training loss and the headline's metric over steps: a line per arm (mean over seeds), a band from least to most.
+
+    Baselines are dotted lines, where the curves come near them.
 
     Returns:
       `path`, or None if nothing was logged often enough to draw a line.
@@ -152,6 +155,11 @@ def _curve_panel(axes: Axes, outcome: Outcome, metric: str) -> None:
     if shown:
         margin = 0.06 * (max(shown) - min(shown)) or 0.1 * abs(shown[0]) or 1.0
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    bottom, top = axes.get_ylim()
+    for name, scores in outcome.baselines.items():
+        if bottom < scores.get(metric, math.nan) < top:
+            axes.axhline(scores[metric], color=SOFT, linestyle=":", linewidth=1.2)
+            ends.append((scores[metric], name, SOFT))
     _label_ends(axes, ends)
     axes.set_title(metric)
     axes.set_xlabel("step")

@@ -70,6 +70,12 @@ class Line:
         else:
             self._print(facts)
 
+    def fail(self) -> None:
+        """The run has ended with an error, which is told elsewhere."""
+        if self.live:
+            self.live.update(self._task, facts="failed")
+            self.live.stop_task(self._task)
+
     def _print(self, text: str) -> None:
         self.console.print(f"{self.name}  {text}", highlight=False, markup=False, soft_wrap=True)
 
@@ -92,6 +98,6 @@ def _facts(progress: Any) -> str:
         (progress.loss, lambda x: f"loss {x:.4f}"),
         (progress.tokens_per_second, lambda x: f"{x:,.0f} tokens/s"),
         (progress.seconds_left, lambda x: f"{duration(x)} left"),
-        (progress.phase, str),
+        (progress.phase, lambda phase: "waiting for another process" if phase == "waiting" else phase),
     ]
     return "  ".join(show(value) for value, show in parts if value)

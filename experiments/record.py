@@ -33,7 +33,8 @@ ALWAYS = ("eval/bits_per_byte", "eval/accuracy", "eval/loss")
 class Outcome:
     """What a study's run gave: `runs[arm][seed]` and `configs[arm]`, in the order of the arms.
 
-    `overrides` are those of the command line, dotted key -> value; `fixed` is its number of seeds, if it gave one.
+    `overrides` are those of the command line, dotted key -> value; `fixed` is its number of seeds, if it gave one; `baselines` are what
+    is reached without a network on the data of the first arm, see `experiments.baselines`.
     """
 
     study: Study
@@ -43,6 +44,7 @@ class Outcome:
     configs: Mapping[str, ConfigDict]
     overrides: Mapping[str, Any] = field(default_factory=dict)
     fixed: int | None = None
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -109,7 +111,8 @@ def entry(outcome: Outcome) -> dict[str, Any]:
             if values:
                 mean, std = summary(values)
                 arms[arm][name] = {"mean": mean, "std": std, "values": list(values)}
-    return plain({**_head(outcome), "skipped_arms": list(outcome.skipped), "claims": _claims(outcome), "arms": arms})
+    rest = {"claims": _claims(outcome), "arms": arms, "baselines": outcome.baselines}
+    return plain({**_head(outcome), "skipped_arms": list(outcome.skipped), **rest})
 
 
 def write_entry(outcome: Outcome, folder: Path) -> Path:

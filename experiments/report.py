@@ -84,6 +84,7 @@ def page(outcome: Outcome, pictures: Iterable[Path]) -> str:
         _section(tables.arms(outcome).title, _table(tables.arms(outcome)) + _diverged(outcome)),
         *(_section(_PICTURES[path.stem], _image(path)) for path in pictures),
         _section("Configurations: what each arm changes", _table(differences(outcome)) + _notes(outcome)),
+        *(_section(table.title, _table(table)) for table in tables.departed(study)),
         _section("Record", f"<p>{_e(_ledger_line(outcome))}</p>" + _json(entry)),
     ]
     return _document(f"{study.title}: {outcome.preset}", "\n".join(parts))

@@ -60,8 +60,13 @@ def _train(options: Options) -> int:
     except TimeoutError as error:
         tell(f"error: {told(error)}")
         return 1
+    from experiments.schedule import RunsFailed
+
     try:
         return _MODES[options.mode](options, make_console(quiet=together and not hosts.is_first()))
+    except RunsFailed as error:
+        tell(f"error: {told(error)}")
+        return 1
     except hosts.LostProcess as error:
         tell(f"error: {told(error)}")
         # Python's own way out would wait for the process that is gone.
@@ -76,6 +81,7 @@ def _run_study(options: Options, console: Console) -> int:
     preset = options.preset or flags.DEFAULT_PRESET
     ablation = options.ablation
 
+    from experiments.claims import claimed
     from experiments.execute import choose, execute, finish
     from experiments.record import ledger_folder
     from moejax.parallel import hosts
@@ -94,13 +100,18 @@ def _run_study(options: Options, console: Console) -> int:
         fresh=options.fresh,
         accept_numerics=options.accept_numerics,
         recorded=options.record,
+        jobs=options.jobs,
         console=console,
     )
-    if options.analyse and hosts.is_first():
-        from experiments.analyse import analyse
+    if not hosts.is_first():
+        return 0
+    # Of several commands on one folder, one after the other.
+    with claimed(runs / "reports.claim", "another process writes reports", lambda: None):
+        if options.analyse:
+            from experiments.analyse import analyse
 
-        analyse(outcome, runs, console)
-    return finish(outcome, runs, ledger, console) if hosts.is_first() else 0
+            analyse(outcome, runs, console)
+        return finish(outcome, runs, ledger, console)
 
 
 def _run_config(options: Options, console: Console) -> int:
@@ -119,6 +130,7 @@ def _run_config(options: Options, console: Console) -> int:
         fresh=options.fresh,
         accept_numerics=options.accept_numerics,
         recorded=options.record,
+        jobs=options.jobs,
         console=console,
     )
     console.print()
@@ -258,7 +270,7 @@ def _overrides(config: Any, options: Options) -> dict[str, Any]:
 def _runs_folder(options: Options) -> Path:
     """Where runs are cached: a folder that can be written, which is found out before anything is trained.
 
-    Runs are locked, renamed and appended to as files are, which a bucket knows nothing of: it has to be mounted.
+    Runs are claimed, renamed and appended to as files are, which a bucket knows nothing of: it has to be mounted.
     """
     name = "--runs" if options.runs else "MOEJAX_RUNS" if os.environ.get("MOEJAX_RUNS") else "the folder of runs"
     runs = options.runs or os.environ.get("MOEJAX_RUNS") or "runs"

@@ -5,6 +5,7 @@
         arms=(Arm('dense', {'model.pattern': ('dense',)}), Arm('switch')),
         claims=(lower('eval/bits_per_byte', 'switch', 'dense', matched=('flops',), text='better at equal compute', headline=True),),
         presets={'smoke': SMOKE, 'cpu': Preset({'train.steps': 300}), 'paper': Preset({...})},
+        departures=Departures(scale='bytes instead of C4', method='none', ...),
     )
 
 Everything is checked on construction, so that `--list --study=NAME` finds a mistake in a second and not after an hour.
@@ -32,8 +33,9 @@ from typing import Any, TypedDict, Unpack
 
 from ml_collections import ConfigDict
 
-from experiments import constants, matching, overrides
+from experiments import constants, departures, matching, overrides
 from experiments.boundaries import HEADLINE_LOOKS, LOOKS
+from experiments.departures import Departures
 from experiments.quantities import Gain, Minus, Optimum, Quantity, Ratio, Side, Speedup, StepsTo, Trend, Value, side
 from moejax.core.errors import ConfigError, nearest
 
@@ -269,11 +271,12 @@ class Study:
     Attributes:
       slug: the file's name and the catalogue's row.
       base: the config that arms change.
+      departures: what it does otherwise than the paper, for each of the usual suspects; None of a study that no paper has.
       implements: dotted names of what implements the paper's method (`moejax.<Class>`), for the catalogue; a literal.
       starts: configurations that are trained for arms to start from, and not compared.
       ablations: the paper's ablations, each a named group of further arms (`--ablation=NAME`). Claims may name them.
       metrics: columns of the result table, besides those that the claims name.
-      notes: doubts and departures from the paper, shown in the report.
+      notes: doubts and findings, shown in the report.
       full_size: parameters that the largest arm of the headline has at least under the `paper` preset; the tests count them.
 
     Raises:
@@ -287,6 +290,7 @@ class Study:
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     presets: Mapping[str, Preset]
+    departures: Departures | None
     ablations: Mapping[str, tuple[Arm, ...]] = field(default_factory=dict)
     starts: tuple[Arm, ...] = ()
     metrics: tuple[str, ...] = ()
@@ -300,7 +304,8 @@ class Study:
             raise ConfigError(f"base of {where} is {type(self.base).__name__}, not a ConfigDict; call get_config()")
         _check_arms(self, where)
         _check_claims(self, where)
-        _check_presets(self, where)
+        configs = _check_presets(self, where)
+        _check_departures(self, where, configs)
 
     @cached_property
     def every_arm(self) -> dict[str, Arm]:
@@ -460,7 +465,9 @@ def _check_claims(study: Study, where: str) -> None:
         raise ConfigError(f"the headline claim of {where} names an ablation's arm; it must compare the study's own arms")
 
 
-def _check_presets(study: Study, where: str) -> None:
+def _check_presets(study: Study, where: str) -> dict[str, dict[str, ConfigDict]]:
+    """The config of each arm and start at each preset."""
+    found = {}
     if "smoke" not in study.presets:
         raise ConfigError(f"{where} has no 'smoke' preset; every study needs one of a few steps")
     for name, preset in study.presets.items():
@@ -471,6 +478,7 @@ def _check_presets(study: Study, where: str) -> None:
         for arm in preset.arms:
             study.start(arm)
         configs = {arm: resolve(study, name, arm) for arm in (*study.every_arm, *(start.name for start in study.starts))}
+        found[name] = configs
         for i, claim in enumerate(study.claims):
             known = [constants.fixed_at(metric, configs[arm]) for metric in claim.quantity.metrics for arm in claim.arms]
             if all(known):
@@ -478,3 +486,11 @@ def _check_presets(study: Study, where: str) -> None:
                     f"claims[{i}] of {where} ('{claim.sentence}') at preset '{name}': {known[0]}; what holds by construction is a test, "
                     "not a claim"
                 )
+    return found
+
+
+def _check_departures(study: Study, where: str, configs: Mapping[str, Mapping[str, ConfigDict]]) -> None:
+    if (study.departures is None) != (not study.arxiv):
+        raise ConfigError(f"{where} has arxiv='{study.arxiv}': what is of a paper says its departures, and nothing else does")
+    if study.departures and {"cpu", "paper"} <= set(configs):
+        departures.check(study.departures, where, departures.differences(configs["cpu"], configs["paper"]))

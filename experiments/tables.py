@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import overrides
+from experiments import departures, overrides
 from experiments.cache import Run
 from experiments.catalog import Row
 from experiments.record import ALWAYS, Outcome
@@ -25,6 +25,7 @@ COLOURS = {
 SIZES = (("params", "params"), ("active", "active_params"), ("steps", "steps"), ("tokens/s", "tokens_per_second"))
 LEARNING = "trainable_params"
 DROPS = "stats/drop_rate"
+KEYS = 3  # of each suspect, that a table of departures shows
 BACKENDS = "stats/*/backend"
 # What a column or the last part of a metric's name says, and its unit.
 MEANINGS = {
@@ -85,9 +86,16 @@ def arms(outcome: Outcome) -> Table:
                 *([", ".join(dict.fromkeys(filter(None, map(backend_of, seeds.values())))) or "-"] if backends else []),
             )
         )
+    for name, scores in outcome.baselines.items():
+        if any(metric in scores for metric in metrics):
+            reached = (number(scores[metric]) if metric in scores else "-" for metric in metrics)
+            rows.append((f"({name})", "-", *reached, *["-"] * (len(sizes) + drops + backends)))
     columns = ("arm", "seeds", *metrics, *(title for title, _ in sizes), *(["drop_rate"] if drops else []))
     columns += ("backend",) if backends else ()
-    return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows), notes=legend(columns))
+    notes = legend(columns) + (
+        ("in brackets: what is reached without a network on the same data",) if outcome.baselines else ()
+    )
+    return Table("Arms (mean ± standard deviation over seeds)", columns, tuple(rows), notes=notes)
 
 
 def legend(columns: Sequence[str]) -> tuple[str, ...]:
@@ -169,7 +177,7 @@ def methods(rows: Sequence[Row], entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def describe(study: Study) -> tuple[Table, ...]:
-    """A study's arms, what they start from, claims and presets."""
+    """A study's arms, what they start from, claims, presets and departures from its paper."""
     groups = [("", study.arms), *study.ablations.items()]
     arms = tuple(
         (arm.name, group, arm.note, ", ".join(arm.overrides) or "the base") for group, found in groups for arm in found
@@ -185,7 +193,25 @@ def describe(study: Study) -> tuple[Table, ...]:
         *((Table("Starts", ("arm", "starts from", "then", "learns"), begins),) if begins else ()),
         Table("Claims", ("claim (★ headline)", "statement", "matched", "needs"), claims),
         Table("Presets", ("preset", "seeds", f"steps of {first}"), presets),
+        *departed(study),
     )
+
+
+def departed(study: Study) -> tuple[Table, ...]:
+    """What a study does otherwise than its paper, and which keys tell it; nothing for a study that no paper has."""
+    if study.departures is None:
+        return ()
+    sides = [{arm: resolve(study, name, arm) for arm in study.every_arm} for name in ("cpu", "paper") if name in study.presets]
+    found = departures.differences(*sides) if len(sides) == 2 else {}
+    rows = tuple(
+        (
+            suspect.replace("_", " "),
+            sentence,
+            "; ".join(f"{d.key} {d.cpu!r} -> {d.paper!r}" for d in found.get(suspect, ())[:KEYS]),
+        )
+        for suspect, sentence in study.departures.items()
+    )
+    return (Table("Departures from the paper", ("what", "otherwise than the paper", "such as, at cpu -> at paper"), rows),)
 
 
 def _matched(claim: Claim) -> str:

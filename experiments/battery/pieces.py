@@ -5,6 +5,7 @@ As with `properties`: a short text, a ConfigError that is the library's own refu
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
@@ -14,6 +15,7 @@ import numpy as np
 
 from experiments.battery.kinds import Kind, registries
 from experiments.battery.subjects import arms_that_name, spec_of
+from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.roles import Parameter
 from moejax.surgery.base import Checkpoint, Target
@@ -78,6 +80,8 @@ def source(kind: Kind) -> str:
         load=lambda path, step: found,
         config_of=lambda path, step: config,
         train=lambda config, seed: found,
+        published=lambda path: found,
+        published_config=lambda path: config,
     )
     read = build(kind).read(reader)
     assert jax.tree.structure(dict(read.variables)) == jax.tree.structure(dict(found.variables))
@@ -108,12 +112,42 @@ def surgery(kind: Kind) -> str:
     return "pure"
 
 
+def model(kind: Kind) -> str:
+    """Two small blocks of it: finite, and in every real place the same whatever lies in padding."""
+    block = {"kind": "transformer", "norm": {"kind": "layer_norm"}, "mixer": {"kind": "attention", "num_heads": 2}}
+    sizes = {"vocab_size": 7, "image_size": 4, "channels": 1, "patch_size": 2, "num_classes": 3, "d_model": 8, "num_layers": 2}
+    fields = {name: value for name, value in sizes.items() if name in inspect.signature(kind.cls).parameters}
+    blocks = {"one": {**block, "ffn": {"kind": "ffn", "hidden": 8}}}
+    network = registries()["model"].build({"kind": kind.name, "pattern": ("one",), "blocks": blocks, **fields}, str(kind))
+    texts = kind.cls.reads == "tokens"
+    inputs = jnp.array([[1, 2, 3, 4]]) if texts else jnp.linspace(0, 1, 16).reshape(1, 4, 4, 1)
+    valid = jnp.array([[True, True, True, False]])
+    variables = network.init(jax.random.key(0), inputs)
+    # The last token; of an image the last patch.
+    other = inputs.at[0, 3].set(5) if texts else inputs.at[0, 2:, 2:].set(5)
+    one, two = (network.apply(variables, x, Context(valid=valid)) for x in (inputs, other))
+    assert np.isfinite(one).all()
+    one, two = (y[:, :3] if texts else y for y in (one, two))
+    np.testing.assert_allclose(one, two, atol=1e-6, err_msg="what lies in padding changes the rest")
+    return "padding is inert"
+
+
+def family(kind: Kind) -> str:
+    """Of published models: a test computes it beside the code that it was published with."""
+    tests = Path(__file__).parents[2] / "tests" / "parity"
+    named = [file.name for file in sorted(tests.glob("test_*.py")) if f'"{kind.cls.architecture}"' in file.read_text()]
+    assert named, f"no test in {tests} names {kind.cls.architecture}"
+    return ", ".join(named)
+
+
 # Slot -> what is asked of its kinds. The kinds of every other slot are parts of models; see `subjects`.
 PIECES: dict[str, Callable[[Kind], str]] = {
     "optimizer": optimizer,
     "initializer": initializer,
     "source": source,
     "surgery": surgery,
+    "model": model,
+    "family": family,
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.bench BENCH [--cases=…] [--against=…] [--repeats=9] [--out=runs/bench]`
+"""`python -m experiments.bench BENCH [--cases=…] [--against=…] [--repeats=9] [--threads=N] [--out=runs/bench]`
 
 dispatch  a routed layer against the dense layer of equal active FLOPs, forward and with backward
 decode    few tokens, against reading the touched experts' weights once
@@ -6,13 +6,15 @@ scaling   8 to 512 experts at fixed active FLOPs
 tiny      65,536 rank-one experts found by product keys (PEER)
 router    what routing costs, step by step
 memory    what a training step of a layer needs, by XLA's account; nothing is timed
-train     training steps of the demo's models, end to end, and where the time goes
+train     training steps of small models, end to end, and where the time goes; --against=torch: beside plain PyTorch
+first_step  how long it takes until a training has begun, in fresh processes
 gpu       on the GPU at hand: every kernel's values, then a layer and a training step in bfloat16
 kernels   the TPU kernels, compiled ahead of time, against other libraries' (--chip=v5e,v5p,v6e,tpu7x), or timed (--chip=gpu)
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,7 +23,7 @@ from pathlib import Path
 from experiments.environment import machine
 from moejax.core.errors import ConfigError, nearest
 
-BENCHES = ("dispatch", "decode", "scaling", "tiny", "router", "memory", "train", "gpu", "kernels")
+BENCHES = ("dispatch", "decode", "scaling", "tiny", "router", "memory", "train", "first_step", "gpu", "kernels")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,12 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bench", nargs="?", default="dispatch")
     parser.add_argument("--cases", default="", help="comma-separated; all of them by default")
     parser.add_argument(
-        "--against", default="", help="peers to measure as well: ragged_dot, huggingface; all of its own for kernels"
+        "--against",
+        default="",
+        help="peers to measure as well: ragged_dot, huggingface; torch for train; all of its own for kernels",
     )
     parser.add_argument(
         "--chip", default="v5e", help="of the bench of kernels: v5e, v5p, v6e, tpu7x, or gpu for the one at hand"
     )
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=0, help="cores to compute on; all of them by default")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(argv)
     try:
@@ -51,6 +56,8 @@ def _run(options: argparse.Namespace) -> int:
     check("bench", [options.bench], BENCHES)
     if options.repeats < 3:
         raise ConfigError(f"--repeats={options.repeats} is too few for a median and quartiles; take at least 3")
+    if options.threads:
+        _hold_to(options.threads)
     against = tuple(a for a in options.against.split(",") if a)
     if options.bench == "memory":
         return _memory(options)
@@ -71,6 +78,14 @@ def _run(options: argparse.Namespace) -> int:
     paths = table.save(options.bench, machine(), done, options.out)
     print("wrote " + " and ".join(str(path) for path in paths))
     return 0
+
+
+def _hold_to(threads: int) -> None:
+    """Leaves this process some of its cores. Before JAX and PyTorch are imported: each counts them once."""
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= threads <= len(cores):
+        raise ConfigError(f"--threads={threads} of {len(cores)} cores; take 1 to {len(cores)}")
+    os.sched_setaffinity(0, cores[:threads])
 
 
 def _memory(options: argparse.Namespace) -> int:
@@ -146,12 +161,15 @@ def _gpu_kernels(options: argparse.Namespace, against: tuple[str, ...]) -> int:
 
 def _bench(bench: str, against: tuple[str, ...], repeats: int) -> tuple[tuple[str, ...], Callable[[list[str]], Iterator]]:
     """The names of a bench's cases, and what runs some of them."""
-    from experiments.bench import dispatch, peers, router, tiny, train
+    from experiments.bench import dispatch, first_step, peers, router, tiny, train
 
-    check("--against", against, peers.PEERS if bench in ("dispatch", "decode", "scaling") else ())
-    if bench in ("dispatch", "decode", "scaling"):
+    routed = bench in ("dispatch", "decode", "scaling")
+    check("--against", against, peers.PEERS if routed else train.PEERS if bench == "train" else ())
+    if routed:
         return tuple(dispatch.shapes(bench)), lambda names: dispatch.run(bench, names, repeats, against)
-    module = {"router": router, "tiny": tiny, "train": train}[bench]
+    if bench == "train":
+        return tuple(train.SHAPES), lambda names: train.run(names, repeats, against)
+    module = {"router": router, "tiny": tiny, "first_step": first_step}[bench]
     return tuple(module.SHAPES), lambda names: module.run(names, repeats)
 
 

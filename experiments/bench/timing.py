@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -37,9 +37,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A contestant that is not a JAX program, such as a torch module: called as it is."""
+    """A contestant that is called as it is, such as a torch module or a program that is compiled already.
+
+    `facts`: what is known of it, fields of `Timing`.
+    """
 
     call: Callable[[], Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def race(
@@ -49,7 +53,7 @@ def race(
     calls, facts = {}, {}
     for name, contestant in contestants.items():
         if isinstance(contestant, Foreign):
-            calls[name], facts[name] = contestant.call, {"compile_seconds": 0.0, "temp_bytes": 0}
+            calls[name], facts[name] = contestant.call, {"compile_seconds": 0.0, "temp_bytes": 0, **contestant.facts}
         else:
             calls[name], facts[name] = _compile(*contestant)
         for _ in range(2):

@@ -1,69 +1,104 @@
-"""Training steps of the demo's models, end to end: a mixture against the dense model of equal active FLOPs, and where the time goes.
+"""Training steps, end to end: a mixture against the dense model of equal active FLOPs, and where the time goes.
 
-The parts are timed by themselves, at the sizes they have in the step: forward and backward of the feed-forward layers and of the
-attention layers, and the optimizer. What they leave is embeddings, loss, norms, and statistics.
+Steps are those that runs take, by the same compiler's options. The parts are timed by themselves, at the sizes they have in the step:
+forward and backward of the feed-forward layers and of the attention layers, and the optimizer. What they leave is embeddings, loss,
+norms, and statistics.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
+from ml_collections import ConfigDict
 
+from configs import base_lm, base_vit, small_lm
 from experiments import study as studies
+from experiments.bench import torch_twin
 from experiments.bench.table import Bar, Outcome
-from experiments.bench.timing import race
-from moejax import data, models
+from experiments.bench.timing import Foreign, race
+from moejax import data
+from moejax.aot.ahead import program_of
 from moejax.core.context import Context
 from moejax.layers.registry import ffns, mixers
 from moejax.optim.base import optimizers
-from moejax.tasks.base import tasks
 from moejax.train.settings import plain
-from moejax.train.step import init_state, make_train_step
 
+PEERS = ("torch",)
 # Mixture -> the dense model of equal active FLOPs, arms of the study `first_mixture`.
 PAIRS = {"switch8": "dense", "top2": "wide"}
-SHAPES = {**PAIRS, "parts": None}
+# Configs, whose pattern is a mixture; it is dense with another one.
+CONFIGS = {"small_lm": small_lm, "base_lm": base_lm, "base_vit": base_vit}
+SHAPES = {**PAIRS, **CONFIGS, "parts": None}
 STEP = "train step"
-# 0.7 of the dense model's tokens per second.
-SLOWEST = 1 / 0.7
+DENSE, MIXTURE, TORCH = "dense", "mixture", "torch, dense"
+# 0.7 of the dense model's tokens per second; 1.2 times PyTorch's.
+SLOWEST, SLOWEST_OF_TORCH = 1 / 0.7, 1 / 1.2
 
 
-def run(names: list[str], repeats: int) -> Iterator[Outcome]:
-    """The outcome of each named pair, and of the parts of the first mixture's step."""
+def run(names: list[str], repeats: int, against: tuple[str, ...] = ()) -> Iterator[Outcome]:
+    """The outcome of each named pair or config, and of the parts of the first mixture's step."""
     for name in names:
         if name == "parts":
             yield _parts("switch8", repeats)
             continue
-        rival = PAIRS[name]
-        timings = race({rival: _step(rival)[:2], name: _step(name)[:2]}, repeats)
-        tokens = timings[rival].median / timings[name].median
+        dense, mixture = _pair(name)
+        labels = (PAIRS[name], name) if name in PAIRS else (DENSE, MIXTURE)
+        contestants = {label: _step(config) for label, config in zip(labels, (dense, mixture), strict=True)}
+        if against:
+            contestants = {TORCH: Foreign(torch_twin.step(plain(dense), _batch(plain(dense)))), **contestants}
+        timings = race(contestants, repeats)
+        tokens = timings[labels[0]].median / timings[labels[1]].median
         notes = (f"tokens per second: {tokens:.2f} of the dense model's",)
-        bars = (Bar(STEP, name, SLOWEST),)
-        yield Outcome(name, f"one step of `{name}` and of `{rival}`", rival, {STEP: timings}, bars=bars, notes=notes)
+        notes += tuple(f"{label}: {t.median * 1e3:.1f} ms a step" for label, t in timings.items())
+        bars = tuple(Bar(STEP, label, SLOWEST_OF_TORCH) for label in labels) if against else (Bar(STEP, labels[1], SLOWEST),)
+        title = f"one step of `{labels[1]}` and of `{labels[0]}`" + (", against the same in plain PyTorch" if against else "")
+        yield Outcome(name, title, TORCH if against else labels[0], {STEP: timings}, bars=bars, notes=notes)
 
 
-def _step(arm: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """An arm's train step with its arguments, and its plain config."""
-    config = plain(studies.resolve(studies.load("first_mixture"), "cpu", arm))
-    batch = jax.tree.map(jnp.asarray, dict(next(data.make_iterator(config["data"], split="train", seed=0))))
-    batch = {name: value for name, value in batch.items() if hasattr(value, "dtype")}
-    model = models.build(config["model"])
-    task = tasks.build(config["task"], "task", domains=(), bytes_per_token=1.0)
-    optimizer = optimizers.build(config["optimizer"], "optimizer", steps=config["train"]["steps"])
-    state = jax.jit(lambda key: init_state(model, task, optimizer, batch, key))(jax.random.key(0))
-    return make_train_step(model, task, optimizer, jit=False), (state, batch), config
+def _pair(name: str) -> tuple[ConfigDict, ConfigDict]:
+    """The configs of the dense model and of the mixture."""
+    if name in PAIRS:
+        return _arm(PAIRS[name]), _arm(name)
+    dense, mixture = CONFIGS[name].get_config(), CONFIGS[name].get_config()
+    dense.model.pattern = (DENSE, DENSE)
+    return dense, mixture
+
+
+def _arm(name: str) -> ConfigDict:
+    return studies.resolve(studies.load("first_mixture"), "cpu", name)
+
+
+def _batch(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found = dict(next(data.make_iterator(config["data"], split="train", seed=0)))
+    return {name: value for name, value in found.items() if name != "example_id"}
+
+
+def _step(config: ConfigDict) -> Foreign:
+    """The train step that a run of the config takes, on one batch again and again."""
+    program = program_of(config)
+    batch = jax.tree.map(jnp.asarray, _batch(plain(config)))
+    state = [program.init(jax.random.key(0))]
+
+    def call() -> None:
+        state[0], metrics = program.train(state[0], batch)
+        jax.block_until_ready((state[0].params, metrics))
+
+    memory = program.train.memory_analysis()
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return Foreign(call, {"temp_bytes": int(memory.temp_size_in_bytes), "bytes": int(sizes), "flops": program.flops})
 
 
 def _parts(arm: str, repeats: int) -> Outcome:
-    step, (state, batch), config = _step(arm)
+    config = plain(_arm(arm))
     spec = config["model"]
-    rows, length = jax.tree.leaves(batch)[0].shape[:2]
+    rows, length = config["data"]["batch_size"], config["data"]["seq_len"]
     x = jax.random.normal(jax.random.key(1), (rows, length, spec["d_model"]))
     repeats_of_pattern = spec["num_layers"] // len(spec["pattern"])
-    contestants: dict[str, Any] = {STEP: (step, (state, batch))}
+    contestants: dict[str, Any] = {STEP: _step(_arm(arm))}
     for name in dict.fromkeys(spec["pattern"]):
         count = repeats_of_pattern * list(spec["pattern"]).count(name)
         block = spec["blocks"][name]
@@ -71,13 +106,14 @@ def _parts(arm: str, repeats: int) -> Outcome:
             layer = registry.build(block[slot], f"model.blocks.{name}.{slot}")
             label = f"{count} x {block[slot]['kind']} ({name})"
             contestants[label] = _gradient(layer, x, count)
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), program_of(_arm(arm)).state.params)
     optimizer = optimizers.build(config["optimizer"], "optimizer", steps=config["train"]["steps"]).transform()
 
     def update(params: Any, opt_state: Any) -> Any:
         updates, opt_state = optimizer.update(params, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    contestants["optimizer"] = (update, (state.params, state.opt_state))
+    contestants["optimizer"] = (update, (params, optimizer.init(params)))
     timings = race(contestants, repeats)
     rest = 1 - sum(t.median for name, t in timings.items() if name != STEP) / timings[STEP].median
     notes = (f"the rest, embeddings, loss, norms and statistics: {rest:.2f} of the step",)

@@ -3,11 +3,10 @@
 Byte language models, every other feed-forward layer a mixture of 8 experts, two per token. A large batch (256 rows) takes 40 steps, a small
 one (16 rows) 640: both see the same rows. Rates are scaled with the square root of the batch and the number of warm-up steps is kept, as
 in the paper. AdamW's and LAMB's rates are the usual ones at the small batch; AdamW is also given two others at the large one.
-
-Departures: bytes instead of BERT and ImageNet; batches of hundreds instead of tens of thousands.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, Arm, Preset, Study, lower, within
 
 SMALL = ("adamw_small", "lars_small", "lamb_small")
@@ -53,6 +52,17 @@ STUDY = Study(
     title="LAMB: large batch optimization for deep learning",
     arxiv="1904.00962",
     implements=("moejax.LAMB", "moejax.LARS"),
+    departures=Departures(
+        scale="bytes instead of BERT and ImageNet; batches of hundreds instead of tens of thousands",
+        method="gated feed-forward layers and mixtures here, where BERT is dense: the paper preset has no routers, and the group "
+        "'zeros' says nothing there",
+        left_out="mixed batches (128 tokens first, then 512), the Nesterov variants, and the other baselines (momentum, Adagrad)",
+        capacity="none",
+        optimizer="rates are the base's by the same square-root rule; warm-up has the same number of steps at both batches here, 8, "
+        "and of examples in the paper",
+        decay="none",
+        init="the library's instead of BERT's 0.02",
+    ),
     base=base(),
     arms=(
         Arm("adamw_small", adamw(), note="the small batch"),
@@ -127,6 +137,13 @@ STUDY = Study(
             text="what begins as zeros must be exempt",
             matched=("flops", "params"),
         ),
+        lower(
+            "eval/bits_per_byte",
+            "lamb_capped",
+            "lamb",
+            text="a cap on the ratio keeps the noise of rarely used experts small",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": Preset(
@@ -163,7 +180,5 @@ STUDY = Study(
     },
     metrics=("eval/stats/max_violation",),
     notes="The claim that LAMB degrades least from the small to the large batch is one about four arms; here it is judged at the large "
-    "batch, with one claim on the way there. Ratios are per layer and per expert, never of a stack. Mixed batches (128 tokens first, then "
-    "512) and the Nesterov variants are left out. The paper preset's routers are gone: BERT is dense, and so is the paper preset of every "
-    "arm but those of 'zeros', which say nothing there.",
+    "batch, with one claim on the way there. Ratios are per layer and per expert, never of a stack.",
 )

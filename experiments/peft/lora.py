@@ -2,12 +2,10 @@
 
 A byte language model learns literature, is frozen, and its attention is adapted to code with matrices of low rank; `full` trains all of it
 further, `frozen` none of it. All arms start from the same run, one for each seed.
-
-Departures: the models and tasks (RoBERTa and GPT on language understanding and generation). Learning rates are one for `full` and
-ten times that for adapters, as practice has it; the paper tunes both.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, within
 
 QV, LINEAR = ("*/q", "*/v"), ("*/q", "*/k", "*/v", "*/o")
@@ -35,6 +33,16 @@ STUDY = Study(
     title="LoRA: low-rank adaptation, with rsLoRA and DoRA",
     arxiv="2106.09685",
     implements=("moejax.LoRA", "moejax.RSLoRA", "moejax.DoRA", "moejax.Adapted"),
+    departures=Departures(
+        scale="a small model on bytes, from literature to code, instead of RoBERTa and GPT on language understanding and "
+        "generation",
+        method="alpha is 16 for all ranks",
+        left_out="GPT-3, merging (a test), LoRA+ and PiSSA",
+        capacity="none",
+        optimizer="one rate for `full` and ten times that for adapters, as practice has it; the paper tunes both",
+        decay="none on adapters, 0.1 on what is trained in full; the paper's differs by task",
+        init="none",
+    ),
     base=base(),
     starts=(Arm("literature", {"data.domains": ("literature",)}, note="what all arms start from"),),
     arms=(
@@ -47,7 +55,7 @@ STUDY = Study(
         "rank": tuple(Arm(f"lora{r}", adapted(r), note=f"rank {r}, alpha / r") for r in (1, 16, 64))
         + tuple(Arm(f"rs_lora{r}", adapted(r, kind="rs_lora"), note=f"rank {r}, alpha / sqrt(r)") for r in (4, 16, 64)),
         "targets": (
-            Arm("lora8_q", adapted(8, targets=("*/q",)), note="rank 8 on queries: the parameters of lora4"),
+            Arm("lora_q", adapted(7, targets=("*/q",)), note="rank 7 on queries: the parameters of lora4"),
             Arm("lora2_qkvo", adapted(2, targets=LINEAR), note="rank 2 on all four matrices"),
         ),
         "magnitude": (Arm("dora2", adapted(2, kind="dora"), note="half of dora4's rank"),),
@@ -70,8 +78,8 @@ STUDY = Study(
         lower(
             "eval/bits_per_byte",
             "lora4",
-            "lora8_q",
-            text="two matrices of rank 4 beat one of rank 8",
+            "lora_q",
+            text="two matrices beat one of as many parameters in a higher rank",
             matched=("trainable_params",),
         ),
         within(
@@ -102,6 +110,8 @@ STUDY = Study(
                 "train.steps": 20_000,
                 "optimizer.warmup_steps": 500,
             },
+            # Values are as wide as queries there, so that the rank of as many parameters is 8.
+            arms={"lora_q": {"adapters.main.rank": 8, "adapters.main.scale": 2.0}},
         ),
     },
     notes="A recipe of the paper preset's data (one corpus for the start, another for the adaptation) is ours: it has one corpus, C4.",

@@ -4,14 +4,11 @@ Byte language models with 8 experts, two per token, in every other feed-forward 
 layer runs all experts, keeps the two with the strongest responses and teaches its router to predict them; inference uses the router.
 All arms have equal parameters and equal active compute at inference. `agreement` is the share of held-out tokens' winners that
 the router chose, `similarity` the mean cosine of the two winners' outputs.
-
-Departures: the second version's 0.01 for the router's loss, a mean of squared differences of probabilities, is too small to teach
-anything in 20 competition steps, so it is 1 here (`router_coef` has 0.01); layers draw independently, without the cap on how many
-may compete in one step, which bounds memory and not what is learnt.
 """
 
 from configs import small_lm
-from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower
+from experiments.departures import Departures
+from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, higher, lower, trend
 
 MOE = "model.blocks.moe.ffn"
 AFFINITIES = ("norm", "sigmoid", "relu", "silu")
@@ -55,6 +52,17 @@ STUDY = Study(
     title="CompeteSMoE: training mixtures by competition",
     arxiv="2402.02526",
     implements=("moejax.Competition",),
+    departures=Departures(
+        scale="bytes and one epoch; 8 experts instead of the second version's 4 of an upcycled Phi-3.5-mini, or the first's 16",
+        method="the router's loss weighs 1 here and 0.01 in the paper: a mean of squared differences of probabilities, it "
+        "teaches nothing in 20 competition steps; layers draw independently, without the cap on how many compete in one "
+        "step, which bounds memory and not what is learnt",
+        left_out="XMoE, StableMoE and SMoE-Dropout as baselines, fine-tuning, and the vision-language model",
+        capacity="none",
+        optimizer="training from scratch at the base's rates; those of the paper preset are ours",
+        decay="0.1 in both presets; the paper's is not known to us",
+        init="from scratch, where the second version upcycles a dense model",
+    ),
     base=base(),
     arms=(
         Arm("smoe", PLAIN, note="never competes: a softmax top-2 mixture with balance and z losses"),
@@ -108,6 +116,22 @@ STUDY = Study(
             by=0.02,
             text="it is the router's loss that teaches it",
             matched=("flops", "params"),
+        ),
+        trend(
+            "eval/stats/agreement",
+            {0.01: "router_coef_0.01", 0.1: "router_coef_0.1", 1.0: "compete", 10.0: "router_coef_10"},
+            low=0,
+            log=True,
+            text="the router's loss is tiny, and has to be weighed up to teach it",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "compete",
+            "rate_1",
+            by=-0.02,
+            text="competing in 7 % of the steps is enough",
+            matched=("params",),
         ),
     ),
     presets={

@@ -2,12 +2,12 @@
 
 Byte language models with a mixture in every other feed-forward layer. The paper's claim is about tuning: without a search over the
 number of experts K and of choices k, DynMoE does as well as the settings of a grid do on average. The grid here is top-1, top-2
-and top-4 of 8 experts (`grid` adds 4 and 16).
-
-Departures: bytes and 300 steps, so a cycle of the pool is 60 steps instead of 900 (recorded from 20 to 40, updated at 40).
+and top-4 of 16 experts, as many as the pool has slots (`grid` adds 4 and 8); what a setting computes differs, and is no part of the claim.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
+from experiments.quantities import lowest, mean
 from experiments.study import PAPER_LM, SMOKE, Arm, Preset, Study, below, lower, within
 
 MOE = "model.blocks.moe.ffn"
@@ -31,7 +31,7 @@ def base():
     return config
 
 
-def top_k(k: int, experts: int = 8) -> dict:
+def top_k(k: int, experts: int = 16) -> dict:
     """A setting of the grid: softmax top-k with a balance loss."""
     return {
         f"{MOE}.num_experts": experts,
@@ -41,22 +41,32 @@ def top_k(k: int, experts: int = 8) -> dict:
     }
 
 
+GRID = {f"top{k}_of_{e}": (k, e) for e in (4, 8) for k in (1, 2, 4) if k < e}
+
 STUDY = Study(
     slug="dynmoe",
     title="DynMoE: top-any gating and an adaptive pool of experts",
     arxiv="2405.14297",
     implements=("moejax.ExpertPool", "moejax.TopAny", "moejax.AdaptPool", "moejax.TopAnyLoss", "moejax.core.control.control"),
+    departures=Departures(
+        scale="a small model trained from scratch on bytes; the paper fine-tunes BERT, ViT and vision-language models",
+        method="a cycle of the pool is 60 steps instead of 900 (recorded from 20 to 40, updated at 40); 16 slots, half of them "
+        "in use at the start, instead of 4",
+        left_out="GLUE, DomainBed and vision-language tasks",
+        capacity="none",
+        optimizer="rates of training from scratch here, of fine-tuning in the paper preset",
+        decay="0.1 in both presets; the paper's is not known to us",
+        init="from scratch, where the paper's language models are upcycled",
+    ),
     base=base(),
     arms=(
-        Arm("top1", top_k(1), note="8 experts, one per token"),
-        Arm("top2", top_k(2), note="8 experts, two per token"),
-        Arm("top4", top_k(4), note="8 experts, four per token"),
+        Arm("top1", top_k(1), note="16 experts, one per token"),
+        Arm("top2", top_k(2), note="16 experts, two per token"),
+        Arm("top4", top_k(4), note="16 experts, four per token"),
         Arm("dynmoe", note="16 slots, 8 experts at the start, auxiliary loss 1e-2"),
     ),
     ablations={
-        "grid": tuple(
-            Arm(f"top{k}_of_{e}", top_k(k, e), note=f"{e} experts, {k} per token") for e in (4, 16) for k in (1, 2, 4) if k < e
-        ),
+        "grid": tuple(Arm(name, top_k(k, e), note=f"{e} experts, {k} per token") for name, (k, e) in GRID.items()),
         "start": (
             Arm("from_4", {f"{MOE}.router.initial": 4}, note="4 experts at the start"),
             Arm("from_16", {f"{MOE}.router.initial": 16}, note="all 16 at the start"),
@@ -84,13 +94,26 @@ STUDY = Study(
         lower(
             "eval/bits_per_byte",
             "dynmoe",
-            "top2",
+            mean("top1", "top2", "top4"),
             headline=True,
-            text="without a search, better than the middle of the grid",
-            matched=(),
+            text="without a search, better than the average over a grid",
+            matched=("params",),
         ),
-        within("eval/bits_per_byte", "dynmoe", "top4", 0.05, text="and near the setting with the most compute", matched=()),
-        lower("eval/bits_per_byte", "dynmoe", "top1", text="better than top-1", matched=()),
+        lower(
+            "eval/bits_per_byte",
+            "dynmoe",
+            lowest("top1", "top2", "top4"),
+            by=-0.05,
+            text="and near its best setting",
+            matched=("params",),
+        ),
+        lower(
+            "eval/bits_per_byte",
+            "dynmoe",
+            mean(*(f"top{k}" for k in (1, 2, 4)), *GRID),
+            text="the same of a grid over numbers of experts too",
+            matched=("steps",),
+        ),
         below("eval/stats/experts_per_token", "dynmoe", 4.0, text="with fewer active experts than top-4"),
         lower(
             "eval/stats/experts_per_token",
@@ -112,6 +135,13 @@ STUDY = Study(
             "dynmoe",
             "fixed_8",
             text="a pool that adapts is better than the one it started with",
+            matched=("flops", "params"),
+        ),
+        lower(
+            "eval/stats/experts_per_token",
+            "vision_language_losses",
+            "dynmoe",
+            text="the released efficiency loss lowers the number of active experts",
             matched=("flops", "params"),
         ),
     ),
@@ -145,8 +175,5 @@ STUDY = Study(
         ),
     },
     metrics=("eval/stats/experts_per_token", "eval/stats/pool_size", "eval/stats/unrouted"),
-    notes=(
-        "The paper claims the grid's average; arms are compared with single settings of it, of which top-2 of 8 is the middle. "
-        "Inference takes the arg-max expert where no threshold is passed, training takes none."
-    ),
+    notes="Inference takes the arg-max expert where no threshold is passed, training takes none.",
 )

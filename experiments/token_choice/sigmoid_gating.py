@@ -4,11 +4,11 @@ Byte language models, 16 experts of width 32 in every other feed-forward layer, 
 experts; `v2` makes one of the four a shared one, as DeepSeek-V2; `v3` also normalises sigmoid gates over the selection, as
 DeepSeek-V3; `smoe_sg` has those gates alone.
 
-The paper's theory says that both need fewer samples, so the claims are about steps to a loss as well as about the loss. Its router
-metrics are `moejax.routing.routing_overlap` (saturation, change rate) of the plans of two checkpoints, and `load_entropy`.
+The paper's theory says that both need fewer samples, so the claims are about steps to a loss as well as about the loss.
 """
 
 from configs import small_lm
+from experiments.departures import Departures
 from experiments.study import SMOKE, Arm, Preset, Study, faster, lower
 
 MOE = "model.blocks.moe.ffn"
@@ -36,13 +36,25 @@ def shared(count: int, experts: int = 16, k: int = 4, hidden: int = 32) -> dict:
     }
 
 
-LARGE_SHARED = {"v2", "v3", "v2_normalised", "v3_raw", "v3_scale", "v3_bias"}
+LARGE_SHARED = ("v2", "v3", "v2_normalised", "v3_raw")
 
 STUDY = Study(
     slug="sigmoid_gating",
     title="Shared experts and normalised sigmoid gating",
     arxiv="2505.10860",
     implements=("moejax.MoE", "moejax.TopK", "moejax.routing.routing_overlap"),
+    departures=Departures(
+        scale="bytes and one epoch; 16 experts instead of 66; width, depth and batch of the paper preset are ours, chosen to "
+        "give its numbers of parameters and tokens",
+        method="four active experts of which one is shared, where the paper has eight and two",
+        left_out="the rates of convergence themselves (Gaussian mixtures of regressions), vision-language models, saturation and "
+        "change rate (they are `moejax.routing.routing_overlap` of the plans of two checkpoints), and DeepSeek-V3's bias "
+        "and scale",
+        capacity="none",
+        optimizer="rates of both presets are ours",
+        decay="0.1 in both presets; the paper's is not known to us",
+        init="the library's; the paper's is not known to us",
+    ),
     base=base(),
     arms=(
         Arm("smoe", note="16 experts, top-4, softmax"),
@@ -60,17 +72,6 @@ STUDY = Study(
         "shared": (
             Arm("v3_shared_2", shared(2) | SIGMOID, note="2 shared, 2 routed"),
             Arm("v2_shared_2", shared(2), note="2 shared, 2 routed"),
-        ),
-        # Parts of DeepSeek-V3 that the paper leaves out.
-        "deepseek": (
-            Arm("v3_scale", shared(1) | SIGMOID | {f"{MOE}.select.scale": 2.5}, note="gates times 2.5"),
-            Arm(
-                "v3_bias",
-                shared(1)
-                | SIGMOID
-                | {f"{MOE}.losses": {}, f"{MOE}.balancer": {"kind": "loss_free", "speed": 1e-2, "rule": "sign"}},
-                note="a bias in place of the balance loss",
-            ),
         ),
     },
     claims=(
@@ -114,6 +115,13 @@ STUDY = Study(
             text="the sigmoid matters, and not the normalisation alone",
             matched=("flops", "params"),
         ),
+        lower(
+            "eval/bits_per_byte",
+            "v3_shared_2",
+            "v2_shared_2",
+            text="beside two shared experts, as published, sigmoid gates beat softmax too (13.42 against 13.49)",
+            matched=("flops", "params"),
+        ),
     ),
     presets={
         "smoke": SMOKE,
@@ -148,8 +156,5 @@ STUDY = Study(
         ),
     },
     metrics=("eval/stats/load_entropy", "eval/stats/max_violation", "eval/stats/entropy"),
-    notes="The paper's perplexities differ by 0.2 to 1.5 %: three seeds of a small model will hardly tell them apart. Its fits of Gaussian "
-    "mixtures of regressions (the rates of convergence themselves) and its vision-language models are no language models of this "
-    "size and have no arm. Width, depth, batch size and learning rate of the paper preset are ours, chosen to give the published numbers "
-    "of parameters and tokens.",
+    notes="The paper's perplexities differ by 0.2 to 1.5 %: a few seeds of a small model will hardly tell them apart.",
 )

@@ -191,8 +191,8 @@ ARMS = (
     ),
     Arm(
         "soft",
-        layer({"kind": "soft_moe", "num_experts": 8, "slots": 2, "bank": {"kind": "ffn", "hidden": 128}}),
-        note="8 experts of 2 slots",
+        layer({"kind": "soft_moe", "num_experts": 8, "slots": 2, "bank": {"kind": "ffn", "hidden": 124}}),
+        note="8 experts of 2 slots, narrower by what finding and mixing tokens costs",
     ),
 )
 
@@ -201,6 +201,7 @@ STUDY = Study(
     full_size=5e7,
     title="Shootout: token choice, expert choice and soft mixtures at equal compute",
     arxiv="",
+    departures=None,
     base=base(),
     arms=ARMS,
     claims=(

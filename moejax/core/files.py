@@ -9,16 +9,14 @@ import errno
 import hashlib
 import json
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moejax.core.errors import ConfigError
 
 SEAL = "sha256"
-POLL = 0.5  # seconds between two looks at a lock
 # What the system says of a folder that may be read only, and of a file system that knows no locks.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -150,7 +148,7 @@ def free_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(file: Path, busy: str, wait: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(file: Path, busy: str) -> Iterator[None]:
     """Holds a lock that ends with the process, whatever ends it.
 
     Where nothing can be written, or the file system knows no locks, there is none.
@@ -158,7 +156,6 @@ def locked(file: Path, busy: str, wait: Callable[[], None] | None = None) -> Ite
     Args:
       file: the lock; stays, empty.
       busy: the error if another process of this machine, or another call in this one, holds it.
-      wait: called again and again while it does, instead of the error.
 
     Raises:
       ConfigError: `busy`.
@@ -174,19 +171,13 @@ def locked(file: Path, busy: str, wait: Callable[[], None] | None = None) -> Ite
         yield
         return
     with stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if wait is None:
-                    raise ConfigError(busy) from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                break
-            wait()
-            time.sleep(POLL)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(busy) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
 
 

@@ -51,7 +51,8 @@ class TextConfig(DataConfig):
       domains: the domains to read, all if unset.
       mixture: domain -> weight, the share of rows of each domain in endless training; by size if unset.
       packing: fill rows with several short documents; off, a row holds one window of one document.
-      tokenizer: `bytes` (vocabulary 256, no special tokens) or the path of a `tokenizers` JSON file.
+      tokenizer: `bytes` (vocabulary 256, no special tokens), the path of a `tokenizers` JSON file, or a published model
+        (`smollm2-135m`, a folder or a GGUF file), whose own it is.
       streaming: cut and pack documents while reading, rather than hold the tokens of a split in memory. If unset, corpora of
         over 256 MB are streamed.
       column: what holds the text, of records in `text_files` and of `tfds_text`; other corpora know.

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moejax.core.errors import ConfigError, nearest
+from moejax.pretrained.names import MODELS
 
 
 class Tokenizer(NamedTuple):
@@ -25,27 +26,14 @@ class Tokenizer(NamedTuple):
 
 @lru_cache(maxsize=4)
 def load(tokenizer: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: `bytes`, or a JSON file of the `tokenizers` package.
+    """The tokenizer that `data.tokenizer` names: `bytes`, a JSON file of the `tokenizers` package, or that of a published model.
 
     Raises:
       ConfigError: neither, or the `tokenizers` package is missing.
     """
     if tokenizer == "bytes":
         return Tokenizer(_bytes, 256)
-    if not Path(tokenizer).is_file():
-        hint = "give the path of a JSON file" if tokenizer.endswith(".json") else nearest(tokenizer, ["bytes"])[2:]
-        raise ConfigError(f"data.tokenizer='{tokenizer}' is neither 'bytes' nor a file; {hint}")
-    try:
-        from tokenizers import Tokenizer as Fast
-    except ImportError:
-        raise ConfigError(
-            f"data.tokenizer='{tokenizer}' needs the package `tokenizers`; `pip install tokenizers`, or take 'bytes'"
-        ) from None
-    try:
-        fast = Fast.from_file(tokenizer)
-    except Exception as error:  # the package raises bare Exceptions
-        raise ConfigError(f"data.tokenizer='{tokenizer}' cannot be read as a tokenizer: {error}") from None
-
+    fast = _read(tokenizer)
     # Files carry the settings of the model that they come from, which cut documents short and fill them up.
     fast.no_truncation()
     fast.no_padding()
@@ -57,6 +45,27 @@ def load(tokenizer: str) -> Tokenizer:
 
     # Ids may have gaps: the number of words can be less than the largest id.
     return Tokenizer(encode, max(fast.get_vocab().values(), default=-1) + 1)
+
+
+def _read(tokenizer: str) -> Any:
+    """The package's tokenizer, of a JSON file or of a published model."""
+    if tokenizer in MODELS or (Path(tokenizer).exists() and not tokenizer.endswith(".json")):
+        from moejax.pretrained.tokens import tokenizer_of
+
+        return tokenizer_of(tokenizer)
+    if not Path(tokenizer).is_file():
+        hint = "give the path of a JSON file" if tokenizer.endswith(".json") else nearest(tokenizer, ["bytes", *MODELS])[2:]
+        raise ConfigError(f"data.tokenizer='{tokenizer}' is neither 'bytes', nor a file, nor a published model; {hint}")
+    try:
+        from tokenizers import Tokenizer as Fast
+    except ImportError:
+        raise ConfigError(
+            f"data.tokenizer='{tokenizer}' needs the package `tokenizers`; `pip install tokenizers`, or take 'bytes'"
+        ) from None
+    try:
+        return Fast.from_file(tokenizer)
+    except Exception as error:  # the package raises bare Exceptions
+        raise ConfigError(f"data.tokenizer='{tokenizer}' cannot be read as a tokenizer: {error}") from None
 
 
 def _bytes(text: bytes) -> tuple[np.ndarray, None]:

@@ -27,13 +27,17 @@ from moejax.core.errors import ConfigError
 from moejax.core.fields import Fraction, NonNegative, Positive, Whole, check
 from moejax.core.registry import Registry
 from moejax.core.roles import Parameter
+from moejax.parallel import current
 
 optimizers = Registry("optimizer", "moejax.optim")
 
 # Parameters that decay, by name. Shape cannot tell: a bias stacked over experts `[e, f]` and a norm's scale stacked over
 # scanned layers `[layers, d]` look like matrices but are none, and a bank `[e, d, f]` is one matrix per expert. So a tensor
 # decays if its own name is that of a matrix, and any other name (bias, b, scale, position, gates, temperatures) does not.
-MATRICES = ("kernel", "embedding", "head", "projection", "w", "w_*")
+MATRICES = ("kernel", "embedding", "head", "projection", "projector", "predictor_*", "router", "w", "w_*", "*_w", "*_w_*")
+MATRICES += ("q", "k", "v", "o", "u", "query", "keys")
+# Elements of an array that is not worth a sum of its own.
+SMALL = 2**17
 # Axes along which separate layers are stacked.
 STACKED = ("layers", "expert")
 
@@ -114,12 +118,24 @@ def clip(largest: float | None) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(optax.identity())
 
     def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> tuple[Any, Any]:
-        norm = optax.tree.norm(updates) if norm is None else norm
-        # As `optax.clip_by_global_norm`, to the last bit.
+        norm = global_norm(updates) if norm is None else norm
+        # As `optax.clip_by_global_norm`.
         trigger = jnp.squeeze(norm < largest)
         return jax.tree.map(lambda t: jax.lax.select(trigger, t, (t / norm.astype(t.dtype)) * largest), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """The L2 norm, in float32, of all arrays of a tree together.
+
+    On one device the small ones are laid end to end first: a sum of its own for each of a hundred biases and scales costs a small model
+    a twentieth of its step, and a sixth of its compiling. On a mesh they lie on different devices, and stay there.
+    """
+    leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
+    small = [x.ravel() for x in leaves if x.size <= SMALL] if current() is None else []
+    rest = [x for x in leaves if x.size > SMALL] if small else leaves
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in [*([jnp.concatenate(small)] if small else []), *rest]))
 
 
 def slice_norm(x: Array, param: Parameter) -> Array:

@@ -7,6 +7,7 @@ set back far enough is enough. A line of metrics is a few hundred bytes, so noth
 import contextlib
 import os
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import histogram, scalar
+
+# tensorboardX imports PyTorch where there is one, for two seconds, and does without it where there is none.
+_torch = sys.modules.setdefault("torch", None)
+try:
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import histogram, scalar
+finally:
+    if _torch is None:
+        del sys.modules["torch"]
 
 # TensorBoard's own: zero, and powers of 1.1 on both sides of it.
 _POWERS = (1e-12 * 1.1 ** np.arange(774)).tolist()

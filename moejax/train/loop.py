@@ -216,6 +216,8 @@ class _Run:
         shapes = self.program.state
         frozen, made_of = frozen_models(self.program.task, shapes.frozen, self.seed, resolve, self.label)
         self._made_of |= made_of
+        if self.checkpoints.newest != self.training.steps and jax.process_count() == 1:
+            self.program.compile_beside(fresh=self.checkpoints.newest is None and "init" not in self.plain)
         self.state: TrainState
         if self.checkpoints.newest is not None:
             self._resume(self.checkpoints.newest)

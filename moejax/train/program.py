@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -82,7 +85,7 @@ class Program:
     def init(self, key: Array) -> TrainState:
         """A fresh state: the same numbers on every mesh."""
         # As NumPy, so that every process of a run may give it to a program that spans them all.
-        return self._init(np.asarray(jax.random.key_data(key)))
+        return self._initial.result()(np.asarray(jax.random.key_data(key)))
 
     def begin(self, variables: Mapping[str, Any], key: Array) -> TrainState:
         """The state before the first step of a run that starts from variables of the model, given as NumPy arrays."""
@@ -180,10 +183,21 @@ class Program:
         """NumPy variables of the frozen models, by name, as the step takes them."""
         return jax.tree.map(_put, dict(variables), self.state.frozen)
 
-    @functools.cached_property
+    def compile_beside(self, fresh: bool) -> None:
+        """Begins to compile what a run needs, each program in a thread of its own, and returns once they are traced.
+
+        `fresh`: whether it draws its parameters.
+        """
+        _ = self._initial if fresh else None, self._trained, self._evaluated
+
+    @property
     def train(self) -> Any:
         """The compiled train step; compiles on first use."""
-        return self.lower_train().compile(compiler_options=self.compiler_options() or None)
+        return self._trained.result()
+
+    @functools.cached_property
+    def _trained(self) -> Future[Any]:
+        return _compiled(self.lower_train(), self.compiler_options())
 
     def compiler_options(self) -> dict[str, str]:
         """What the compiler is told of the train step."""
@@ -194,13 +208,16 @@ class Program:
         with use(self.parallel):
             return self._traced_train.lower()
 
-    @functools.cached_property
+    @property
     def evaluate(self) -> Any:
         """The compiled evaluation step; compiles on first use."""
+        return self._evaluated.result()
+
+    @functools.cached_property
+    def _evaluated(self) -> Future[Any]:
         with use(self.parallel):
             step = make_eval_step(self.model, self.task, jit=False, frozen=self.frozen_models)
-            lowered = jax.jit(step, **self._placed(None)).lower(self.state, self.batch)
-            return lowered.compile(compiler_options=_options_of_cpus() or None)
+            return _compiled(jax.jit(step, **self._placed(None)).lower(self.state, self.batch), _options_of_cpus())
 
     @functools.cached_property
     def flops(self) -> float:
@@ -250,9 +267,9 @@ class Program:
             return jax.jit(step, donate_argnums=0, **self._placed(self.state)).trace(self.state, self.batch)
 
     @functools.cached_property
-    def _init(self) -> Any:
+    def _initial(self) -> Future[Any]:
         # Traced without the mesh: of the forward pass only the parameters are kept, and each device draws its own part of them.
-        return jax.jit(self._fresh, **self._out(self._own))
+        return _compiled(jax.jit(self._fresh, **self._out(self._own)).lower(_key_data()), _options_of_drawing())
 
     @functools.cached_property
     def _begin(self) -> Any:
@@ -369,6 +386,26 @@ def _options_of_cpus() -> dict[str, str]:
     """Of a CPU: matrix products by Eigen. With XLA's other library (YNNPACK, the default) the step of a small dense model takes about a
     third longer; that of a mixture is the same."""
     return _known("xla_cpu_experimental_ynn_fusion_type", "") if current_chip().platform == "cpu" else {}
+
+
+def _options_of_drawing() -> dict[str, Any]:
+    """Of a CPU: what is run once is not optimised for long, unless a flag says how far. Drawing parameters takes the same time."""
+    told = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    return {} if told or current_chip().platform != "cpu" else {"xla_backend_optimization_level": 1}
+
+
+def _compiled(lowered: Any, options: dict[str, Any]) -> Future[Any]:
+    """A lowered program, while a thread of its own compiles it: the compiler leaves Python alone, so tracing goes on beside it."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(lowered.compile(compiler_options=options or None))
+        except BaseException as error:  # whoever asks for the program is told
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # a process that is told to stop does not wait for it
+    return future
 
 
 @functools.cache

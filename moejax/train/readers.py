@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from moejax.core.errors import ConfigError
+from moejax.pretrained import convert as pretrained
 from moejax.surgery.base import Checkpoint
 from moejax.surgery.sources.base import Reader, network_of
 from moejax.tasks.base import Task
@@ -32,7 +33,7 @@ def make_reader(place: str, seed: int, fresh: Callable[[], Checkpoint], resolve:
     def train(config: Mapping[str, Any], seed: int) -> Checkpoint:
         return on_host(load(resolve(config, seed, f"{place} of {label}" if label else place)))
 
-    return Reader(place, seed, fresh, _load(place), _config_of(place), train)
+    return Reader(place, seed, fresh, _load(place), _config_of(place), train, _published, _published_config)
 
 
 def train_below(
@@ -83,6 +84,15 @@ def _load(place: str) -> Callable[[str, int | None], Checkpoint]:
 
 def _config_of(place: str) -> Callable[[str, int | None], Mapping[str, Any]]:
     return lambda path, step: _found(place, load_meta, path, step)["config"]
+
+
+def _published(name: str) -> Checkpoint:
+    found = pretrained.load(name)
+    return Checkpoint({"model": found.model}, found.variables, {"contents": pretrained.contents(name)})
+
+
+def _published_config(name: str) -> Mapping[str, Any]:
+    return {"model": pretrained.config_of(name)}
 
 
 def _found(place: str, read: Callable[[str, int | None], Any], path: str, step: int | None) -> Any:

@@ -18,6 +18,8 @@ from moejax.core.errors import ConfigError
 from moejax.core.files import digest
 from moejax.data.catalog import is_own
 from moejax.optim.base import optimizers
+from moejax.pretrained.convert import contents as pretrained_contents
+from moejax.pretrained.names import tokenizer_file
 from moejax.surgery.sources.checkpoint import CheckpointSource
 from moejax.train.checkpoints import MANIFEST, find_checkpoint
 from moejax.train.identity import check_equal, essence
@@ -70,8 +72,14 @@ def files(config: Any, place: str = "") -> dict[str, str]:
         source = CheckpointSource(config["path"], config.get("step"))
         with contextlib.suppress(FileNotFoundError):
             found[place] = contents(*source.place)
-    if "tokenizer" in config and Path(str(config["tokenizer"])).is_file():
-        found[f"{inside}tokenizer"] = digest(Path(config["tokenizer"]))[:20]
+    if config.get("kind") == "pretrained" and "path" in config:
+        with contextlib.suppress(ConfigError):
+            found[place] = pretrained_contents(config["path"])
+    if config.get("tokenizer", "bytes") != "bytes":
+        with contextlib.suppress(ConfigError, FileNotFoundError):
+            named = str(config["tokenizer"])
+            file = Path(named) if named.endswith(".json") else tokenizer_file(named)
+            found[f"{inside}tokenizer"] = digest(file)[:20]
     if config.get("path") is not None and is_own(config.get("name")):
         with contextlib.suppress(ConfigError, FileNotFoundError):
             found[f"{inside}path"] = data.contents(data.parse(config))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from moejax.core.control import record_controllers
 from moejax.core.errors import ConfigError
 from moejax.core.sowing import PARTS
-from moejax.optim.base import Optimizer
+from moejax.optim.base import Optimizer, global_norm
 from moejax.parallel import constrain
 from moejax.tasks.base import Batch, Sums, Task
 from moejax.tasks.models import FrozenModel, LearningModel, streams
@@ -197,7 +197,7 @@ def make_train_step(
             )
             params = learning.join(learning.split(params)[0], kept)
             collections = {**collections, "router_state": router_state}
-        grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
+        grad_norm, param_norm = global_norm(grads), global_norm(params)
         finite = jnp.isfinite(losses["train/objective"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         fresh = (state.first_bad_step < 0) & ~finite
         state = state.replace(

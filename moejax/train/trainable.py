@@ -26,7 +26,7 @@ from moejax.core.fields import Fraction, Positive, Whole, check, checked
 from moejax.core.params import Path
 from moejax.core.paths import find
 from moejax.core.roles import ROLES, Parameter
-from moejax.optim.base import Optimizer
+from moejax.optim.base import Optimizer, global_norm
 
 Tree = Any
 
@@ -124,7 +124,7 @@ class Learning:
             return {name: parts[name].init(_part(params, paths)) for name, paths in groups.items()}
 
         def update(grads: Tree, state: dict[str, Tree], params: Tree = None, *, step: Any, **extra: Any) -> tuple[Tree, Any]:
-            norm, updates, after = optax.tree.norm(grads), {}, {}
+            norm, updates, after = global_norm(grads), {}, {}
             for name, paths in groups.items():
                 active = _active(self._windows(paths[0]), step)
                 moved, new = parts[name].update(

@@ -12,8 +12,10 @@ import pytest
 from toy_studies import SOURCE, FakeFit, make_study
 
 from experiments import execute as executing
-from experiments import overrides, record, report, study, tables
+from experiments import matching, overrides, record, report, study, tables
 from experiments.run import main
+from experiments.study import Arm, lower
+from moejax.core.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -131,7 +133,7 @@ def test_a_run_leaves_the_checkout_as_it_was(toy, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("MOEJAX_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(executing, "_prepared_fit", lambda *args: toy)
-    monkeypatch.setattr(executing, "_warn_of_unmatched", lambda *args: None)
+    monkeypatch.setattr(executing, "_refuse_unmatched", lambda *args: None)
     monkeypatch.setattr("experiments.canary._losses", lambda *args: [1.0] * 5)
     monkeypatch.setattr("experiments.canary.platform_key", lambda: "a machine that nobody has seen")
     kept = [p for folder in ("docs", "experiments/ledger") for p in (REPOSITORY / folder).glob("*")] + [
@@ -228,6 +230,8 @@ def test_the_report_holds_all_that_a_reader_needs_and_nothing_from_elsewhere(toy
     assert "model.pattern" in text
     assert "equal FLOPs per token" in text
     assert "table 3 is unclear" in text
+    assert "Departures from the paper" in text
+    assert "a tenth of the steps" in text
     assert "&quot;slug&quot;: &quot;toy&quot;" in text
     assert not re.findall(r'(?:src|href)="(?!data:|https://arxiv\.org)', text)
 
@@ -241,12 +245,46 @@ def test_differences_are_those_between_the_presets_base_and_the_arm(toy, tmp_pat
     assert len(rows) == 3
 
 
+def test_a_study_with_a_claim_that_cannot_be_judged_is_not_trained(toy, tmp_path, capsys, monkeypatch):
+    """But for what the user chose, which writes no entry anyway, and at another preset, whose arms no test looks at: that is told."""
+    width = "model.blocks.dense.ffn.hidden"
+    monkeypatch.setattr(
+        matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(config.model.blocks.dense.ffn.hidden))
+    )
+    wide = make_study(arms=(Arm("dense", {width: 300}), *make_study().arms[1:]))
+    words = r"'toy' has claims .* at preset 'cpu' .*: Switch beats dense at equal compute: .*FLOPs.*: 300 in 'dense', 256 in 'switch'"
+    with pytest.raises(ConfigError, match=words):
+        executing.execute(wide, "cpu", runs=tmp_path)
+    assert toy.calls == []
+    for chosen in ({"seeds": 2}, {"arms": ["dense", "switch"]}, {"overrides": {"train.steps": 50}}):
+        outcome = executing.execute(wide, "cpu", runs=tmp_path, **chosen)
+        assert "will not be judged: Switch beats dense at equal compute" in " ".join(capsys.readouterr().out.split())
+        assert set(outcome.runs) >= {"dense", "switch"}
+    executing.execute(wide, "paper", runs=tmp_path)
+    assert "will not be judged: Switch beats dense at equal compute" in " ".join(capsys.readouterr().out.split())
+    assert executing.execute(make_study(), "cpu", runs=tmp_path / "even").runs
+
+
+def test_a_claim_that_only_the_papers_scale_can_judge_is_looked_at_there_alone(monkeypatch):
+    made = make_study()
+    claim = lower("m", "switch", "dense", matched=("params",), needs="a large model")
+    configs = {arm: study.resolve(made, "cpu", arm) for arm in made.every_arm}
+    monkeypatch.setattr(
+        matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(len(set(config.model.pattern))))
+    )
+    assert matching.unjudgeable([claim], "cpu", configs) == []
+    ((found, reason),) = matching.unjudgeable([claim], "paper", configs)
+    assert found is claim
+    assert "2 in 'switch', 1 in 'dense'" in reason
+
+
 def test_one_study_is_shown_in_detail(toy, capsys):
     assert main(["--list", "--study=toy"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"roomy\s+capacity", out)
     assert re.search(r"cpu\s+4, 6 \(headline 4, 6, 9, 13\)\s+100", out)
     assert "★ Switch beats dense" in out
+    assert re.search(r"scale\s+a tenth of the steps\s+train.steps 100 -> 1000", out)
 
 
 def test_the_list_is_quick_and_complete():

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 from toy_studies import FakeFit, final_bits, make_study
 
 from configs import base_lm
-from experiments import cache, canary, matching, plots, record
+from experiments import cache, canary, claims, matching, plots, record
 from experiments.cache import Cache, key
 from experiments.execute import execute, execute_config, finish
 from experiments.study import Arm
@@ -106,18 +104,11 @@ def test_an_interrupted_training_is_not_taken_for_a_finished_one(tmp_path):
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     config = base_lm.get_config()
-    held = Cache(tmp_path).path(config, 0)
-    held.parent.mkdir(parents=True)
-    code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True);"
-        "sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(held.with_suffix(".lock"))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
+    with claims.claimed(Cache(tmp_path).path(config, 0).with_suffix(".claim"), "held"):
         with pytest.raises(ConfigError, match="another process is training"):
             Cache(tmp_path).train(config, 0, "x", FakeFit(), print)
-        other.stdin.close()
+        with pytest.raises(ConfigError, match="another process is training"):
+            Cache(tmp_path).forget(config, 0)
     Cache(tmp_path).train(config, 0, "x", FakeFit(), lambda report: None)
 
 

@@ -1,8 +1,6 @@
 """Arms that start from arms: what is trained once, what a study may say, what the command line reaches, and what is shown."""
 
 import re
-import subprocess
-import sys
 import threading
 import time
 
@@ -10,7 +8,7 @@ import pytest
 from toy_studies import FakeFit, make_study
 
 from configs import base_lm, small_lm
-from experiments import overrides, pods, progress, report, tables
+from experiments import claims, overrides, pods, progress, report, tables
 from experiments.cache import Cache, key
 from experiments.execute import execute, execute_config
 from experiments.run import main
@@ -18,7 +16,6 @@ from experiments.study import Arm, Preset, lower, resolve
 from experiments.terminal import make_console
 from moejax.aot import ahead
 from moejax.aot.report import held_bytes
-from moejax.core import files
 from moejax.core.errors import ConfigError
 from moejax.train import StartDiverged
 from moejax.train.checks import check_config
@@ -161,30 +158,28 @@ class TestKey:
 
 
 def test_a_command_waits_for_another_one_that_trains_its_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "POLL", 0.02)
+    monkeypatch.setattr(claims, "POLL", 0.02)
     start = resolve(make(), "cpu", "pretrained")
     held = Cache(tmp_path).path(start, 0)
-    held.parent.mkdir(parents=True)
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    reports, fit = [], FakeFit()
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(held.with_suffix(".lock"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "held\n"
+    reports, fit, taken = [], FakeFit(), threading.Event()
 
-        def free():
+    def other():
+        with claims.claimed(held.with_suffix(".claim"), "held"):
+            taken.set()
             while not reports:
                 time.sleep(0.01)
             assert fit.calls == [], "nobody trains what is being trained"
             # The other one has finished it.
             Cache(tmp_path / "other").train(start, 0, "x", FakeFit(), lambda report: None)
             (tmp_path / "other" / "trained" / held.name).rename(held)
-            other.stdin.close()
 
-        thread = threading.Thread(target=free)
-        thread.start()
-        folder = Cache(tmp_path).starts(fit)(start.to_dict(), 0, reports.append, "init.source of x")
-        thread.join()
+    thread = threading.Thread(target=other)
+    thread.start()
+    taken.wait()
+    with pytest.raises(claims.Busy):
+        Cache(tmp_path).starts(fit)(start.to_dict(), 0, reports.append, "init.source of x")
+    folder = Cache(tmp_path).starts(fit, wait=True)(start.to_dict(), 0, reports.append, "init.source of x")
+    thread.join()
     assert folder == held
     assert fit.calls == []
     assert {(r.label, r.phase, r.steps) for r in reports} == {("init.source of x", "waiting", 70)}

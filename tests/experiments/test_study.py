@@ -6,6 +6,7 @@ from toy_studies import SOURCE, make_study
 
 from configs import base_lm, base_vit
 from experiments import overrides, study
+from experiments.departures import Departures, suspect_of
 from experiments.quantities import Speedup, lowest, mean
 from experiments.study import (
     Arm,
@@ -27,6 +28,7 @@ from experiments.study import (
 from moejax.core.errors import ConfigError
 
 ARMS = (Arm("dense"), Arm("switch"))
+SAID = dict.fromkeys(("scale", "method", "left_out", "capacity", "optimizer", "decay", "init"), "otherwise")
 SELECT = "model.blocks.moe.ffn.select"
 LATE = {"kind": "top_k", "k": 1, "capacity_factor": 1.0, "eval_capacity_factor": None}  # drops in training only
 CHOICE = {"kind": "expert_choice", "capacity_factor": 1.0}
@@ -253,3 +255,63 @@ def test_statistics_that_may_come_out_either_way_are_claimed():
         below("stats/drop_rate", "late", 0.1),
     )
     assert len(make_study(arms=(*arms, Arm("late", {SELECT: LATE})), claims=claims, ablations={}).claims) == 3
+
+
+@pytest.mark.parametrize(
+    ("suspect", "key", "here", "there"),
+    [
+        ("scale", "model.d_model", 128, 1024),
+        ("optimizer", "optimizer.learning_rate", 3e-3, 1e-2),
+        ("decay", "optimizer.weight_decay", 0.1, 0.0),
+        ("capacity", f"{SELECT}.capacity_factor", 1.25, 2.0),
+        ("method", "model.blocks.moe.ffn.losses.balance.coef", 0.01, 0.1),
+        (
+            "init",
+            "model.blocks.moe.ffn.router",
+            {"kind": "linear"},
+            {"kind": "linear", "init_w": {"kind": "normal", "std": 0.1}},
+        ),
+    ],
+)
+def test_a_departure_that_configs_tell_must_be_said(suspect, key, here, there):
+    presets = {"smoke": Preset(), "cpu": Preset({key: here}), "paper": Preset({key: there})}
+    told = f"{list(there.values())[1]['kind']!r}" if isinstance(there, dict) else repr(there)
+    words = rf"say {suspect}='none', but {key}.* at preset 'cpu' and {told} at 'paper' \(arm 'dense'\)"
+    with pytest.raises(ConfigError, match=words):
+        make_study(presets=presets, departures=Departures(**SAID | {suspect: "none"}))
+    assert make_study(presets=presets, departures=Departures(**SAID)).departures.items() == tuple(SAID.items())
+
+
+def test_a_departure_in_one_arm_is_one_of_the_study():
+    arms = (Arm("dense"), Arm("switch", {"model.blocks.moe.ffn.losses.z.coef": 0.5}))
+    presets = {
+        "smoke": Preset(),
+        "cpu": Preset(),
+        "paper": Preset(arms={"switch": {"model.blocks.moe.ffn.losses.z.coef": 0.1}}),
+    }
+    with pytest.raises(ConfigError, match=r"method='none', but .*losses\.z\.coef is 0\.5 .* and 0\.1 .*arm 'switch'"):
+        make_study(arms=arms, claims=CLAIM, ablations={}, presets=presets, departures=Departures(**SAID | {"method": "none"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"departures": None}, "has arxiv='2101.03961'"),
+        ({"arxiv": ""}, "has arxiv=''"),
+    ],
+)
+def test_what_is_of_a_paper_says_its_departures_and_nothing_else_does(change, words):
+    with pytest.raises(ConfigError, match=words):
+        make_study(**change)
+    assert make_study(arxiv="", departures=None).departures is None
+
+
+def test_an_empty_departure_is_refused():
+    with pytest.raises(ConfigError, match="decay is empty; write what departs from the paper, or 'none'"):
+        Departures(**SAID | {"decay": " "})
+
+
+def test_where_a_run_computes_is_no_departure():
+    assert suspect_of("mesh") == suspect_of("exchange.kind") == ""
+    assert suspect_of("init.source.config") == "scale"
+    assert suspect_of("model.blocks.moe.ffn.bank.init_in.std") == "init"

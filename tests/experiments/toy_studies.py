@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base_lm
 from experiments.cache import Run
+from experiments.departures import Departures
 from experiments.study import Arm, Preset, Study, higher, lower
 
 # What the made-up trainer adds to a final loss for each experts-per-token, so that every verdict can be arranged.
@@ -29,7 +30,7 @@ def make_study(slug: str = "toy", **changes: Any) -> Study:
         "slug": slug,
         "title": "A toy: mixtures against dense",
         "arxiv": "2101.03961",
-        "base": base_lm.get_config(),
+        "base": _base(),
         "arms": (
             Arm("dense", {"model.pattern": ("dense", "dense")}, note="equal FLOPs per token"),
             Arm("switch"),
@@ -53,8 +54,24 @@ def make_study(slug: str = "toy", **changes: Any) -> Study:
             "cpu": Preset({"train.steps": 100}),
             "paper": Preset({"train.steps": 1000}),
         },
+        "departures": Departures(
+            scale="a tenth of the steps",
+            method="none",
+            left_out="translation",
+            capacity="none",
+            optimizer="none",
+            decay="none",
+            init="none",
+        ),
     }
     return Study(**{**fields, **changes})
+
+
+def _base() -> ConfigDict:
+    """With room for an even share, so that a mixture of one expert a token computes what the dense model does."""
+    config = base_lm.get_config()
+    config.model.blocks.moe.ffn.select.capacity_factor = 1.0
+    return config
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import pytest
 
 from moejax.core.errors import ConfigError
 from moejax.core.roles import Parameter
-from moejax.optim.base import Optimizer, clip, decay_mask, optimizers, slice_norm
+from moejax.optim.base import Optimizer, clip, decay_mask, global_norm, optimizers, slice_norm
 from moejax.train.trainable import learning
 
 
@@ -181,3 +181,21 @@ def test_clipping_equals_that_of_optax_to_the_bit(rng):
         ours, _ = clip(1.5).update(g, clip(1.5).init(g))
         theirs, _ = optax.clip_by_global_norm(1.5).update(g, optax.EmptyState())
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_global_norm_is_that_of_all_elements_small_arrays_and_large():
+    rng = np.random.default_rng(0)
+    shapes = {"b": (3,), "w": (7, 5), "large": (513, 257), "step": (), "half": (4,)}
+    tree = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.bfloat16 if name == "half" else jnp.float32)
+        for name, shape in shapes.items()
+    }
+    flat = np.concatenate([np.asarray(x, np.float64).ravel() for x in tree.values()])
+    assert float(jax.jit(global_norm)(tree)) == pytest.approx(np.linalg.norm(flat), rel=1e-6)
+    slope = jax.grad(global_norm)(tree)
+    for name, x in tree.items():
+        np.testing.assert_allclose(
+            np.asarray(slope[name], np.float64),
+            np.asarray(x, np.float64) / np.linalg.norm(flat),
+            rtol=1e-2 if name == "half" else 1e-5,
+        )

@@ -181,7 +181,7 @@ class TestOnesOwn:
     ("make", "message"),
     [
         (lambda: Balance(count="second"), "count='second' is unknown; valid names: all, first"),
-        (lambda: Balance(over="layer"), "over='layer' is unknown; valid names: batch, group"),
+        (lambda: Balance(over="layer"), r"over='layer' is unknown; did you mean 'layers'\?"),
         (lambda: Importance(gates="logits"), "gates='logits' is unknown; valid names: probs, weights"),
     ],
 )

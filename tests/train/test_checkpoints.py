@@ -219,3 +219,14 @@ def test_meta_that_says_too_little_is_damage(damaged, key):
     (damaged / "3" / "checksums.json").write_text(json.dumps(manifest | {"meta/metadata": digest(file)}))
     with pytest.warns(Damaged, match=f"3 is damaged .meta does not say {key}"):
         assert Checkpoints(damaged, keep=3, asynchronous=True).newest == 2
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+def test_orbax_next_interface_reads_what_is_written(saved):
+    """Its first interface goes with version 1.0, and checkpoints outlive it."""
+    from orbax.checkpoint.experimental import v1
+
+    found = v1.load_checkpointables(saved / "3", {"variables": None, "meta": None})
+    expected = {"params": state_at(3).params, **state_at(3).collections}
+    jax.tree.map(np.testing.assert_array_equal, dict(found["variables"]), expected)
+    assert (found["meta"]["step"], found["meta"]["seed"]) == (3, 7)

@@ -4,6 +4,8 @@ import errno
 import itertools
 import json
 import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -129,3 +131,11 @@ def test_events_that_cannot_be_written_are_left_out_with_a_word(tmp_path, monkey
     log.write(2, {"train/loss": 0.5})
     log.close()
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_events_do_without_pytorch_and_leave_it_importable(tmp_path):
+    """The library that writes them would import it, for seconds."""
+    (tmp_path / "torch.py").write_text("")
+    code = "import sys, moejax.train.events; assert 'torch' not in sys.modules; import torch"
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.optimize import brentq
 
 from moejax.core.errors import ConfigError
 
@@ -45,6 +44,8 @@ def budget_capacities(budget: float, num_experts: int, delta: float = 2.0, beta:
     if budget in (width[0], 1.0):
         return tuple(float(share == budget) for share in width)
     worth = delta ** np.arange(num_experts)
+
+    from scipy.optimize import brentq  # slow to import
 
     def shares(price: float) -> np.ndarray:
         logits = (worth - price * width) / beta

@@ -1,7 +1,8 @@
 """The sparse mixture-of-experts layer: any router, any select rule, any bank."""
 
 import warnings
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -103,6 +104,10 @@ class MoE(Layer):
         experts = experts_of(self.bank, tokens.shape[-1], ctx)
         y, plan, backend = run_plan(routing.plan, experts, tokens, self.backend, self.group_by)
         routing = routing.replace(plan=plan)
+        if self._over_layers():
+            start = self.carries(*tokens.shape[:2])[self._carried()]
+            routing = routing.replace(earlier=grouped_ctx.recall(self._carried(), start))
+            grouped_ctx.remember(self._carried(), routing.so_far())
         sow_routing(self, routing, self.losses, backend=backend)
         if self.balancer is not None and ctx.train:
             if not self.is_initializing() and not self.is_mutable_collection("measured"):
@@ -112,6 +117,19 @@ class MoE(Layer):
         if self.shared is not None:
             y = y + sum_shared(self.shared, x, ctx)
         return y
+
+    def carries(self, b: int, s: int) -> Mapping[str, Any]:
+        """For losses over all layers: `Routing.earlier`. Layers with as many experts are counted together."""
+        if not self._over_layers():
+            return {}
+        e = self.bank.num_experts
+        return {self._carried(): tuple(jnp.zeros((b, s, n)) for n in (e, e, 1))}
+
+    def _over_layers(self) -> bool:
+        return any(loss.over_layers for loss in self.losses)
+
+    def _carried(self) -> str:
+        return f"routed_{self.bank.num_experts}"
 
     def _selection_bias(self) -> Float[Array, "e"] | None:
         if self.balancer is None:

@@ -4,7 +4,7 @@ Letters: b batch, s tokens (queries), t keys, h query heads, j key-value heads, 
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -47,7 +47,7 @@ class Attention(Layer):
       causal: whether later positions are hidden. Filled in by the model.
       rope_base: base of the rotary frequencies; None turns rotary positions off.
       window: number of positions that a token sees on each side, itself included. None means all.
-      use_bias: biases on all four projections.
+      use_bias: biases on all four projections, or on those of 'qkv' alone (Qwen2).
       qk_norm: RMS norm of queries and keys: 'none', per 'head' (Dehghani et al. 2023, Qwen3) or over the whole
         'projection' (OLMoE).
       qk_norm_epsilon: of that norm, added to the mean square.
@@ -62,7 +62,7 @@ class Attention(Layer):
     causal: bool = True
     rope_base: Positive | None = 10_000.0
     window: Count | None = None
-    use_bias: bool = False
+    use_bias: bool | Literal["qkv"] = False
     qk_norm: Literal["none", "head", "projection"] = "none"
     qk_norm_epsilon: Positive = 1e-6
     init_qkv: Initializer = FanIn()
@@ -89,7 +89,7 @@ class Attention(Layer):
         if self.rope_base is not None:
             q, k = rope(q, positions, self.rope_base), rope(k, positions, self.rope_base)
         if ctx.decode:
-            k, v, key_positions, key_valid = self._extend_cache(k, v, positions, ctx)
+            k, v, key_positions, key_valid = extend_cache(self, k, v, positions, ctx)
             mask = visible(positions, key_positions, causal=True, window=self.window, key_valid=key_valid)
         else:
             mask = visible(positions, positions, self.causal, self.window, ctx.valid, ctx.segments, ctx.segments)
@@ -137,15 +137,19 @@ class Attention(Layer):
         y = self._linear(x, ctx, heads * self._head_dim(d), ("embed", axis), name, self.init_qkv)
         normed = self.qk_norm if name in ("q", "k") else "none"
         if normed == "projection":
-            y = _rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon)
+            y = rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon)
         y = y.reshape(b, s, heads, -1)
-        return _rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon) if normed == "head" else y
+        return rms_norm(self, f"{name}_norm", y, self.qk_norm_epsilon) if normed == "head" else y
 
     def _linear(
         self, x: Float[Array, "b s d"], ctx: Context, features: int, axes: tuple[str, str], name: str, init: Initializer
     ) -> Float[Array, "b s f"]:
         """One of the projections 'q', 'k', 'v' and 'o', which mixtures of projections route."""
-        return Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)(x)
+        return Dense(features, use_bias=self._biased(name), dtype=self.dtype, kernel_init=init, axes=axes, name=name)(x)
+
+    def _biased(self, name: str) -> bool:
+        """Whether a projection has a bias."""
+        return self.use_bias is True or (self.use_bias == "qkv" and name != "o")
 
     def _head_dim(self, d: int) -> int:
         if self.head_dim is not None:
@@ -158,41 +162,10 @@ class Attention(Layer):
             raise ConfigError(f"d_model={d} / num_heads={self.num_heads} gives odd heads in {where}; or give head_dim")
         return size
 
-    def _extend_cache(
-        self, k: Float[Array, "b s j c"], v: Float[Array, "b s j c"], positions: Int[Array, "b s"], ctx: Context
-    ) -> tuple[Float[Array, "b t j c"], Float[Array, "b t j c"], Int[Array, "b t"], Bool[Array, "b t"]]:
-        """Appends the valid tokens to the cache, in order of arrival; its keys, values, positions and filled entries.
-
-        Tokens past `max_length` are lost: how full a row is, is data, so the caller has to count (`serve.generate` does).
-        """
-        b, s, *head = k.shape
-        where = "/".join(self.path)
-        if not self.causal:
-            raise ConfigError(f"bidirectional attention {where} cannot decode token by token")
-        if ctx.segments is not None:
-            raise ConfigError(f"packed documents (ctx.segments) cannot be decoded in {where}; give one document a row")
-        if s > self.max_length:
-            raise ConfigError(f"{s} tokens exceed max_length={self.max_length} of the cache in {where}; raise max_length")
-        keys = self.variable("cache", "key", jnp.zeros, (b, self.max_length, *head), k.dtype)
-        values = self.variable("cache", "value", jnp.zeros, (b, self.max_length, *head), v.dtype)
-        at = self.variable("cache", "position", jnp.zeros, (b, self.max_length), jnp.int32)
-        used = self.variable("cache", "used", jnp.zeros, (b,), jnp.int32)
-        if not self.is_initializing():
-            valid = jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
-            slot = used.value[:, None] + jnp.cumsum(valid, axis=1) - 1
-            slot = jnp.where(valid, slot, self.max_length)  # out of bounds: not written
-            row = jnp.arange(b)[:, None]
-            keys.value = keys.value.at[row, slot].set(k, mode="drop")
-            values.value = values.value.at[row, slot].set(v, mode="drop")
-            at.value = at.value.at[row, slot].set(positions, mode="drop")
-            used.value = used.value + valid.sum(axis=1)
-        filled = jnp.arange(self.max_length) < used.value[:, None]
-        return keys.value, values.value, at.value, filled
-
 
 def attend(
-    q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j c"], mask: Bool[Array, "b s t"]
-) -> Float[Array, "b s h c"]:
+    q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j o"], mask: Bool[Array, "b s t"]
+) -> Float[Array, "b s h o"]:
     """Softmax attention to the keys that `mask` shows.
 
     The scores of all queries are `[h, s, t]` in float32, which in long sequences is more than anything else in a block. So
@@ -215,12 +188,12 @@ def attend(
 
     rows = tuple(x.reshape(b, s // CHUNK, CHUNK, *x.shape[2:]).swapaxes(0, 1) for x in (q, mask))
     _, y = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, rows)
-    return y.swapaxes(0, 1).reshape(q.shape)
+    return y.swapaxes(0, 1).reshape(*q.shape[:3], v.shape[-1])
 
 
 def _attend(
-    q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j c"], mask: Bool[Array, "b s t"]
-) -> Float[Array, "b s h c"]:
+    q: Float[Array, "b s h c"], k: Float[Array, "b t j c"], v: Float[Array, "b t j o"], mask: Bool[Array, "b s t"]
+) -> Float[Array, "b s h o"]:
     """Softmax attention of all queries at once.
 
     The queries that share a key-value head are rows of one matrix, so that scores are made, normalised and multiplied as they lie in
@@ -235,7 +208,7 @@ def _attend(
     scores = jnp.where(mask[:, None, None], scores.reshape(b, j, -1, s, t), HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, j, -1, t)
     y = jax.lax.dot_general(weights, v, (((3,), (2,)), together))
-    return y.reshape(b, j, -1, s, c).transpose(0, 3, 1, 2, 4).reshape(b, s, h, c)
+    return y.reshape(b, j, -1, s, v.shape[-1]).transpose(0, 3, 1, 2, 4).reshape(b, s, h, -1)
 
 
 def visible(
@@ -263,6 +236,38 @@ def visible(
     return mask
 
 
+def extend_cache(
+    module: Any, k: Float[Array, "b s j c"], v: Float[Array, "b s j o"], positions: Int[Array, "b s"], ctx: Context
+) -> tuple[Float[Array, "b t j c"], Float[Array, "b t j o"], Int[Array, "b t"], Bool[Array, "b t"]]:
+    """Appends the valid tokens to the cache of a layer, in order of arrival; its keys, values, positions and filled entries.
+
+    Tokens past `max_length` are lost: how full a row is, is data, so the caller has to count (`serve.generate` does).
+    """
+    b, s = k.shape[:2]
+    where = "/".join(module.path)
+    if not module.causal:
+        raise ConfigError(f"bidirectional attention {where} cannot decode token by token")
+    if ctx.segments is not None:
+        raise ConfigError(f"packed documents (ctx.segments) cannot be decoded in {where}; give one document a row")
+    if s > module.max_length:
+        raise ConfigError(f"{s} tokens exceed max_length={module.max_length} of the cache in {where}; raise max_length")
+    keys = module.variable("cache", "key", jnp.zeros, (b, module.max_length, *k.shape[2:]), k.dtype)
+    values = module.variable("cache", "value", jnp.zeros, (b, module.max_length, *v.shape[2:]), v.dtype)
+    at = module.variable("cache", "position", jnp.zeros, (b, module.max_length), jnp.int32)
+    used = module.variable("cache", "used", jnp.zeros, (b,), jnp.int32)
+    if not module.is_initializing():
+        valid = jnp.ones((b, s), bool) if ctx.valid is None else ctx.valid
+        slot = used.value[:, None] + jnp.cumsum(valid, axis=1) - 1
+        slot = jnp.where(valid, slot, module.max_length)  # out of bounds: not written
+        row = jnp.arange(b)[:, None]
+        keys.value = keys.value.at[row, slot].set(k, mode="drop")
+        values.value = values.value.at[row, slot].set(v, mode="drop")
+        at.value = at.value.at[row, slot].set(positions, mode="drop")
+        used.value = used.value + valid.sum(axis=1)
+    filled = jnp.arange(module.max_length) < used.value[:, None]
+    return keys.value, values.value, at.value, filled
+
+
 def rope(x: Float[Array, "b s h c"], positions: Int[Array, "b s"], base: float = 10_000.0) -> Float[Array, "b s h c"]:
     """Rotary positions (Su et al. 2021, eq. 34) in the half-rotation layout of Llama's published weights.
 
@@ -286,7 +291,8 @@ def token_positions(ctx: Context, b: int, s: int) -> Int[Array, "b s"]:
     return jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
 
 
-def _rms_norm(module: nn.Module, name: str, x: Float[Array, "*b c"], eps: float) -> Float[Array, "*b c"]:
+def rms_norm(module: nn.Module, name: str, x: Float[Array, "*b c"], eps: float) -> Float[Array, "*b c"]:
+    """RMS norm over the last axis, with a scale that is the parameter `name` of the layer that asks."""
     scale = param(module, name, nn.initializers.ones, (x.shape[-1],), (None,), role="norms")
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale

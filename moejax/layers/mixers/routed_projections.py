@@ -115,6 +115,6 @@ class RoutedProjections(Attention):
     def _mixture(self, features: int, name: str, init: Initializer) -> MoE:
         """The MoE of one projection, which owns its router and bank; outside of a call, one to ask."""
         router = (self.router or Linear(self.num_experts, parent=None)).clone(parent=None, name=None)
-        bank = LinearExperts(features, self.num_experts, self.use_bias, init, parent=None)
+        bank = LinearExperts(features, self.num_experts, self._biased(name), init, parent=None)
         parent = {"parent": None} if self.scope is None else {}
         return MoE(router, self.select, bank, losses=self.losses, group_by=self.group_by, name=name, **parent)

@@ -17,6 +17,7 @@ the balance loss is `coef` times 1 under uniform routing and `coef` times e when
 import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
@@ -39,17 +40,26 @@ class Routing:
       probs: each token's distribution over experts, rows summing to 1.
       plan: the plan that was executed.
       valid: False for padding.
+      earlier: of losses over all layers, what the routed layers below saw of each token, summed: how often it wanted each expert, its
+        probabilities, and how many layers there were. None where nothing carries it from layer to layer.
     """
 
     logits: Float[Array, "g n o"]
     probs: Float[Array, "g n e"]
     plan: Plan
     valid: Bool[Array, "g n"]
+    earlier: tuple[Float[Array, "g n e"], Float[Array, "g n e"], Float[Array, "g n 1"]] | None = None
 
     def clean(self) -> "Routing":
         """The same with zeros for the logits and probabilities of padding."""
         logits, probs = (jnp.where(self.valid[..., None], values, 0) for values in (self.logits, self.probs))
         return self.replace(logits=logits, probs=probs)
+
+    def so_far(self) -> tuple[Float[Array, "g n e"], Float[Array, "g n e"], Float[Array, "g n 1"]]:
+        """What this layer saw of each valid token, added to what those below it did: `earlier` of the next one."""
+        wanted, one = jax.lax.stop_gradient(self.plan.wanted()), self.valid[..., None]
+        own = tuple(jnp.where(one, values, 0) for values in (wanted, self.probs, one.astype(jnp.float32)))
+        return own if self.earlier is None else tuple(map(jnp.add, self.earlier, own))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +71,11 @@ class Loss:
     """
 
     coef: float = 1.0
+
+    @property
+    def over_layers(self) -> bool:
+        """Whether it looks at `Routing.earlier`."""
+        return False
 
     def __post_init__(self) -> None:
         check(type(self), vars(self))  # of one's own loss too, which no registry knows

@@ -21,6 +21,8 @@ class Reader:
       fresh: the untrained model of the run that asks, as a checkpoint.
       load: `load(path, step)`: the checkpoint in a run's folder; the newest if step is None.
       config_of: `config_of(path, step)`: its plain config alone.
+      published: `published(name)`: a published model, by its name or path, as a checkpoint.
+      published_config: its plain config alone.
       train: `train(config, seed)`: the last checkpoint of the run of a config, which is trained now unless it has been.
     """
 
@@ -30,6 +32,8 @@ class Reader:
     load: Callable[[str, int | None], Checkpoint]
     config_of: Callable[[str, int | None], Mapping[str, Any]]
     train: Callable[[Mapping[str, Any], int], Checkpoint]
+    published: Callable[[str], Checkpoint]
+    published_config: Callable[[str], Mapping[str, Any]]
 
 
 def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
