@@ -29,9 +29,9 @@ gc.set_threshold(200_000, 20, 100)
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-from jaxtyping import install_import_hook
+import shape_checks
 
-install_import_hook(["moejax", "pallas_kernels"], "shape_checks.check")
+shape_checks.install(["moejax", "pallas_kernels"])
 
 import zlib
 

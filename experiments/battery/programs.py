@@ -31,6 +31,7 @@ from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.sowing import PARTS
 from moejax.layers.adapters.adapted import adapt
+from moejax.models import stack
 from moejax.models.parts import Part, walk
 from moejax.models.registry import network
 from moejax.models.stack import Stack, pattern_blocks, to_scanned, to_unrolled
@@ -256,8 +257,8 @@ class Programs:
 
     @functools.cached_property
     def _layer(self) -> tuple[Tree, Callable[..., Tree]]:
-        stack = Stack(self.model.blocks, self.model.pattern, len(self.model.pattern), scan=False)
-        layers = adapt(stack, self.config.get("adapters"))
+        body = Stack(self.model.blocks, self.model.pattern, len(self.model.pattern), scan=False)
+        layers = adapt(body, self.config.get("adapters"))
         x = jnp.zeros((GROUPS, LENGTH, WIDTH))
         variables = draw(lambda keys: layers.init(keys, x, _layer_context(jnp.ones(x.shape[:2], bool))))
         return variables, jax.jit(functools.partial(_value_and_gradients, layers))
@@ -319,6 +320,46 @@ def fixed_draws(drawn: set[str] | None = None) -> Iterator[None]:
 
     with mock.patch.object(nn.Module, "make_rng", make_rng):
         yield
+
+
+@contextlib.contextmanager
+def blocks_traced_once() -> Iterator[None]:
+    """While a model is initialised for its shapes alone, a block that has been traced with inputs of the same shapes is not traced again:
+    a pattern of 25 blocks is traced as the two or three that it is made of, and what several arms share, once.
+    """
+    call = stack._call
+
+    def once(block: nn.Module, x: Any, carried: dict[str, Any], ctx: Context) -> Any:
+        leaves, structure = jax.tree.flatten((x, carried, ctx))
+        key = _fields_of(block), structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        if key not in _shapes_of_blocks:
+            out = call(block, x, carried, ctx)
+            _shapes_of_blocks[key] = jax.tree.map(jax.typeof, (out, block.variables))
+            return out
+        out, variables = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), _shapes_of_blocks[key])
+        for collection, tree in variables.items():
+            for name, value in tree.items():
+                block.put_variable(collection, name, value)
+        return out
+
+    with mock.patch.object(stack, "_call", once):
+        yield
+
+
+# What blocks give: their outputs and the variables that they make.
+_shapes_of_blocks: dict[Any, Tree] = {}
+
+
+def _fields_of(thing: Any) -> Any:
+    """What tells a part of a model from another: its classes and fields, but not its name and place."""
+    if isinstance(thing, Mapping):
+        return tuple((name, _fields_of(part)) for name, part in thing.items())
+    if isinstance(thing, tuple | list):
+        return tuple(map(_fields_of, thing))
+    if not dataclasses.is_dataclass(thing) or isinstance(thing, type):
+        return thing
+    names = [field.name for field in dataclasses.fields(thing) if field.init and field.name not in ("parent", "name")]
+    return type(thing), tuple(_fields_of(getattr(thing, name)) for name in names)
 
 
 def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:

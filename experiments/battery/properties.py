@@ -4,6 +4,7 @@ A property gives a short text, the cell of a matrix. It raises ConfigError where
 tokens in a decoder, say), and AssertionError where something is wrong: a bug of the method.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.battery.kinds import inside
-from experiments.battery.programs import GROUPS, LENGTH, Batch, example, programs, trace
+from experiments.battery.programs import GROUPS, LENGTH, Batch, blocks_traced_once, example, programs, trace
 from experiments.battery.subjects import WIDTH, Subject, build
 from experiments.study import resolve
 from moejax.core.errors import ConfigError
@@ -222,7 +223,9 @@ REFUSABLE = frozenset({"LM", "ViT", "causal", "decode"})
 
 def paper_size(config: Mapping[str, Any]) -> int:
     """Number of parameters of a config whose training forward pass traces on two examples."""
-    _, sown = trace(network(config), *example(config, rows=2))
+    # Adapters sit in blocks by their places, so that equal blocks may have other ones.
+    with contextlib.nullcontext() if config.get("adapters") else blocks_traced_once():
+        _, sown = trace(network(config), *example(config, rows=2))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(sown.get("losses", {})))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(sown["params"]))
 

@@ -16,12 +16,15 @@ from configs import small_lm
 from experiments.battery import subjects
 from experiments.battery.kinds import Kind, kinds, registries
 from experiments.battery.pieces import PIECES
+from experiments.battery.programs import blocks_traced_once, example, trace
 from experiments.battery.properties import OF_A_KIND, OF_KINDS, PROPERTIES, REFUSABLE
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.core.layer import RowWise
 from moejax.core.sowing import sow
 from moejax.layers.registry import ffns
+from moejax.models.registry import network
+from moejax.train.settings import plain
 
 SLOW = {"devices", "paper"}
 # Cells that are known from the papers. 'no' is a refusal.
@@ -94,6 +97,20 @@ def test_a_kind_that_nothing_can_be_made_of_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(ffns._slots, "unheard", {})
     with pytest.raises(ConfigError, match=r"ffn\.unheard needs 'unheard_of', of which the battery has no example"):
         subjects.made_for(Kind("ffn", "unheard", Unheard))
+
+
+def test_shapes_of_a_model_whose_blocks_are_traced_once_are_those_of_the_model() -> None:
+    config = plain(small_lm.get_config())
+    names = list(config["model"]["blocks"])
+    pattern = (*names, *names, names[0])
+    for d_model in (16, 32):  # of the second, nothing may be taken from the first
+        model = {**config["model"], "d_model": d_model, "pattern": pattern, "num_layers": 2 * len(pattern)}
+        made = network({**config, "model": model}), *example(config, rows=2)
+        whole = trace(*made)
+        with blocks_traced_once():
+            first, again = trace(*made), trace(*made)
+        assert jax.tree.leaves(whole[1]["params"])
+        assert whole == first == again
 
 
 class Buggy(RowWise):
