@@ -106,8 +106,9 @@ def record() -> Iterator[Notes]:
 
         def note(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
             result = call(*args, **kwargs)
-            # Models ask questions of parts that belong to no model yet.
-            if context.module.scope is not None:
+            # Models ask questions of parts that belong to no model yet; and `nn.remat` of a function calls it as if it were a method of
+            # the modules that it is given, which then seem to lie at the top.
+            if context.module.scope is not None and hasattr(type(context.module), context.method_name):
                 notes.see(context.module)
             return result
 

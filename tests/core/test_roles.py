@@ -32,9 +32,10 @@ def described(model, *args):
     return {p.name: p for p in flax.traverse_util.flatten_dict(describe(model, *args)).values()}
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("scan", [True, False])
-def test_every_parameter_of_a_language_model_has_its_roles(scan):
-    found = described(language_model(scan=scan, tied=False, learned_positions=True), jnp.zeros((1, 4), jnp.int32))
+def test_every_parameter_of_a_language_model_has_its_roles(scan, remat):
+    found = described(language_model(scan=scan, remat=remat, tied=False, learned_positions=True), jnp.zeros((1, 4), jnp.int32))
     root = "stack/repeats" if scan else "stack/repeat_0"
     expected = {
         "embedding": {"embeddings"},
