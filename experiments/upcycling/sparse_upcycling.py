@@ -15,7 +15,7 @@ FFN = "model.blocks.moe.ffn"
 DENSE = {FFN: {"kind": "glu", "hidden": 128}}
 SOURCE = {"init.source": {"kind": "run", "arm": "dense"}}
 # Top-2 of the width of the dense layer, in every other layer: 1.255 times the FLOPs of the dense model of width 64.
-LONGER = 377
+LONGER = 1885
 
 
 def begun(surgeries: dict, order: tuple[str, ...] = (), **more) -> dict:
@@ -31,7 +31,7 @@ def upcycled(noise: float = 0.0, **more) -> dict:
 RAW = {f"{FFN}.select.normalise": False}
 STILL = {"train.steps": 0}
 # The schedule of what begins untrained.
-WARM = {"optimizer.warmup_steps": 30}
+WARM = {"optimizer.warmup_steps": 100}
 RANDOM = {"keep": {"without": ("*/1_moe/ffn/expert",)}, "extend": {"paths": ("*/bank", "*/router")}}
 
 
@@ -42,6 +42,7 @@ def base():
     ffn.bank.hidden = 128
     ffn.router = {"kind": "linear", "init_w": {"kind": "normal", "std": 0.02}}
     config.optimizer.warmup_steps, config.optimizer.schedule = 0, "linear"
+    config.train.steps = 1500
     return config
 
 
@@ -62,7 +63,7 @@ STUDY = Study(
     arxiv="2212.05055",
     implements=("moejax.Upcycle",),
     departures=Departures(
-        scale="a decoder on bytes, in hundreds of steps, instead of T5 and ViT; 8 experts instead of 32",
+        scale="a decoder on bytes, in thousands of steps, instead of T5 and ViT; 8 experts instead of 32",
         method="none",
         left_out="resuming Adam's moments (in language the paper finds no use in it), expert choice in encoders and vision, more "
         "mixture layers, which would be stacked otherwise, and depth tiling. The second run reads the rows of the first "
@@ -77,7 +78,7 @@ STUDY = Study(
     arms=(
         Arm(
             "dense",
-            {**DENSE, **WARM, "optimizer.schedule": "constant", "train.steps": 600},
+            {**DENSE, **WARM, "optimizer.schedule": "constant", "train.steps": 3000},
             note="what all others but scratch begin with",
         ),
         Arm("dense_continued", {**DENSE, **SOURCE, "train.steps": LONGER}, note="for as many FLOPs as upcycled"),
@@ -91,7 +92,7 @@ STUDY = Study(
             Arm("upcycled_raw_start", upcycled(**RAW, **STILL), note="not trained on"),
         ),
         "budget": (
-            Arm("scratch_long", {**WARM, "train.steps": 900}, note="untrained, for the steps of dense and upcycled together"),
+            Arm("scratch_long", {**WARM, "train.steps": 4500}, note="untrained, for the steps of dense and upcycled together"),
         ),
         "copies": (
             Arm("random_experts", begun(RANDOM, ("keep", "extend")), note="fresh experts in the trained model"),
@@ -99,7 +100,7 @@ STUDY = Study(
         ),
         "experts": tuple(Arm(f"experts_{e}", upcycled(**{f"{FFN}.num_experts": e})) for e in (4, 16)),
         "rate": (
-            Arm("warm_again", upcycled(**WARM, **{"optimizer.learning_rate": 6e-3}), note="a new warm-up to twice the rate"),
+            Arm("warm_again", upcycled(**WARM, **{"optimizer.learning_rate": 8e-3}), note="a new warm-up to twice the rate"),
         ),
         "drops": (Arm("capacity_1", upcycled(**{f"{FFN}.select.capacity_factor": 1.0}), note="room for the mean load only"),),
     },
