@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import canary, docs, environment, matching, record, report, tables
+from experiments import canary, check_matching, docs, environment, record, report, tables
 from experiments.baselines import baselines
 from experiments.cache import Cache, Run
 from experiments.overrides import PLACE
@@ -221,7 +221,7 @@ def _refuse_unmatched(
     import jax
 
     concerned = [claim for claim in study.claims if set(claim.arms) & set(untrained)]
-    found = [f"{claim.sentence}: {reason}" for claim, reason in matching.unjudgeable(concerned, preset, configs)]
+    found = [f"{claim.sentence}: {reason}" for claim, reason in check_matching.unjudgeable(concerned, preset, configs)]
     if own or preset != "cpu" or jax.default_backend() != "cpu":
         for line in found:
             say(console, f"will not be judged: {line}")

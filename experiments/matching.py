@@ -8,23 +8,16 @@ FLOPs are those of the step as it is traced: all slots of experts with a capacit
 nothing (ReLU gates, thresholds); of branches that a step draws, the longest. `active_params` has the mean number of experts that a rule
 aims at.
 
-python -m experiments.matching [--preset=paper] [STUDY...]     claims of all studies, or of some, that could not be judged
+python -m experiments.check_matching [--preset=paper] [STUDY...]     claims of all studies, or of some, that could not be judged
 """
 
-import argparse
-import functools
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from experiments.cache import Run
-
-if TYPE_CHECKING:
-    from experiments.study import Claim
 
 TOLERANCE = 0.03
 
@@ -105,43 +98,5 @@ def unmatched(kinds: tuple[str, ...], arms: Mapping[str, Measured]) -> str:
     return ""
 
 
-def unjudgeable(claims: Iterable["Claim"], preset: str, configs: Mapping[str, ConfigDict]) -> list[tuple["Claim", str]]:
-    """Claims about arms of `configs` that differ in what the claim says they have equally, each with the reason; traces their steps."""
-    measured = functools.cache(lambda arm, kind: of_config(configs[arm], (kind,))[kind])
-    judged = [
-        claim
-        for claim in claims
-        if claim.matched and (preset == "paper" or not claim.needs) and set(claim.arms) <= set(configs)
-    ]
-    found = (
-        (claim, unmatched(claim.matched, {arm: {kind: measured(arm, kind) for kind in claim.matched} for arm in claim.arms}))
-        for claim in judged
-    )
-    return [(claim, reason) for claim, reason in found if reason]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the claims that could not be judged; returns 1 if there are any."""
-    from experiments.study import load, resolve, study_files
-
-    parser = argparse.ArgumentParser(prog="python -m experiments.matching", description="Claims whose arms do not match.")
-    parser.add_argument("--preset", choices=("cpu", "paper"), default="cpu")
-    parser.add_argument("studies", nargs="*", help="all of them if none is named")
-    given = parser.parse_args(argv)
-    wrong = 0
-    for slug in given.studies or sorted(study_files()):
-        study = load(slug)
-        configs = {arm: resolve(study, given.preset, arm) for arm in study.every_arm}
-        for claim, reason in unjudgeable(study.claims, given.preset, configs):
-            wrong += 1
-            print(f"{slug}: {claim.sentence}: {reason}", flush=True)
-    print(f"{wrong} claims could not be judged at preset '{given.preset}'")
-    return int(wrong > 0)
-
-
 def _short(number: float) -> str:
     return f"{number:.4g}" if number < 1e4 else f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.4g}M"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

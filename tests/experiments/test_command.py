@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from toy_studies import SOURCE, FakeFit, make_study
 
+from experiments import check_matching, overrides, record, report, study, tables
 from experiments import execute as executing
-from experiments import matching, overrides, record, report, study, tables
 from experiments.run import main
 from experiments.study import Arm, lower
 from moejax.core.errors import ConfigError
@@ -279,8 +279,8 @@ def test_a_claim_that_only_the_papers_scale_can_judge_is_looked_at_there_alone(m
     monkeypatch.setattr(
         matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(len(set(config.model.pattern))))
     )
-    assert matching.unjudgeable([claim], "cpu", configs) == []
-    ((found, reason),) = matching.unjudgeable([claim], "paper", configs)
+    assert check_matching.unjudgeable([claim], "cpu", configs) == []
+    ((found, reason),) = check_matching.unjudgeable([claim], "paper", configs)
     assert found is claim
     assert "2 in 'switch', 1 in 'dense'" in reason
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments import catalog, matching
+from experiments import catalog, check_matching
 from experiments.battery.properties import paper_size
 from experiments.study import load, resolve, study_files
 from moejax import models
@@ -54,10 +54,10 @@ def test_every_ablation_is_named_by_a_claim(slug: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("slug", SLUGS)
 def test_the_arms_of_the_headline_match(slug: str) -> None:
-    """Those of the other claims take minutes to trace: `python -m experiments.matching` looks at all, and so does a run before it trains."""
+    """Those of the other claims take minutes to trace: `python -m experiments.check_matching` looks at all, and so does a run before it trains."""
     study = load(slug)
     configs = {arm: resolve(study, "cpu", arm) for arm in study.headline.arms}
-    assert matching.unjudgeable([study.headline], "cpu", configs) == []
+    assert check_matching.unjudgeable([study.headline], "cpu", configs) == []
 
 
 def _form(value: Any) -> Any:
