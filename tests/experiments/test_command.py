@@ -256,7 +256,7 @@ def test_a_study_with_a_claim_that_cannot_be_judged_is_not_trained(toy, tmp_path
     """But for what the user chose, which writes no entry anyway, and at another preset, whose arms no test looks at: that is told."""
     width = "model.blocks.dense.ffn.hidden"
     monkeypatch.setattr(
-        matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(config.model.blocks.dense.ffn.hidden))
+        check_matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(config.model.blocks.dense.ffn.hidden))
     )
     wide = make_study(arms=(Arm("dense", {width: 300}), *make_study().arms[1:]))
     words = r"'toy' has claims .* at preset 'cpu' .*: Switch beats dense at equal compute: .*FLOPs.*: 300 in 'dense', 256 in 'switch'"
@@ -277,7 +277,7 @@ def test_a_claim_that_only_the_papers_scale_can_judge_is_looked_at_there_alone(m
     claim = lower("m", "switch", "dense", matched=("params",), needs="a large model")
     configs = {arm: study.resolve(made, "cpu", arm) for arm in made.every_arm}
     monkeypatch.setattr(
-        matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(len(set(config.model.pattern))))
+        check_matching, "of_config", lambda config, kinds: dict.fromkeys(kinds, float(len(set(config.model.pattern))))
     )
     assert check_matching.unjudgeable([claim], "cpu", configs) == []
     ((found, reason),) = check_matching.unjudgeable([claim], "paper", configs)
