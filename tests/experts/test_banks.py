@@ -3,6 +3,7 @@
 import functools
 import math
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,19 @@ from numpy_layers import compiled
 from moejax.core.context import Context
 from moejax.core.errors import ConfigError
 from moejax.dispatch import Batched, Experts, PerToken
-from moejax.experts import ACTIVATIONS, FFN, GLU, Bottleneck, Constant, LowRank, Residual, TrainOnly, banks, experts_of
+from moejax.experts import (
+    ACTIVATIONS,
+    FFN,
+    GLU,
+    Bottleneck,
+    Constant,
+    LowRank,
+    Residual,
+    SigmoidGate,
+    TrainOnly,
+    banks,
+    experts_of,
+)
 from moejax.layers import MoE
 from moejax.routing import Linear, TopK
 
@@ -25,13 +38,15 @@ BANKS = {
     "bottleneck": lambda e: Bottleneck(F, num_experts=e),
     "residual": lambda e: Residual(F, num_experts=e, sublayers=2),
     "constant": lambda e: Constant(num_experts=e),
+    "sigmoid_gate": lambda e: SigmoidGate(FFN(F, num_experts=e)),
 }
 WITHOUT = {"train_only", "mixed", "null", "copy"}  # which draw nothing themselves
 
 
 @functools.cache
 def start(name: str, e: int) -> dict[str, jax.Array]:
-    return jax.jit(lambda key: BANKS[name](e).init(key, D))(jax.random.key(3))["params"]
+    params = jax.jit(lambda key: BANKS[name](e).init(key, D))(jax.random.key(3))["params"]
+    return flax.traverse_util.flatten_dict(params, sep="/")
 
 
 def test_every_registered_bank_is_tested_here() -> None:
