@@ -89,10 +89,6 @@ def program(case, mesh, accumulation=1):
     return get_program(config, settings, batch, {}, model, None if mesh is None else Parallel(make_mesh(mesh)))
 
 
-def init(made):
-    return made.init(jax.random.key(7))
-
-
 def train(case, mesh, start):
     """Metrics of every step and the parameters at the end, on the host; and the state at the end where it is."""
     made, batch, state = program(case, mesh), CASES[case][-1], jax.tree.map(jnp.copy, start)
@@ -108,7 +104,7 @@ def train(case, mesh, start):
 @functools.cache
 def start_of(case):
     """The state before the first step, on one device."""
-    return init(program(case, None))
+    return program(case, None).init(jax.random.key(7))
 
 
 @functools.cache
@@ -141,7 +137,7 @@ def test_ten_steps_are_those_of_one_device(case, mesh):
 )
 @pytest.mark.filterwarnings("ignore:'vocab' of size 10 stays whole")
 def test_the_start_is_the_same_bits_on_every_mesh(case, mesh):
-    here, there = start_of(case), init(program(case, mesh))
+    here, there = start_of(case), program(case, mesh).init(jax.random.key(7))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(there.params)) == (mesh != "dp")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(here.params), jax.device_get(there.params))
 
@@ -163,7 +159,7 @@ def test_microbatches_take_rows_where_they_are_and_only_gradients_travel():
     made, step = routed_text("dp", accumulation=2, devices=jax.devices()[:4])
     assert {c.kind for c in collectives(step.as_text(), made.parallel.mesh)} == {"all-reduce"}
     alone, alone_step = routed_text(None, accumulation=2)
-    start = init(alone)
+    start = alone.init(jax.random.key(7))
     there = jax.device_put(
         (text_batch(), jax.tree.map(jnp.copy, start)), jax.tree.map(lambda x: x.sharding, (made.batch, made.state))
     )
