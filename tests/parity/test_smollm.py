@@ -42,12 +42,20 @@ def test_logits_and_hidden_states(both: beside.Beside, ids: np.ndarray) -> None:
     assert beside.distance(logits, theirs.logits) < 1e-4
     for ours, hidden in zip(beside.blocks_of(both, ids)[:-1], theirs.hidden_states[1:-1], strict=True):
         assert beside.distance(ours, hidden) < 1e-4
+
+
+def test_the_best_token_in_bfloat16(both: beside.Beside, ids: np.ndarray) -> None:
+    """Rounding decides where two tokens are about equally good, in theirs as in ours: elsewhere the best one stays."""
+    logits = np.asarray(jax.jit(both.model.apply)(both.found.variables, ids))
     half = mj.models.build({**both.found.model, "dtype": "bfloat16"})
-    best = np.asarray(jax.jit(half.apply)(both.found.variables, ids)).argmax(-1)
+    ours = np.asarray(jax.jit(half.apply)(both.found.variables, ids)).argmax(-1)
     with torch.no_grad():
-        rounded = copy.deepcopy(both.theirs).to(torch.bfloat16)(torch.tensor(ids)).logits.argmax(-1).numpy()
-    print("bfloat16:", (best == rounded).mean(), (best == logits.argmax(-1)).mean(), (rounded == logits.argmax(-1)).mean())
-    assert (best == logits.argmax(-1)).mean() > 0.9
+        theirs = copy.deepcopy(both.theirs).to(torch.bfloat16)(torch.tensor(ids)).logits.argmax(-1).numpy()
+    best, (second, first) = logits.argmax(-1), np.moveaxis(np.sort(logits, -1)[..., -2:], -1, 0)
+    assert (ours == best).mean() >= (theirs == best).mean() - 0.01
+    clear = first - second > 0.2
+    assert clear.mean() > 0.8
+    assert (ours == best)[clear].mean() >= 0.99
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
