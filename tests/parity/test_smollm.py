@@ -45,7 +45,10 @@ def test_logits_and_hidden_states(both: beside.Beside, ids: np.ndarray) -> None:
 
 
 def test_the_best_token_in_bfloat16(both: beside.Beside, ids: np.ndarray) -> None:
-    """Rounding decides where two tokens are about equally good, in theirs as in ours: elsewhere the best one stays."""
+    """Of all positions 97.7 % keep float32's best token, and 96.5 % in theirs: 99 % of all is not reached.
+
+    The lead of 0.2 was chosen after looking at these texts, so what is asked past it guards against change and proves nothing more.
+    """
     logits = np.asarray(jax.jit(both.model.apply)(both.found.variables, ids))
     half = mj.models.build({**both.found.model, "dtype": "bfloat16"})
     ours = np.asarray(jax.jit(half.apply)(both.found.variables, ids)).argmax(-1)
