@@ -58,9 +58,8 @@ def claimed(file: Path, busy: str, wait: Callable[[], None] | None = None) -> It
 
     def renew() -> None:
         while not released.wait(mine.lease / RENEWALS):
-            with contextlib.suppress(
-                OSError
-            ):  # the server is away for a moment; if for long, others will say that the claim is theirs
+            # The server may be away for a moment; if it is for long, others will say that the claim is theirs.
+            with contextlib.suppress(OSError):
                 os.utime(mine.file)
                 if _newest(file) != mine:
                     lost.set()

@@ -1,7 +1,7 @@
 """What a study does otherwise than its paper, said for the usual suspects and checked as far as configs tell.
 
     departures=Departures(
-        scale="bytes and 300 steps instead of C4 and T5",
+        scale="bytes and a decoder instead of C4 and T5",
         method="none",
         left_out="distillation and fine-tuning",
         capacity="none",

@@ -34,8 +34,10 @@ optimizers = Registry("optimizer", "moejax.optim")
 # Parameters that decay, by name. Shape cannot tell: a bias stacked over experts `[e, f]` and a norm's scale stacked over
 # scanned layers `[layers, d]` look like matrices but are none, and a bank `[e, d, f]` is one matrix per expert. So a tensor
 # decays if its own name is that of a matrix, and any other name (bias, b, scale, position, gates, temperatures) does not.
-MATRICES = ("kernel", "embedding", "head", "projection", "projector", "predictor_*", "router", "w", "w_*", "*_w", "*_w_*")
-MATRICES += ("q", "k", "v", "o", "u", "query", "keys")
+MATRICES = (
+    *("kernel", "embedding", "head", "projection", "projector", "predictor_*", "router", "w", "w_*", "*_w", "*_w_*"),
+    *("q", "k", "v", "o", "u", "query", "keys"),
+)
 # Elements of an array that is not worth a sum of its own.
 SMALL = 2**17
 # Axes along which separate layers are stacked.

@@ -21,13 +21,7 @@ class Bert(Family):
         """See the base class."""
         said.only("position_embedding_type", "absolute")
         said.only("is_decoder", False)
-        attention = {"kind": "attention", "num_heads": said("num_attention_heads"), "rope_base": None, "use_bias": True}
-        ffn = {
-            "kind": "ffn",
-            "hidden": said("intermediate_size"),
-            "activation": said.activation(default="gelu"),
-            "use_bias": True,
-        }
+        made = block(said, "post_norm")
         return {
             "kind": "encoder",
             "vocab_size": said("vocab_size"),
@@ -37,27 +31,21 @@ class Bert(Family):
             "token_types": said("type_vocab_size", 2),
             "pooler": True,
             "embed_std": said("initializer_range", 0.02),
-            "norm": _norm(said),
+            "norm": made["norm"],
             "pattern": ("dense",),
-            "blocks": {"dense": {"kind": "post_norm", "norm": _norm(said), "mixer": attention, "ffn": ffn}},
+            "blocks": {"dense": made},
         }
 
     def settings(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """See the base class."""
-        block = block_of(model)
         return {
             "architectures": [self.architecture],
             "model_type": "bert",
             "vocab_size": model["vocab_size"],
-            "hidden_size": model["d_model"],
-            "num_hidden_layers": model["num_layers"],
-            "num_attention_heads": block["mixer"]["num_heads"],
-            "intermediate_size": block["ffn"]["hidden"],
-            "hidden_act": published(block["ffn"].get("activation", "gelu")),
             "max_position_embeddings": model.get("max_length", 512),
             "type_vocab_size": model.get("token_types", 2),
             "initializer_range": model.get("embed_std", 0.02),
-            "layer_norm_eps": block["norm"].get("epsilon", 1e-6),
+            **block_settings(model),
             "dtype": "float32",
         }
 
@@ -83,6 +71,31 @@ class Bert(Family):
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
+def block(said: Settings, kind: str) -> dict[str, Any]:
+    """A block with biases everywhere and layer norms, without rotary positions; `block_settings` is the way back."""
+    attention = {"kind": "attention", "num_heads": said("num_attention_heads"), "rope_base": None, "use_bias": True}
+    ffn = {"kind": "ffn", "hidden": said("intermediate_size"), "activation": said.activation(default="gelu"), "use_bias": True}
+    return {
+        "kind": kind,
+        "norm": {"kind": "layer_norm", "epsilon": said("layer_norm_eps", 1e-12)},
+        "mixer": attention,
+        "ffn": ffn,
+    }
+
+
+def block_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a stack of such blocks."""
+    made = block_of(model)
+    return {
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["num_layers"],
+        "num_attention_heads": made["mixer"]["num_heads"],
+        "intermediate_size": made["ffn"]["hidden"],
+        "hidden_act": published(made["ffn"].get("activation", "gelu")),
+        "layer_norm_eps": made["norm"].get("epsilon", 1e-6),
+    }
+
+
 def norm_rows(theirs: str, ours: str) -> tuple[Row, ...]:
     """A layer norm."""
     return Row(f"{theirs}.weight", f"{ours}/norm/scale"), Row(f"{theirs}.bias", f"{ours}/norm/bias")
@@ -101,7 +114,3 @@ def ffn_rows(inner: str, outer: str, ours: str) -> tuple[Row, ...]:
         Row(f"{outer}.weight", f"{ours}/w_out", ALONE_TRANSPOSE),
         Row(f"{outer}.bias", f"{ours}/b_out", ALONE),
     )
-
-
-def _norm(said: Settings) -> dict[str, Any]:
-    return {"kind": "layer_norm", "epsilon": said("layer_norm_eps", 1e-12)}

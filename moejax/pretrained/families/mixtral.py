@@ -3,31 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.pretrained.families.decoder import THEIRS, Decoder, block_of
+from moejax.pretrained.families.decoder import THEIRS, block_of
+from moejax.pretrained.families.mistral import Mistral
 from moejax.pretrained.families.sparse import balance, balance_settings, moe_rows
 from moejax.pretrained.family import Settings, families, published
 from moejax.pretrained.table import Row
 
 
 @families.register("mixtral")
-class Mixtral(Decoder):
-    """Llama's attention, and in every layer experts weighted by the softmax over the chosen ones."""
+class Mixtral(Mistral):
+    """Mistral's attention, and in every layer experts weighted by the softmax over the chosen ones."""
 
     model_type = "mixtral"
     architecture = "MixtralForCausalLM"
     rope_base = 1e6
     rms_norm_eps = 1e-5
-
-    def bias(self, said: Settings) -> Any:
-        return False
-
-    def window(self, said: Settings) -> int | None:
-        return said("sliding_window", None)
-
-    def mixer_settings(self, model: Mapping[str, Any], mixer: Mapping[str, Any]) -> dict[str, Any]:
-        found = super().mixer_settings(model, mixer)
-        del found["attention_bias"]
-        return {**found, "sliding_window": mixer.get("window")}
 
     def ffns(self, said: Settings) -> tuple[tuple[str, ...], dict[str, Any]]:
         experts, k, jitter = said("num_local_experts"), said("num_experts_per_tok"), said("router_jitter_noise", 0.0)

@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from moejax.core.errors import ConfigError
-from moejax.pretrained.families.bert import ffn_rows, linear_rows, norm_rows
-from moejax.pretrained.families.decoder import block_of
-from moejax.pretrained.family import Family, Settings, families, published
+from moejax.pretrained.families.bert import block, block_settings, ffn_rows, linear_rows, norm_rows
+from moejax.pretrained.family import Family, Settings, families
 from moejax.pretrained.table import Change, Row
 
 LAYER = "vit.encoder.layer.{layer}"
@@ -30,14 +29,8 @@ class ViTFamily(Family):
         """See the base class."""
         if not isinstance(said("image_size"), int) or not isinstance(said("patch_size"), int):
             raise ConfigError(f"{said.place} has image_size={said('image_size')!r}; images and patches must be square")
-        attention = {"kind": "attention", "num_heads": said("num_attention_heads"), "rope_base": None, "use_bias": True}
         said.only("qkv_bias", True)
-        ffn = {
-            "kind": "ffn",
-            "hidden": said("intermediate_size"),
-            "activation": said.activation(default="gelu"),
-            "use_bias": True,
-        }
+        made = block(said, "transformer")
         return {
             "kind": "vit",
             "image_size": said("image_size"),
@@ -48,14 +41,14 @@ class ViTFamily(Family):
             "num_layers": said("num_hidden_layers"),
             "positions": "learned",
             "pooling": "cls",
-            "norm": _norm(said),
+            "norm": made["norm"],
             "pattern": ("dense",),
-            "blocks": {"dense": {"kind": "transformer", "norm": _norm(said), "mixer": attention, "ffn": ffn}},
+            "blocks": {"dense": made},
         }
 
     def settings(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """See the base class."""
-        block, classes = block_of(model), model["num_classes"]
+        classes = model["num_classes"]
         return {
             "architectures": [self.architecture],
             "model_type": "vit",
@@ -64,12 +57,7 @@ class ViTFamily(Family):
             "patch_size": model["patch_size"],
             "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
             "label2id": {f"LABEL_{i}": i for i in range(classes)},
-            "hidden_size": model["d_model"],
-            "num_hidden_layers": model["num_layers"],
-            "num_attention_heads": block["mixer"]["num_heads"],
-            "intermediate_size": block["ffn"]["hidden"],
-            "hidden_act": published(block["ffn"].get("activation", "gelu")),
-            "layer_norm_eps": block["norm"].get("epsilon", 1e-6),
+            **block_settings(model),
             "qkv_bias": True,
             "dtype": "float32",
         }
@@ -113,7 +101,3 @@ def _convolution(size: int, channels: int) -> Change:
         lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
         lambda w: w.reshape(size, size, channels, -1).transpose(3, 2, 0, 1),
     )
-
-
-def _norm(said: Settings) -> dict[str, Any]:
-    return {"kind": "layer_norm", "epsilon": said("layer_norm_eps", 1e-12)}
